@@ -1,0 +1,1 @@
+"""Experiment configurations: `base.py` has every key, `parts.py` the groups, each other file one experiment."""

@@ -1,0 +1,155 @@
+"""Every configuration key that any code reads, with its meaning, its unit and a default.
+
+The key names are those of the 2021 score_sde code, so that its configuration files carry over. The dictionary is
+locked: a misspelt key fails at once and names the nearest right one.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def _data() -> ConfigDict:
+    return ConfigDict(
+        {
+            "dataset": "digits",  # data source, by its name in datasets.SOURCES
+            "image_size": 8,  # height in pixels
+            "image_width": 0,  # width in pixels; 0: as the height
+            "num_channels": 1,
+            "num_levels": 256,  # grey levels a channel value can take; bits/dim are per such value
+            "centered": False,  # the network's range is [-1, 1] if set, [0, 1] otherwise
+            "random_flip": False,  # mirror each training image left to right with probability 1/2
+            "uniform_dequantization": False,  # train on (level + u) / num_levels, u uniform on [0, 1)
+            "path": "",  # folder of the prepared data; empty: the source's own default
+        }
+    )
+
+
+def _model() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "ncsnpp",  # network, by its name in models.factory
+            "nf": 128,  # channels of the first level
+            "ch_mult": (1, 2, 2, 2),  # channels of each level, in multiples of nf
+            "num_res_blocks": 4,  # residual blocks of a level
+            "attn_resolutions": (16,),  # heights in pixels at which attention is applied
+            "resamp_with_conv": True,  # a convolution in the resampling layers of "ddpm" blocks
+            "conditional": True,  # the network is told the noise level
+            "fir": False,  # resample with an anti-aliasing FIR filter instead of nearest and mean
+            "fir_kernel": [1, 3, 3, 1],  # the separable filter, normalized where it is used
+            "skip_rescale": True,  # divide every residual sum by sqrt(2)
+            "resblock_type": "biggan",  # "ddpm" or "biggan"
+            "progressive": "none",  # growing output: "none", "output_skip" or "residual"
+            "progressive_input": "none",  # "none", "input_skip" or "residual"
+            "progressive_combine": "sum",  # join of an input skip: "sum" or "cat"
+            "embedding_type": "positional",  # of the noise level: "positional" or "fourier"
+            "fourier_scale": 16,  # standard deviation of the Fourier frequencies
+            "init_scale": 0.0,  # scale of the last convolution of each block at the start; 0 stands for 1e-10
+            "normalization": "GroupNorm",
+            "nonlinearity": "swish",  # "elu", "relu", "lrelu" or "swish"
+            "dropout": 0.1,  # probability that a feature is dropped in training
+            "scale_by_sigma": False,  # divide the network's output by sigma
+            "ema_rate": 0.9999,  # decay of the exponential moving average of the parameters
+            "num_scales": 1000,  # N: noise levels of the discrete SDE, steps of the sampler
+            "sigma_min": 0.01,  # VE: smallest noise level, in units of the network's range
+            "sigma_max": 50.0,  # VE: largest noise level
+            "beta_min": 0.1,  # VP and sub-VP: beta(0)
+            "beta_max": 20.0,  # VP and sub-VP: beta(1)
+        }
+    )
+
+
+def _training() -> ConfigDict:
+    return ConfigDict(
+        {
+            "sde": "vpsde",  # "vesde", "vpsde" or "subvpsde"
+            "batch_size": 128,  # images of a step, over all devices and hosts
+            "n_iters": 1_300_001,  # steps
+            "n_jitted_steps": 5,  # steps in one compiled call; divides the frequencies below
+            "continuous": True,  # denoising score matching in continuous time; False: SMLD (VE) or DDPM (VP) losses
+            "reduce_mean": True,  # mean over a pixel's squared error; False: half the sum
+            "likelihood_weighting": False,  # weight the loss by g(t)^2 instead of std(t)^2
+            "log_freq": 50,  # steps between lines of the log and points of the loss curve
+            "eval_freq": 100,  # steps between losses of a batch of test images
+            "snapshot_freq": 50_000,  # steps between the checkpoints that are kept
+            "snapshot_freq_for_preemption": 10_000,  # steps between the checkpoints to resume from
+            "snapshot_sampling": True,  # draw a grid of samples at each kept checkpoint
+        }
+    )
+
+
+def _optim() -> ConfigDict:
+    return ConfigDict(
+        {
+            "optimizer": "Adam",
+            "lr": 2e-4,  # learning rate after the warm-up
+            "beta1": 0.9,
+            "eps": 1e-8,
+            "weight_decay": 0.0,  # decoupled, times the learning rate
+            "warmup": 5000,  # steps over which the learning rate rises linearly from 0; 0: none
+            "grad_clip": 1.0,  # bound on the gradient's global norm; negative: none
+        }
+    )
+
+
+def _sampling() -> ConfigDict:
+    return ConfigDict(
+        {
+            "method": "pc",  # "pc" (predictor-corrector) or "ode" (adaptive Runge-Kutta)
+            "predictor": "euler_maruyama",  # "euler_maruyama", "reverse_diffusion", "ancestral_sampling" or "none"
+            "corrector": "none",  # "langevin", "ald" or "none"
+            "num_steps": 0,  # times at which the SDE is discretized; 0: model.num_scales
+            "n_steps_each": 1,  # corrector steps at each time
+            "noise_removal": True,  # return the mean of the last step, without its noise
+            "probability_flow": False,  # the predictor follows the probability-flow ODE
+            "snr": 0.16,  # signal-to-noise ratio that sets the corrector's step size
+            "langevin_norm": "batch",  # norms that set it: "batch" mean (the paper's) or each "sample" its own
+            "rtol": 1e-5,  # "ode": relative tolerance of a step
+            "atol": 1e-5,  # "ode": absolute tolerance of a step, in units of the network's range
+        }
+    )
+
+
+def _likelihood() -> ConfigDict:
+    return ConfigDict(
+        {
+            "trace": "rademacher",  # divergence: "rademacher" or "gaussian" probes, or "exact"
+            "num_probes": 1,  # probes of an image; the standard error needs two or more
+            "rtol": 1e-5,  # relative tolerance of the ODE solver
+            "atol": 1e-5,  # absolute tolerance of the ODE solver, in units of the network's range
+        }
+    )
+
+
+def _eval() -> ConfigDict:
+    return ConfigDict(
+        {
+            "begin_ckpt": 1,  # first checkpoint to evaluate
+            "end_ckpt": 1,  # last checkpoint to evaluate
+            "batch_size": 1024,  # images of a batch, over all devices and hosts
+            "num_samples": 50_000,  # samples drawn for FID, IS and KID, exactly
+            "enable_sampling": False,  # draw samples and measure FID, IS, KID, precision and recall
+            "enable_loss": True,  # loss over the whole test split
+            "enable_bpd": False,  # bits/dim
+            "bpd_dataset": "test",  # split for bits/dim: "train" or "test"
+            "bpd_num_draws": 1,  # dequantization draws of each image
+            "wait_seconds": 0.0,  # how long to wait for a checkpoint that is not there yet
+        }
+    )
+
+
+def get_config() -> ConfigDict:
+    """Returns a locked configuration with every key at its default."""
+    config = ConfigDict(
+        {
+            "seed": 42,  # of everything random: initial parameters, data order, noise, samples
+            "data": _data(),
+            "model": _model(),
+            "training": _training(),
+            "optim": _optim(),
+            "sampling": _sampling(),
+            "likelihood": _likelihood(),
+            "eval": _eval(),
+        }
+    )
+    return config.lock()
