@@ -15,7 +15,7 @@ def _data() -> ConfigDict:
             "dataset": "digits",  # data source, by its name in datasets.SOURCES
             "image_size": 8,  # height in pixels
             "image_width": 0,  # width in pixels; 0: as the height
-            "num_channels": 1,
+            "num_channels": 1,  # values of a pixel: 1 for grey, 3 for RGB
             "num_levels": 256,  # grey levels a channel value can take; bits/dim are per such value
             "centered": False,  # the network's range is [-1, 1] if set, [0, 1] otherwise
             "random_flip": False,  # mirror each training image left to right with probability 1/2
@@ -45,8 +45,8 @@ def _model() -> ConfigDict:
             "embedding_type": "positional",  # of the noise level: "positional" or "fourier"
             "fourier_scale": 16,  # standard deviation of the Fourier frequencies
             "init_scale": 0.0,  # scale of the last convolution of each block at the start; 0 stands for 1e-10
-            "normalization": "GroupNorm",
-            "nonlinearity": "swish",  # "elu", "relu", "lrelu" or "swish"
+            "normalization": "GroupNorm",  # of the features
+            "nonlinearity": "swish",  # activation: "elu", "relu", "lrelu" or "swish"
             "dropout": 0.1,  # probability that a feature is dropped in training
             "scale_by_sigma": False,  # divide the network's output by sigma
             "ema_rate": 0.9999,  # decay of the exponential moving average of the parameters
@@ -74,6 +74,7 @@ def _training() -> ConfigDict:
             "snapshot_freq": 50_000,  # steps between the checkpoints that are kept
             "snapshot_freq_for_preemption": 10_000,  # steps between the checkpoints to resume from
             "snapshot_sampling": True,  # draw a grid of samples at each kept checkpoint
+            "snapshot_num_samples": 64,  # samples in that grid
         }
     )
 
@@ -81,10 +82,10 @@ def _training() -> ConfigDict:
 def _optim() -> ConfigDict:
     return ConfigDict(
         {
-            "optimizer": "Adam",
+            "optimizer": "Adam",  # the only one
             "lr": 2e-4,  # learning rate after the warm-up
-            "beta1": 0.9,
-            "eps": 1e-8,
+            "beta1": 0.9,  # decay of the mean of the gradients; that of their squares is 0.999
+            "eps": 1e-8,  # added to the root of the mean square
             "weight_decay": 0.0,  # decoupled, times the learning rate
             "warmup": 5000,  # steps over which the learning rate rises linearly from 0; 0: none
             "grad_clip": 1.0,  # bound on the gradient's global norm; negative: none

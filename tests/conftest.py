@@ -1,4 +1,4 @@
-"""Settings for every test: the CPU, repository on the path, errors where JAX would only be lenient."""
+"""Settings for every test: the CPU, the checkout on the path, errors where JAX would only be lenient."""
 
 import os
 import sys
@@ -6,4 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# Compiled programs are kept between runs; the folder is the checkout's own, so that a fresh clone starts cold.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
