@@ -1,0 +1,258 @@
+"""Metrics that compare all pairs of images by their features: KID, and improved precision and recall.
+
+Matrices of pairs are formed in blocks, so that 50,000 images of 2,048 features fit in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Num
+
+from metric import Metric, as_feature_pair, make_metric, stderr_of_mean
+
+BLOCK_ELEMENTS = 2**24  # of a block of a matrix of all pairs: 128 MiB of float64, whatever the number of images
+
+
+def _row_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    step = max(1, BLOCK_ELEMENTS // num_columns)
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+# --- kernel distance -------------------------------------------------------------------------------------------------
+
+
+def _kernel(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "n m"]:
+    """Returns the polynomial kernel (xᵀy / D + 1)³ of all pairs (Binkowski et al. 2018, Section 4)."""
+    return (x @ y.T / x.shape[1] + 1.0) ** 3
+
+
+class _KernelMeans(NamedTuple):
+    """What the pairs of two sets, or the pairs of different rows of one, contribute.
+
+    Attributes:
+      of_rows: mean kernel of each row of the first set with the second.
+      of_columns: mean kernel of each row of the second set with the first.
+      mean_square: mean squared kernel of a pair.
+    """
+
+    of_rows: Float[np.ndarray, "n"]
+    of_columns: Float[np.ndarray, "m"]
+    mean_square: float
+
+    @property
+    def interaction(self) -> float:
+        """Variance of the kernel that is not explained by either row of the pair alone."""
+        rows, columns = self.of_rows, self.of_columns
+        return self.mean_square - np.mean(rows**2) - np.mean(columns**2) + rows.mean() * columns.mean()
+
+
+def _means_across(x: np.ndarray, y: np.ndarray) -> _KernelMeans:
+    of_x, of_y, squares = np.empty(len(x)), np.zeros(len(y)), 0.0
+    for rows in _row_blocks(len(x), len(y)):
+        block = _kernel(x[rows], y)
+        of_x[rows] = block.mean(axis=1)
+        of_y += block.sum(axis=0)
+        squares += np.vdot(block, block)
+    return _KernelMeans(of_x, of_y / len(x), squares / (len(x) * len(y)))
+
+
+def _means_within(x: np.ndarray) -> _KernelMeans:
+    """Leaves out the pairs of a row with itself."""
+    n, all_pairs = len(x), _means_across(x, x)
+    own = (np.sum(x**2, axis=1) / x.shape[1] + 1.0) ** 3
+    means = (all_pairs.of_rows * n - own) / (n - 1)
+    return _KernelMeans(means, means, (all_pairs.mean_square * n - np.mean(own**2)) / (n - 1))
+
+
+def _unbiased_mmd2(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Returns the unbiased squared maximum mean discrepancy and its standard error.
+
+    The value is a mean over pairs (a U-statistic), whose variance has a part of each row and a part of each pair. The
+    spread of the rows' means counts the second part twice, which matters where the value is near zero.
+    """
+    n, m = len(x), len(y)
+    in_x, in_y, across = _means_within(x), _means_within(y), _means_across(x, y)
+    value = in_x.of_rows.mean() + in_y.of_rows.mean() - 2.0 * across.of_rows.mean()
+    of_rows = stderr_of_mean(in_x.of_rows - across.of_rows) ** 2 + stderr_of_mean(in_y.of_rows - across.of_columns) ** 2
+    of_pairs = 2.0 * in_x.interaction / (n * (n - 1)) + 2.0 * in_y.interaction / (m * (m - 1))
+    of_pairs = max(of_pairs + 4.0 * across.interaction / (n * m), 0.0)
+    return float(value), math.sqrt(max(4.0 * of_rows - of_pairs, of_pairs))
+
+
+def kernel_distance(
+    features: Num[np.ndarray, "N D"], reference: Num[np.ndarray, "M D"], *, name: str = "kernel_distance"
+) -> Metric:
+    """Measures the squared maximum mean discrepancy over all pairs; with Inception features it is KID.
+
+    The unbiased estimate with the kernel (xᵀy / D + 1)³ (Binkowski et al. 2018): zero on average, and so below zero
+    half the time, if both sets come from one distribution.
+
+    Args:
+      features: of generated images.
+      reference: of real images.
+      name: of the metric.
+
+    Raises:
+      ValueError: if features are not finite, fewer than two, or of another dimension than the reference.
+    """
+    x, y = as_feature_pair(features, reference)
+    note = "unbiased, so it may be below 0; mean over all pairs, standard error of both sides"
+    return make_metric(name, *_unbiased_mmd2(x, y), len(x), note=note)
+
+
+def _mmd2_of_parts(
+    x: np.ndarray, y: np.ndarray, parts: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> Float[np.ndarray, "n"]:
+    return np.array([_unbiased_mmd2(x[of_x], y[of_y])[0] for of_x, of_y in parts])
+
+
+def kernel_distance_blocks(
+    features: Num[np.ndarray, "N D"],
+    reference: Num[np.ndarray, "M D"],
+    *,
+    max_block_size: int = 1024,
+    name: str = "kernel_distance",
+) -> Metric:
+    """Measures the kernel distance as the mean over disjoint blocks, as TF-GAN does; cheaper than all pairs.
+
+    Args:
+      features: of generated images, in random order.
+      reference: of real images, in random order.
+      max_block_size: images of either set in a block, at most.
+      name: of the metric.
+
+    Raises:
+      ValueError: as `kernel_distance`, or if a block would hold fewer than two images of a set.
+    """
+    x, y = as_feature_pair(features, reference)
+    if max_block_size < 2:
+        raise ValueError(f"max_block_size={max_block_size}; expected 2 or more")
+    num_blocks = math.ceil(max(len(x), len(y)) / max_block_size)
+    if min(len(x), len(y)) < 2 * num_blocks:
+        raise ValueError(
+            f"max_block_size={max_block_size} makes {num_blocks} blocks, too many for {len(x)} and {len(y)} images; "
+            "use larger blocks, or kernel_distance"
+        )
+    parts = [_consecutive_parts(len(z), num_blocks) for z in (x, y)]
+    values = _mmd2_of_parts(x, y, list(zip(*parts, strict=True)))
+    stderr = stderr_of_mean(values) if num_blocks > 1 else math.nan
+    note = f"unbiased, mean over {num_blocks} disjoint blocks; standard error from their spread"
+    return make_metric(name, values.mean(), stderr, len(x), note=note)
+
+
+def _consecutive_parts(num_rows: int, num_parts: int) -> list[np.ndarray]:
+    """Splits rows into consecutive parts, the later ones being longer by one if need be (TF-GAN's order)."""
+    longer = num_rows % num_parts
+    sizes = np.full(num_parts, num_rows // num_parts)
+    sizes[num_parts - longer :] += 1
+    return np.split(np.arange(num_rows), np.cumsum(sizes)[:-1])
+
+
+def kernel_distance_subsets(
+    features: Num[np.ndarray, "N D"],
+    reference: Num[np.ndarray, "M D"],
+    *,
+    subset_size: int = 1000,
+    num_subsets: int = 100,
+    seed: int = 0,
+    name: str = "kernel_distance",
+) -> Metric:
+    """Measures the kernel distance as the mean over random subsets, as KID is commonly published.
+
+    Binkowski et al. 2018 take 100 subsets of 1,000 images. Subsets share images, so their mean is less certain than
+    that many independent ones: the standard error counts only as many as could be disjoint.
+
+    Args:
+      features: of generated images.
+      reference: of real images.
+      subset_size: images of either set in a subset, drawn without replacement; all of a set that has fewer.
+      num_subsets: how many.
+      seed: of the drawing.
+      name: of the metric.
+
+    Raises:
+      ValueError: as `kernel_distance`, or if `subset_size` or `num_subsets` is less than two.
+    """
+    x, y = as_feature_pair(features, reference)
+    if subset_size < 2 or num_subsets < 2:
+        raise ValueError(f"subset_size={subset_size}, num_subsets={num_subsets}; expected 2 or more of both")
+    generator = np.random.Generator(np.random.Philox(seed))
+    draw = lambda z: generator.choice(len(z), min(subset_size, len(z)), replace=False)  # noqa: E731
+    values = _mmd2_of_parts(x, y, [(draw(x), draw(y)) for _ in range(num_subsets)])
+    disjoint = min(num_subsets, min(len(x), len(y)) // subset_size)
+    stderr = np.std(values, ddof=1) / math.sqrt(disjoint) if disjoint else math.nan
+    note = f"unbiased, mean over {num_subsets} subsets of {subset_size}; standard error of {disjoint} disjoint ones"
+    return make_metric(name, values.mean(), stderr, len(x), note=note)
+
+
+# --- precision and recall --------------------------------------------------------------------------------------------
+
+
+def _squared_distances(x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "n m"]:
+    squares = np.sum(x**2, axis=1)[:, None] + np.sum(y**2, axis=1)[None] - 2.0 * x @ y.T
+    return np.maximum(squares, 0.0)
+
+
+def _squared_radii(x: np.ndarray, num_neighbors: int) -> Float[np.ndarray, "n"]:
+    """Returns the squared distance of each row to its k-th nearest other row."""
+    radii = np.empty(len(x))
+    for rows in _row_blocks(len(x), len(x)):
+        distances = _squared_distances(x[rows], x)
+        distances[np.arange(len(distances)), np.arange(rows.start, rows.stop)] = np.inf
+        radii[rows] = np.partition(distances, num_neighbors - 1, axis=1)[:, num_neighbors - 1]
+    return radii
+
+
+def _covered(points: np.ndarray, centers: np.ndarray, num_neighbors: int) -> Bool[np.ndarray, "n"]:
+    """Says which points lie in the ball of any center that reaches to the center's k-th nearest other center."""
+    radii = _squared_radii(centers, num_neighbors)
+    blocks = [
+        (_squared_distances(points[rows], centers) <= radii).any(axis=1)
+        for rows in _row_blocks(len(points), len(centers))
+    ]
+    return np.concatenate(blocks)
+
+
+def precision_recall(
+    features: Num[np.ndarray, "N D"], reference: Num[np.ndarray, "M D"], *, num_neighbors: int = 3
+) -> tuple[Metric, Metric]:
+    """Measures improved precision and recall (Kynkaanniemi et al. 2019, Section 2).
+
+    Precision is the share of generated images within the manifold of real ones, recall the share of real images
+    within the manifold of generated ones; a manifold is the union of the balls around its images that reach to the
+    k-th nearest neighbour.
+
+    Args:
+      features: of generated images.
+      reference: of real images.
+      num_neighbors: k; the paper's is 3.
+
+    Returns:
+      (precision, recall), both from 0 to 1.
+
+    Raises:
+      ValueError: as `kernel_distance`, or if a set does not have more than `num_neighbors` images.
+    """
+    if num_neighbors < 1:
+        raise ValueError(f"num_neighbors={num_neighbors}; expected 1 or more")
+    x, y = as_feature_pair(features, reference, min_samples=num_neighbors + 1)
+    center = y.mean(axis=0)  # distances come from products of features: fewer digits cancel near the origin
+    x, y = x - center, y - center
+    return (
+        _share("precision", _covered(x, y, num_neighbors), num_neighbors),
+        _share("recall", _covered(y, x, num_neighbors), num_neighbors),
+    )
+
+
+def _share(name: str, inside: Bool[np.ndarray, "n"], num_neighbors: int) -> Metric:
+    """Returns the share of true values with a binomial standard error that is not 0 where the share is 0 or 1."""
+    smoothed = (inside.sum() + 1) / (len(inside) + 2)  # Laplace's rule of succession
+    note = (
+        f"k = {num_neighbors}; binomial standard error over the images counted; it leaves out that the other set, "
+        "which makes the manifold, is finite too, and is several times too small if that has few images"
+    )
+    return make_metric(name, inside.mean(), math.sqrt(smoothed * (1 - smoothed) / len(inside)), len(inside), note=note)
