@@ -1,0 +1,315 @@
+"""report.md: the evaluation of a folder's checkpoints in plain language, with its tables and pictures.
+
+Every number comes with its uncertainty and with all that is needed to repeat it; what was not measured is "not run".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import plots
+from metric import Metric
+from report_data import (
+    CheckpointInfo,
+    DataInfo,
+    FeatureInfo,
+    ReferenceInfo,
+    Report,
+    SamplerInfo,
+    read_reports,
+    report_path,
+    save_report,
+)
+
+__all__ = [
+    "CheckpointInfo",
+    "DataInfo",
+    "FeatureInfo",
+    "Metric",
+    "ReferenceInfo",
+    "Report",
+    "SamplerInfo",
+    "read_reports",
+    "report_path",
+    "save_report",
+    "write_report",
+]
+
+NOT_RUN = "not run"
+FLOOR_FACTOR = 3.0  # how many times the floor the Frechet distance of good samples may be
+LOSSES_FILE = "losses.jsonl"
+
+
+# --- numbers as text -------------------------------------------------------------------------------------------------
+
+
+def number_text(value: float | None, stderr: float | None = None) -> str:
+    """Writes a number with its standard error, to the second digit of the latter: "2.963 ± 0.019"."""
+    if value is None:
+        return NOT_RUN
+    if stderr is None or stderr <= 0.0:
+        return f"{value:.4g}"
+    digits = min(max(1 - math.floor(math.log10(stderr)), 0), 12)
+    return f"{value:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def _metric_text(metric: Metric | None) -> str:
+    if metric is None:
+        return NOT_RUN
+    return number_text(metric.value, metric.stderr) + (f" {metric.unit}" if metric.unit else "")
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = [list(header), ["---"] * len(header), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# --- sections of the page --------------------------------------------------------------------------------------------
+
+# Name -> (heading, what it tells a newcomer). The name with "_test" is the same of real test images.
+SAMPLE_METRICS = {
+    "frechet_distance": (
+        "Fréchet distance (FD) to the training images",
+        "how far the samples are from the training images as a whole; smaller is better",
+    ),
+    "kernel_distance": ("kernel distance (KID)", "the same question, without FD's bias for few images; 0 is best"),
+    "inception_score": (
+        "Inception Score (IS)",
+        "how clearly each sample belongs to a class, over many classes; larger is better",
+    ),
+    "precision": ("precision", "share of samples that look like real images"),
+    "recall": ("recall", "share of real images that the samples come near to"),
+}
+OTHER_METRICS = {
+    "bits_per_dim": ("bits/dim of the network", "bits needed for one pixel value of a test image; smaller is better"),
+    "gaussian_bits_per_dim": ("bits/dim of a Gaussian", "the same by a Gaussian fitted to the training images"),
+    "loss": ("loss on the test split", "what training minimizes, on images that it has not seen"),
+}
+
+
+def _main_table(report: Report) -> str:
+    rows: list[Sequence[object]] = [
+        (heading, _metric_text(report.metric(name)), _metric_text(report.metric(f"{name}_test")), meaning)
+        for name, (heading, meaning) in SAMPLE_METRICS.items()
+    ]
+    rows += [
+        (heading, _metric_text(report.metric(name)), "", meaning) for name, (heading, meaning) in OTHER_METRICS.items()
+    ]
+    known = {*OTHER_METRICS, *SAMPLE_METRICS, *(f"{name}_test" for name in SAMPLE_METRICS)}
+    rows += [(m.name, _metric_text(m), "", m.note) for m in report.metrics if m.name not in known]
+    return _table(("metric", "this checkpoint", "real test images in place of samples", "what it tells"), rows)
+
+
+def floor_sentence(report: Report) -> str:
+    """Says how the Frechet distance of the samples stands to the floor, and whether it is within three times of it.
+
+    The limit is 3 floor + its standard error, that is 3 (floor ± stderr) at the upper end.
+    """
+    samples, floor = report.metric("frechet_distance"), report.metric("frechet_distance_test")
+    if samples is None or floor is None or not floor.value or samples.value is None:
+        return f"Fréchet distance of the samples against the floor: {NOT_RUN}."
+    uncertainty = FLOOR_FACTOR * (floor.stderr or 0.0)
+    limit = FLOOR_FACTOR * floor.value
+    start = (
+        f"The samples stand at {number_text(samples.value, samples.stderr)}, the floor, which is what "
+        f"{floor.num_samples} real test images score, at {number_text(floor.value, floor.stderr)}: "
+        f"**{samples.value / floor.value:.2f} times the floor**. "
+    )
+    if samples.value <= limit:
+        return (
+            start
+            + f"That is within {FLOOR_FACTOR:.0f} times the floor ({limit:.4g}), without counting its uncertainty."
+        )
+    bound = f"{FLOOR_FACTOR:.0f} times the floor plus its uncertainty ({limit:.4g} + {uncertainty:.2g})"
+    if samples.value <= limit + uncertainty:
+        return start + f"That is within {bound}, but not without the uncertainty."
+    return start + f"That is **not** within {bound}: it is {samples.value - limit - uncertainty:.4g} too much."
+
+
+def bias_sentence(report: Report) -> str:
+    """Says which way the different numbers of images push the comparison with the floor."""
+    samples, floor = report.metric("frechet_distance"), report.metric("frechet_distance_test")
+    if samples is None or floor is None or samples.num_samples == floor.num_samples:
+        return ""
+    fewer = "floor" if floor.num_samples < samples.num_samples else "distance of the samples"
+    return (
+        f"A Fréchet distance comes out larger when there are fewer images: here the {fewer} is raised more, since "
+        f"there are {samples.num_samples} samples and {floor.num_samples} test images."
+    )
+
+
+def bits_sentence(report: Report) -> str:
+    """Says whether the network compresses test images better than a Gaussian."""
+    network, gaussian = report.metric("bits_per_dim"), report.metric("gaussian_bits_per_dim")
+    if network is None or gaussian is None or network.value is None or gaussian.value is None:
+        return f"bits/dim against the Gaussian: {NOT_RUN}."
+    if network.num_samples != gaussian.num_samples:
+        return "bits/dim of the network and of the Gaussian are of different images, and are not compared."
+    gain = gaussian.value - network.value
+    # Both are over the same images, on which they rise and fall together: the sum of squares is on the safe side.
+    uncertainty = math.hypot(network.stderr or 0.0, gaussian.stderr or 0.0)
+    verdict = "beats" if gain > 0 else "does **not** beat"
+    clear = "" if abs(gain) > 2 * uncertainty else ", which is less than twice the uncertainty"
+    return f"The network {verdict} the Gaussian: the difference is {number_text(gain, uncertainty)} bits/dim{clear}."
+
+
+def _settings_table(report: Report) -> str:
+    checkpoint, data = report.checkpoint, report.data
+    rows: list[Sequence[object]] = [
+        ("checkpoint", f"number {checkpoint.number}, step {checkpoint.step:,}"),
+        ("parameters", "exponential moving average (EMA)" if checkpoint.ema else "as trained, not averaged"),
+        ("seed", report.seed),
+        (
+            "data",
+            f"{data.name}: {data.train_images:,} training and {data.test_images:,} test images, "
+            f"{data.num_levels} levels",
+        ),
+    ]
+    if report.sampler is None:
+        rows.append(("sampler", NOT_RUN))
+    else:
+        settings = ", ".join(f"{key}={value}" for key, value in report.sampler.settings.items())
+        rows += [
+            ("sampler", settings),
+            ("network evaluations of a sample (nfe)", report.sampler.nfe),
+            ("samples", f"{report.sampler.num_samples:,} in {report.sampler.seconds:.1f} s"),
+        ]
+    rows += _feature_rows(report)
+    return _table(("setting", "value"), rows)
+
+
+def _feature_rows(report: Report) -> list[Sequence[object]]:
+    if report.features is None or report.reference is None:
+        return [("feature extractor", NOT_RUN), ("reference", NOT_RUN)]
+    features, reference = report.features, report.reference
+    accuracy = "not known" if features.accuracy is None else f"{100 * features.accuracy:.1f} %"
+    return [
+        ("feature extractor", features.name),
+        ("its hash (SHA-256)", f"`{features.hash[:16]}`"),
+        ("its accuracy on test images", accuracy),
+        ("reference", f"{reference.split} split, {reference.num_samples:,} images"),
+        ("hash of its statistics (SHA-256)", f"`{reference.hash[:16]}`"),
+    ]
+
+
+def _notes_table(report: Report) -> str:
+    rows = [(m.name, _metric_text(m if m.value is not None else None), m.num_samples, m.note) for m in report.metrics]
+    return _table(("metric", "value ± standard error", "images", "how it was computed"), rows)
+
+
+def _sweep_table(reports: Sequence[Report]) -> str:
+    names = [*SAMPLE_METRICS, *OTHER_METRICS]
+    present = [name for name in names if any(report.metric(name) for report in reports)]
+    headings = [(SAMPLE_METRICS | OTHER_METRICS)[name][0] for name in present]
+    rows = [
+        (report.checkpoint.number, f"{report.checkpoint.step:,}", *(_metric_text(report.metric(n)) for n in present))
+        for report in reports
+    ]
+    return _table(("checkpoint", "step", *headings), rows)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _curve(reports: Sequence[Report], name: str, level: str, label: str, level_label: str) -> bytes | None:
+    points = [(report.checkpoint.step, metric) for report in reports if (metric := report.metric(name))]
+    if len(points) < 2:
+        return None
+    line = reports[-1].metric(level)
+    figure = plots.metric_figure(
+        [step for step, _ in points],
+        [metric.value for _, metric in points],
+        [metric.stderr for _, metric in points],
+        label=label,
+        level=None if line is None else line.value,
+        level_label=level_label,
+    )
+    return plots.figure_bytes(figure)
+
+
+def _draw_pictures(reports: Sequence[Report], losses: Path) -> dict[str, bytes]:
+    """Draws the curves there are data for: {file name: PNG}."""
+    drawn = {
+        "frechet_distance.png": _curve(
+            reports, "frechet_distance", "frechet_distance_test", "Fréchet distance", "floor: real test images"
+        ),
+        "bits_per_dim.png": _curve(
+            reports, "bits_per_dim", "gaussian_bits_per_dim", "bits/dim", "Gaussian fitted to the training images"
+        ),
+    }
+    records = plots.read_losses(losses) if losses.exists() else []
+    if any(math.isfinite(record.get("loss") or math.nan) for record in records):
+        drawn["loss_curve.png"] = plots.figure_bytes(plots.loss_figure(records))
+    return {name: png for name, png in drawn.items() if png is not None}
+
+
+PICTURES = {
+    "real": "Real images beside samples",
+    "grid": "Samples, the first ones drawn, not chosen",
+    "frechet_distance.png": "Fréchet distance of the checkpoints",
+    "bits_per_dim.png": "bits/dim of the checkpoints",
+    "loss_curve.png": "Loss while training",
+}
+
+
+def _picture_lines(folder: Path, report: Report, drawn: Mapping[str, bytes]) -> list[str]:
+    files = {name: report.files.get(name) or (name if name in drawn else None) for name in PICTURES}
+    exists: Callable[[str], bool] = lambda file: file in drawn or (folder / file).exists()  # noqa: E731
+    return [
+        f"**{caption}**\n\n![{caption}]({files[name]})\n"
+        for name, caption in PICTURES.items()
+        if files[name] and exists(str(files[name]))
+    ]
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def render_report(folder: Path, reports: Sequence[Report], drawn: Mapping[str, bytes]) -> str:
+    """Returns the text of report.md; the last report is the one in the main table."""
+    report = reports[-1]
+    checkpoint = report.checkpoint
+    sections = [
+        f"# Evaluation of checkpoint {checkpoint.number} (step {checkpoint.step:,}) on {report.data.name}",
+        "Numbers are written value ± one standard error. Samples are compared with the training images by features "
+        "that a classifier computes; the column beside shows what real test images score in the place of samples, "
+        "which is about the best a model can reach.",
+        _main_table(report),
+        floor_sentence(report),
+        bias_sentence(report),
+        bits_sentence(report),
+    ]
+    if len(reports) > 1:
+        sections += ["## All checkpoints", _sweep_table(reports)]
+    sections += ["## Pictures", *(_picture_lines(folder, report, drawn) or [f"Pictures: {NOT_RUN}."])]
+    sections += ["## What the numbers depend on", _settings_table(report)]
+    sections += ["## How each number was computed", _notes_table(report)]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def write_report(folder: str | Path, *, losses: str | Path | None = None) -> Path:
+    """Writes report.md and its curves from every report_<k>.json of a folder.
+
+    All is computed before the first file is written, and each file is written whole or not at all: after a failure
+    the old report is still there.
+
+    Args:
+      folder: of the evaluation.
+      losses: the run's loss record; None looks for losses.jsonl in the folder's parent, the workdir.
+
+    Returns:
+      The path of report.md.
+
+    Raises:
+      ValueError: if there is no report or one cannot be read.
+    """
+    folder = Path(folder)
+    reports = read_reports(folder)
+    drawn = _draw_pictures(reports, Path(losses) if losses else folder.parent / LOSSES_FILE)
+    page = render_report(folder, reports, drawn).encode()
+    for name, content in (drawn | {"report.md": page}).items():
+        plots.save_bytes(folder / name, content)
+    return folder / "report.md"

@@ -1,0 +1,154 @@
+"""What the report of an evaluation holds, and report_<k>.json, in which it is stored for each checkpoint.
+
+Every number comes with its uncertainty and with all that is needed to repeat it. What was not measured is null.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from metric import Metric
+from workdir import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """Which parameters were evaluated: checkpoint number, training step, and whether they are the averaged ones."""
+
+    number: int
+    step: int
+    ema: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """Name of the data set, images of its splits, and levels of a pixel."""
+
+    name: str
+    train_images: int
+    test_images: int
+    num_levels: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerInfo:
+    """Settings of the sampler, network evaluations of one sample, seconds of drawing all samples, their number."""
+
+    settings: Mapping[str, Any]
+    nfe: int
+    seconds: float
+    num_samples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureInfo:
+    """Name of the feature extractor, hash of its parameters, share of test images that it classifies rightly."""
+
+    name: str
+    hash: str
+    accuracy: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceInfo:
+    """Split that samples are compared with, number of its images, hash of the statistics of its features."""
+
+    split: str
+    num_samples: int
+    hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The evaluation of one checkpoint.
+
+    Attributes:
+      checkpoint: what was evaluated.
+      seed: of the evaluation.
+      data: the data set.
+      metrics: what was measured; a name that is not there was not run.
+      sampler: None if no samples were drawn.
+      features: None if no metric of samples was run.
+      reference: None likewise.
+      files: pictures, relative to the folder of the report: "grid" of samples, "real" images beside samples.
+    """
+
+    checkpoint: CheckpointInfo
+    seed: int
+    data: DataInfo
+    metrics: tuple[Metric, ...]
+    sampler: SamplerInfo | None = None
+    features: FeatureInfo | None = None
+    reference: ReferenceInfo | None = None
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def metric(self, name: str) -> Metric | None:
+        """Returns the metric of this name, or None if it was not run or is not a number."""
+        return next((m for m in self.metrics if m.name == name and m.value is not None), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON, None in place of what is not finite."""
+        return _finite(dataclasses.asdict(dataclasses.replace(self, files=dict(self.files))))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """Builds a report from what `to_dict` returned.
+
+        Raises:
+          ValueError: if a field is missing or unknown.
+        """
+        parts = {"checkpoint": CheckpointInfo, "data": DataInfo, "sampler": SamplerInfo}
+        parts |= {"features": FeatureInfo, "reference": ReferenceInfo}
+        try:
+            fields = dict(values)
+            fields["metrics"] = tuple(Metric(**metric) for metric in values["metrics"])
+            fields |= {name: part(**values[name]) for name, part in parts.items() if values.get(name) is not None}
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a report of this version ({error})") from error
+
+
+def _finite(value: Any) -> Any:
+    """Replaces floats that are not finite by None, in nested dictionaries and sequences."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report_path(folder: str | Path, number: int) -> Path:
+    """Returns where the report of a checkpoint lies in the folder of an evaluation."""
+    return Path(folder) / f"report_{number}.json"
+
+
+def save_report(folder: str | Path, report: Report) -> None:
+    """Writes report_<k>.json, whole or not at all."""
+    write_json(report_path(folder, report.checkpoint.number), report.to_dict())
+
+
+def read_reports(folder: str | Path) -> list[Report]:
+    """Reads every report_<k>.json of a folder, in the order of their training steps.
+
+    Raises:
+      ValueError: naming a file that cannot be read, or the folder if it holds none.
+    """
+    reports = []
+    for path in Path(folder).glob("report_*.json"):
+        if not re.fullmatch(r"report_\d+\.json", path.name):
+            continue
+        try:
+            reports.append(Report.from_dict(json.loads(path.read_text())))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}); delete it and evaluate that checkpoint again"
+            ) from error
+    if not reports:
+        raise ValueError(f"{folder} holds no report_<k>.json; run with --mode eval first")
+    return sorted(reports, key=lambda report: report.checkpoint.step)

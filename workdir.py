@@ -1,0 +1,136 @@
+"""The folder of a run: that it can be written, that it belongs to this experiment, and files that appear whole."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from absl import logging
+from ml_collections import ConfigDict
+
+CONFIG_FILE = "config.json"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffrax", "numpy", "scipy")
+
+# A workdir belongs to one network on one kind of data under one SDE: these may not change when a run is resumed.
+FIXED_GROUPS = ("model.", "data.", "training.sde", "training.continuous")
+FREE_KEYS = ("data.path", "model.ema_rate")  # where the data lie, and a rate that may be changed on the way
+
+
+class WorkdirError(RuntimeError):
+    """The workdir cannot be used for this run."""
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file under a temporary name and renames it: it appears whole, or the old one stays.
+
+    Args:
+      path: of the file; its folder is made if need be.
+      write: called with the open binary file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's own mode hides the file from everyone else
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes strict JSON atomically; NaN and infinity are refused, since other readers refuse them."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Returns a configuration as {dotted key: value}, tuples as lists, as it reads back from JSON."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(config.to_dict())).items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _commit() -> str:
+    """Returns the git commit of this code, marked if there are uncommitted changes; "unknown" outside a checkout."""
+    root = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def check_writable(workdir: str | Path) -> None:
+    """Makes the workdir if need be and checks that files can be written in it.
+
+    Raises:
+      WorkdirError: if they cannot.
+    """
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=workdir).close()
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot write in --workdir={workdir}: {error.strerror}; choose a folder that you may write in"
+        ) from error
+
+
+def check_trained(workdir: str | Path) -> None:
+    """Checks that the workdir holds a training run and can be written.
+
+    Raises:
+      WorkdirError: if it does not, or cannot.
+    """
+    if not (Path(workdir) / CONFIG_FILE).exists():
+        raise WorkdirError(f"--workdir={workdir} holds no training run; run --mode train there first")
+    check_writable(workdir)
+
+
+def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
+    """Checks that an existing workdir was made with the same network, data and SDE.
+
+    Raises:
+      WorkdirError: naming every setting that differs.
+    """
+    path = Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        return
+    stored, given = json.loads(path.read_text())["config"], flatten(config)
+    differences = {
+        key: (stored.get(key), given.get(key))
+        for key in sorted(stored.keys() | given.keys())
+        if key.startswith(FIXED_GROUPS) and key not in FREE_KEYS and stored.get(key) != given.get(key)
+    }
+    if differences:
+        listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differences.items())
+        raise WorkdirError(f"--workdir={workdir} holds another experiment ({listed}); choose a new --workdir")
+
+
+def record_config(workdir: str | Path, config: ConfigDict) -> None:
+    """Writes config.json: the exact configuration, the versions of the packages and the commit of this code."""
+    given = flatten(config)
+    path = Path(workdir) / CONFIG_FILE
+    if path.exists():
+        stored = json.loads(path.read_text())["config"]
+        for key in sorted(key for key in given if stored.get(key) != given[key]):
+            logging.info("%s changes from %s to %s", key, stored.get(key), given[key])
+    write_json(path, {"config": given, "versions": _versions(), "commit": _commit()})
