@@ -1,0 +1,336 @@
+"""Predictor-corrector and probability-flow samplers (Song et al. 2021, Algorithms 1 to 5 and Section 4).
+
+A step is (key, x, t) -> (x, x_mean); `build_sampler` binds steps to their settings and loops over them inside one
+program. Equation numbers are those of arXiv 2011.13456.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from ml_collections import ConfigDict
+
+import distributed
+import ode
+import rng
+from sde_lib import SDE, VESDE, VPSDE, ReverseSDE, ScoreFn, expand
+
+# x and x_mean, both float[B, ...]: the new state, and the same before the step's noise was added.
+StepResult = tuple[Float[Array, "B ..."], Float[Array, "B ..."]]
+Predictor = Callable[[PRNGKeyArray, Array, Array, ReverseSDE], StepResult]
+Corrector = Callable[[PRNGKeyArray, Array, Array, ReverseSDE], StepResult]
+
+
+class Sampler(Protocol):
+    """What `build_sampler` returns."""
+
+    def __call__(
+        self, key: PRNGKeyArray, score_fn: ScoreFn, x_init: Float[Array, "B ..."] | None = None
+    ) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
+        """Draws samples.
+
+        Args:
+          key: one key, from which example i of the global batch derives its own, or one key for each example.
+          score_fn: score(x, t); any function.
+          x_init: state at t = T; drawn from the prior if it is not given.
+
+        Returns:
+          Samples in the network's range, and the number of evaluations of `score_fn`, each for the whole batch.
+        """
+
+
+# ----------------------------------------------------------------------------------------------- predictors
+
+
+def _add_noise(key: PRNGKeyArray, x_mean: Float[Array, "B ..."], std: Float[Array, "B"]) -> StepResult:
+    return x_mean + expand(std, x_mean) * rng.normal(key, x_mean.shape), x_mean
+
+
+def euler_maruyama(
+    key: PRNGKeyArray, x: Float[Array, "B ..."], t: Float[Array, "B"], reverse_sde: ReverseSDE
+) -> StepResult:
+    """Takes a step -T/N of Euler-Maruyama along the reverse SDE, or of Euler along the probability-flow ODE."""
+    step = reverse_sde.T / reverse_sde.N
+    drift, diffusion = reverse_sde.sde(x, t)
+    x_mean = x - drift * step
+    return (x_mean, x_mean) if reverse_sde.probability_flow else _add_noise(key, x_mean, diffusion * math.sqrt(step))
+
+
+def reverse_diffusion(
+    key: PRNGKeyArray, x: Float[Array, "B ..."], t: Float[Array, "B"], reverse_sde: ReverseSDE
+) -> StepResult:
+    """Reverses a step of the SDE's own discretization: x' = x - f + G^2 score + G z (Appendix E)."""
+    f, G = reverse_sde.discretize(x, t)
+    x_mean = x - f
+    return (x_mean, x_mean) if reverse_sde.probability_flow else _add_noise(key, x_mean, G)
+
+
+def _ancestral_ve(
+    sde: VESDE, x: Float[Array, "B ..."], t: Float[Array, "B"], score: Float[Array, "B ..."]
+) -> tuple[Float[Array, "B ..."], Float[Array, "B"]]:
+    """Returns mean and std of p(x_{i-1} | x_i) in the chain of SMLD (Appendix F)."""
+    added, lower = sde.noise_added(t)
+    return x + expand(added**2, x) * score, lower * added / jnp.hypot(lower, added)
+
+
+def _ancestral_vp(
+    sde: VPSDE, x: Float[Array, "B ..."], t: Float[Array, "B"], score: Float[Array, "B ..."]
+) -> tuple[Float[Array, "B ..."], Float[Array, "B"]]:
+    """Returns mean and std of p(x_{i-1} | x_i) in the chain of DDPM, with variance beta_i (Eq. 4)."""
+    beta = sde.discrete_betas[sde.time_index(t)]
+    return (x + expand(beta, x) * score) / expand(jnp.sqrt(1 - beta), x), jnp.sqrt(beta)
+
+
+def ancestral_sampling(
+    key: PRNGKeyArray, x: Float[Array, "B ..."], t: Float[Array, "B"], reverse_sde: ReverseSDE
+) -> StepResult:
+    """Takes an ancestral step of the Markov chain of SMLD (VE) or DDPM (VP)."""
+    sde, score = reverse_sde.forward, reverse_sde.score_fn(x, t)
+    if isinstance(sde, VESDE):
+        return _add_noise(key, *_ancestral_ve(sde, x, t, score))
+    assert isinstance(sde, VPSDE)  # build_sampler has refused every other
+    return _add_noise(key, *_ancestral_vp(sde, x, t, score))
+
+
+def no_step(key: PRNGKeyArray, x: Float[Array, "B ..."], t: Float[Array, "B"], reverse_sde: ReverseSDE) -> StepResult:
+    """Leaves the state as it is, noise included: with this predictor, `noise_removal` has no effect."""
+    del key, t, reverse_sde
+    return x, x
+
+
+PREDICTORS: dict[str, Predictor] = {
+    "ancestral_sampling": ancestral_sampling,
+    "euler_maruyama": euler_maruyama,
+    "none": no_step,
+    "reverse_diffusion": reverse_diffusion,
+}
+
+
+# ----------------------------------------------------------------------------------------------- correctors
+
+
+def _norms(x: Float[Array, "B ..."], langevin_norm: str) -> Float[Array, "B"]:
+    """Returns each example's Euclidean norm, or for "batch" its mean over the global batch in every place."""
+    norms = jnp.sqrt(jnp.sum(x**2, axis=tuple(range(1, x.ndim))))
+    return norms if langevin_norm == "sample" else jnp.full_like(norms, distributed.mean(jnp.mean(norms)))
+
+
+def langevin(
+    key: PRNGKeyArray,
+    x: Float[Array, "B ..."],
+    t: Float[Array, "B"],
+    reverse_sde: ReverseSDE,
+    *,
+    snr: float,
+    langevin_norm: str,
+) -> StepResult:
+    """Takes a step of Langevin dynamics with step size 2 alpha (snr |z| / |score|)^2 (Algorithms 4 and 5).
+
+    alpha is `SDE.step_alpha`: 1 for VE, 1 - beta_i for VP. The 2021 code failed on sub-VP, which has no alpha_i of its
+    own; here (m(t) / m(t - T/N))^2 takes its place, to which VP's agrees to second order in 1/N.
+    """
+    score, z = reverse_sde.score_fn(x, t), rng.normal(key, x.shape)
+    ratio = snr * _norms(z, langevin_norm) / _norms(score, langevin_norm)
+    return _langevin_update(x, score, z, 2 * reverse_sde.forward.step_alpha(t) * ratio**2)
+
+
+def annealed_langevin(
+    key: PRNGKeyArray, x: Float[Array, "B ..."], t: Float[Array, "B"], reverse_sde: ReverseSDE, *, snr: float
+) -> StepResult:
+    """Takes a step of annealed Langevin dynamics, whose step size is 2 alpha (snr std(t))^2; alpha as in `langevin`."""
+    score, z = reverse_sde.score_fn(x, t), rng.normal(key, x.shape)
+    sde = reverse_sde.forward
+    return _langevin_update(x, score, z, 2 * sde.step_alpha(t) * (snr * sde.std(t)) ** 2)
+
+
+def _langevin_update(
+    x: Float[Array, "B ..."], score: Float[Array, "B ..."], z: Float[Array, "B ..."], step: Float[Array, "B"]
+) -> StepResult:
+    x_mean = x + expand(step, x) * score
+    return x_mean + expand(jnp.sqrt(2 * step), x) * z, x_mean
+
+
+def _build_corrector(settings: ConfigDict) -> Corrector:
+    if settings.corrector == "langevin":
+        return functools.partial(langevin, snr=settings.snr, langevin_norm=settings.langevin_norm)
+    return functools.partial(annealed_langevin, snr=settings.snr) if settings.corrector == "ald" else no_step
+
+
+CORRECTORS = ("ald", "langevin", "none")
+
+
+# ------------------------------------------------------------------------------------------------- samplers
+
+
+def _prepare(
+    key: PRNGKeyArray, x_init: Float[Array, "B ..."] | None, sde: SDE, shape: tuple[int, ...]
+) -> tuple[PRNGKeyArray, Float[Array, "B ..."]]:
+    """Returns a key for each example, for what follows, and the state at t = T."""
+    key_prior, key = rng.split(rng.example_keys(key, shape[0]))
+    if x_init is None:
+        return key, sde.prior_sampling(key_prior, shape)
+    if x_init.shape != shape:
+        raise ValueError(f"x_init has shape {x_init.shape}; this sampler was built for {shape}")
+    return key, x_init
+
+
+def _sample_pc(
+    key: PRNGKeyArray,
+    score_fn: ScoreFn,
+    x_init: Float[Array, "B ..."] | None = None,
+    *,
+    sde: SDE,
+    shape: tuple[int, ...],
+    predictor: Predictor,
+    corrector: Corrector,
+    num_corrections: int,
+    probability_flow: bool,
+    noise_removal: bool,
+) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
+    """Runs corrector then predictor at each of the N times linspace(T, eps, N) (Algorithm 1)."""
+    key, x = _prepare(key, x_init, sde, shape)
+    times = sde.sampling_times()
+    reverse_sde = sde.reverse(score_fn, probability_flow)
+
+    def update(i: Int[Array, ""], state: StepResult) -> StepResult:
+        x, t = state[0], jnp.full(shape[:1], times[i])
+        draw_key = lambda j: rng.fold_in(key, i * (num_corrections + 1) + j)  # noqa: E731 - of the step's j-th draw
+        correct = lambda j, x: corrector(draw_key(j), x, t, reverse_sde)[0]  # noqa: E731
+        x = jax.lax.fori_loop(0, num_corrections, correct, x)
+        return predictor(draw_key(num_corrections), x, t, reverse_sde)
+
+    x, x_mean = jax.lax.fori_loop(0, sde.N, update, (x, x))
+    num_predictions = 0 if predictor is no_step else 1
+    return x_mean if noise_removal else x, jnp.asarray(sde.N * (num_corrections + num_predictions), jnp.int32)
+
+
+def _sample_ode(
+    key: PRNGKeyArray,
+    score_fn: ScoreFn,
+    x_init: Float[Array, "B ..."] | None = None,
+    *,
+    sde: SDE,
+    shape: tuple[int, ...],
+    noise_removal: bool,
+    rtol: float,
+    atol: float,
+) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
+    """Integrates the probability-flow ODE (Eq. 13) from T to eps, each example with its own steps."""
+    _, x = _prepare(key, x_init, sde, shape)
+    flow = sde.reverse(score_fn, probability_flow=True)
+
+    def drift(t: Float[Array, "B"], y: Float[Array, "B F"]) -> Float[Array, "B F"]:
+        return flow.sde(y.reshape(shape), t)[0].reshape(y.shape)
+
+    flat = x.reshape(shape[0], math.prod(shape[1:]))
+    solution = ode.integrate(drift, flat, t0=sde.T, t1=sde.sampling_eps, rtol=rtol, atol=atol)
+    x = solution.y.reshape(shape)
+    if not noise_removal:
+        return x, solution.nfe
+    # As the original: one reverse-diffusion step without its noise.
+    denoised = x - sde.reverse(score_fn).discretize(x, jnp.full(shape[:1], sde.sampling_eps))[0]
+    return denoised, solution.nfe + 1
+
+
+# ------------------------------------------------------------------------------------------------- builders
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(sorted(known))}")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}={value}: expected a positive number")
+
+
+def _check_pairing(settings: ConfigDict, sde: SDE) -> None:
+    """Refuses pairings that are not defined, with the reason."""
+    predictor, corrector = settings.predictor, settings.corrector
+    if predictor == corrector == "none":
+        raise ValueError("sampling.predictor and sampling.corrector are both 'none': nothing would move; set one")
+    if predictor == "ancestral_sampling":
+        if not isinstance(sde, VESDE | VPSDE):
+            raise ValueError(
+                f"sampling.predictor='ancestral_sampling' needs the Markov chain of SMLD or DDPM (training.sde 'vesde' "
+                f"or 'vpsde'); {type(sde).__name__} has none: use 'reverse_diffusion' or 'euler_maruyama'"
+            )
+        if settings.probability_flow:
+            raise ValueError(
+                "sampling.predictor='ancestral_sampling' is a random chain and has no probability flow; set "
+                "sampling.probability_flow=False, or use 'reverse_diffusion' or 'euler_maruyama'"
+            )
+    if predictor in ("ancestral_sampling", "reverse_diffusion") or corrector != "none":
+        sde.check_steps()
+
+
+def _build_pc(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
+    settings = config.sampling
+    _one_of("sampling.predictor", settings.predictor, tuple(PREDICTORS))
+    _one_of("sampling.corrector", settings.corrector, CORRECTORS)
+    _one_of("sampling.langevin_norm", settings.langevin_norm, ("batch", "sample"))
+    if settings.num_steps < 0:
+        raise ValueError(f"sampling.num_steps={settings.num_steps}: expected 0 (model.num_scales) or more")
+    sde = sde.with_steps(settings.num_steps or config.model.num_scales)
+    _check_pairing(settings, sde)
+    if settings.corrector != "none":
+        _positive("sampling.snr", settings.snr)
+        _positive("sampling.n_steps_each", settings.n_steps_each)
+    return functools.partial(
+        _sample_pc,
+        sde=sde,
+        shape=shape,
+        predictor=PREDICTORS[settings.predictor],
+        corrector=_build_corrector(settings),
+        num_corrections=0 if settings.corrector == "none" else settings.n_steps_each,
+        probability_flow=settings.probability_flow,
+        noise_removal=settings.noise_removal,
+    )
+
+
+def _build_ode(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
+    settings = config.sampling
+    _positive("sampling.rtol", settings.rtol)
+    _positive("sampling.atol", settings.atol)
+    if settings.noise_removal:
+        sde.check_steps()
+    return functools.partial(
+        _sample_ode,
+        sde=sde,
+        shape=shape,
+        noise_removal=settings.noise_removal,
+        rtol=settings.rtol,
+        atol=settings.atol,
+    )
+
+
+METHODS: dict[str, Callable[[ConfigDict, SDE, tuple[int, ...]], Sampler]] = {"ode": _build_ode, "pc": _build_pc}
+
+
+def build_sampler(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
+    """Builds the sampler that `config.sampling` describes.
+
+    "pc" discretizes `sde` in `sampling.num_steps` steps (0: `model.num_scales`), runs corrector then predictor at each
+    time and, with `noise_removal`, returns the last predictor's mean. "ode" integrates the probability-flow ODE with
+    steps of its own choice, whatever `num_steps` is, and with `noise_removal` ends on one denoising step; a sample is
+    NaN if its integration failed (`ode.require_solved`). Both run under `jax.jit` and inside `distributed.pmap`.
+
+    Args:
+      config: read here: `sampling`, `model.num_scales`.
+      sde: forward SDE.
+      shape: shape of a batch of samples, (B, H, W, C); B counts the examples of one device.
+
+    Raises:
+      ValueError: if a name is unknown, a number out of range, or the pairing is not defined; the message says why.
+    """
+    _one_of("sampling.method", config.sampling.method, tuple(METHODS))
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(f"shape={shape}: expected a batch axis and at least one more, none of them empty")
+    return METHODS[config.sampling.method](config, sde, tuple(shape))

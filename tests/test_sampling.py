@@ -1,0 +1,362 @@
+"""Samplers on Gaussian data, whose score is known, and against the arrays of the 2021 code with their noise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from analytic import GOLDEN, MU, QUICK, S0, SDES, OrnsteinUhlenbeck, load, make_discrete_score_fn, make_score_fn, sde_of
+
+import distributed
+import rng
+import sampling
+from configs import base
+from sde_lib import VESDE, VPSDE, subVPSDE
+
+SHAPE = (500, 4, 4, 1)  # 8,000 independent numbers: the standard error of their std is 0.8 %
+KEYS = jax.random.split(jax.random.key(0), 6)  # one for each example of the reference's batches
+PC_CASES = sorted(path.stem for path in GOLDEN.glob("pc_*.npz"))
+
+
+def make_config(**settings):
+    config = base.get_config()
+    config.sampling.update(settings)
+    return config
+
+
+def sample(config, sde, shape, key=None, score_fn=None, x_init=None):
+    """Draws samples, by default of the Gaussian data, in one compiled call."""
+    draw = sampling.build_sampler(config, sde, shape)
+    key = jax.random.key(0) if key is None else key
+    draw_jit = jax.jit(lambda key, x: draw(key, score_fn or make_score_fn(sde), x), compiler_options=QUICK)
+    return jax.device_get(draw_jit(key, x_init))  # numpy from here on: JAX would compile every operation
+
+
+def inject_noise(monkeypatch, noise):
+    """Makes the k-th draw of normal noise the k-th of the given arrays."""
+    draws = iter(jnp.asarray(noise))
+
+    def draw(key, shape):
+        assert key.shape == shape[:1]  # a key for each example
+        return next(draws)
+
+    monkeypatch.setattr(rng, "normal", draw)
+
+
+def inject_noise_into_loop(monkeypatch, noise, per_step, used):
+    """The same inside the compiled loop: there a key is made the number of its draw, prior -1, steps from 0 on.
+
+    The loop numbers `per_step` draws in each step, of which the slice `used` takes part.
+    """
+    steps = np.zeros((len(noise) - 1) // len(range(per_step)[used]), bool)
+    table = np.zeros((len(steps), per_step, *noise.shape[1:]), np.float32)
+    table[:, used] = noise[1:].reshape(len(steps), -1, *noise.shape[1:])
+    table = jnp.concatenate([table.reshape(-1, *noise.shape[1:]), noise[:1]])
+    monkeypatch.setattr(rng, "split", lambda key: (jnp.int32(-1), key))
+    monkeypatch.setattr(rng, "fold_in", lambda key, i: i)
+    monkeypatch.setattr(rng, "normal", lambda i, shape: table[i])
+
+
+# ------------------------------------------------------------------------------------------- Gaussian data
+
+
+def pairs():
+    """Every SDE x predictor x corrector that is defined, with num_steps, n_steps_each and snr that converge."""
+    sdes = {"vesde": VESDE(sigma_max=10.0), "vpsde": VPSDE(), "subvpsde": subVPSDE()}
+    for name, sde in sdes.items():
+        for predictor in sampling.PREDICTORS:
+            for corrector in sampling.CORRECTORS:
+                if predictor == corrector == "none" or (predictor, name) == ("ancestral_sampling", "subvpsde"):
+                    continue
+                # Alone, a corrector must follow the noise level down: more steps; ALD's shrink with the noise: longer.
+                alone = {"langevin": (400, 3, 0.16), "ald": (500, 4, 0.6)}.get(corrector)
+                steps = alone if predictor == "none" else (400, 1, 0.1)
+                yield pytest.param(sde, predictor, corrector, *steps, id=f"{name}-{predictor}-{corrector}")
+    # Noise does not fade towards t = 0 here, so that the last step must be short: N = 2000.
+    yield pytest.param(OrnsteinUhlenbeck(), "reverse_diffusion", "langevin", 2000, 1, 0.05, id="ou")
+    yield pytest.param(OrnsteinUhlenbeck(), "euler_maruyama", "ald", 2000, 1, 0.05, id="ou-ald")
+
+
+@pytest.mark.parametrize(("sde", "predictor", "corrector", "num_steps", "n_steps_each", "snr"), list(pairs()))
+def test_samples_have_the_moments_of_the_data(sde, predictor, corrector, num_steps, n_steps_each, snr):
+    config = make_config(
+        predictor=predictor, corrector=corrector, num_steps=num_steps, n_steps_each=n_steps_each, snr=snr
+    )
+    x, nfe = sample(config, sde, SHAPE)
+    check_moments(x)
+    corrections, predictions = n_steps_each * (corrector != "none"), predictor != "none"
+    assert int(nfe) == num_steps * (corrections + predictions)
+    assert nfe.dtype == np.int32
+    assert nfe.shape == ()
+
+
+def check_moments(x):
+    assert abs(x.mean() - MU) < 4 * S0 / np.sqrt(x.size)
+    assert x.std() == pytest.approx(S0, rel=0.03)
+    # Independent within an image and between images: the mean of n rows has std S0 / sqrt(n), to 4 standard errors.
+    for means in (x.mean(axis=0), x.mean(axis=(1, 2, 3))):
+        expected = S0 / np.sqrt(x.size / means.size)
+        assert means.std() == pytest.approx(expected, rel=4 / np.sqrt(2 * means.size))
+
+
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("method", ["pc", "ode"])
+def test_probability_flow_has_the_moments_of_the_data(name, method):
+    predictor = "euler_maruyama" if name == "vpsde" else "reverse_diffusion"
+    settings = {"num_steps": 1000, "predictor": predictor, "probability_flow": True, "noise_removal": False}
+    x, _ = sample(make_config(method=method, **settings), SDES[name], SHAPE)
+    check_moments(x)
+
+
+@pytest.mark.parametrize("name", ["vesde", "vpsde", "subvpsde"])
+def test_ode_follows_the_closed_form(name):
+    """For Gaussian data the flow maps x(T) to m(eps) MU + sqrt(v(eps) / v(T)) (x(T) - m(T) MU)."""
+    sde = SDES[name]
+    x_init = sde.prior_sampling(jax.random.key(1), (4, 3, 2, 1))
+    x, _ = sample(make_config(method="ode", noise_removal=False), sde, x_init.shape, x_init=x_init)
+    t = jnp.array([sde.sampling_eps, sde.T])
+    m, v = sde.mean_coeff(t), (sde.mean_coeff(t) * S0) ** 2 + sde.std(t) ** 2
+    np.testing.assert_allclose(x, m[0] * MU + jnp.sqrt(v[0] / v[1]) * (x_init - m[1] * MU), atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ode"},
+        {"method": "ode", "noise_removal": False},
+        {"predictor": "reverse_diffusion", "corrector": "langevin", "n_steps_each": 2, "num_steps": 30},
+        {"predictor": "none", "corrector": "ald", "num_steps": 30},
+    ],
+)
+def test_counts_every_evaluation(settings):
+    sde, calls = VPSDE(), []
+
+    def score_fn(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return make_score_fn(sde)(x, t)
+
+    _, nfe = sample(make_config(**settings), sde, (2, 2, 2, 1), score_fn=score_fn)
+    jax.effects_barrier()
+    assert int(nfe) == len(calls)
+
+
+def test_noise_removal_is_the_mean_of_the_last_step():
+    """With it, the last step's noise G z is missing, so the variance of N(MU, S0^2) data is smaller by G^2."""
+    settings = {"predictor": "reverse_diffusion", "num_steps": 40}
+    sde, shape = VPSDE(), (4000, 2, 2, 1)
+    noisy, clean = (sample(make_config(noise_removal=flag, **settings), sde, shape)[0] for flag in (False, True))
+    added = noisy - clean  # the same keys
+    G = sde.with_steps(40).discretize(noisy, jnp.full(4000, 1e-3))[1][0]
+    assert added.std() == pytest.approx(float(G), rel=0.03)
+    assert abs(np.mean(added * clean)) < 4 * G * S0 / np.sqrt(added.size)
+
+
+# ------------------------------------------------------------------------------------ arrays of the 2021 code
+
+
+@pytest.mark.parametrize("name", ["predictors_vesde", "predictors_vpsde"])
+def test_predictors_match_the_reference(name, monkeypatch):
+    stored, meta = load(name)
+    sde, x, t = sde_of(meta), jnp.asarray(stored["x"]), jnp.asarray(stored["t"])
+    score_fn = make_score_fn(sde, meta["score_c"])
+    for key in stored.files:
+        if not key.endswith("_x"):
+            continue
+        case = key.removesuffix("_x")
+        predictor, flow = case[:-4], case.endswith("pf1")
+        inject_noise(monkeypatch, stored["noise"][None])
+        step = jax.jit(lambda x, t: sampling.PREDICTORS[predictor](KEYS, x, t, sde.reverse(score_fn, flow)))  # noqa: B023
+        ours = step(x, t)
+        for value, suffix in zip(ours, ("x", "x_mean"), strict=True):
+            expected = stored[f"{case}_{suffix}"]
+            np.testing.assert_allclose(value, expected, rtol=2e-5, atol=1e-5 * np.abs(stored["x"]).max(), err_msg=case)
+
+
+@pytest.mark.parametrize("corrector", ["langevin", "ald", "none"])
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_correctors_match_the_reference(corrector, num_steps, monkeypatch):
+    stored, meta = load("correctors_vesde")
+    sde, x, t = sde_of(meta), jnp.asarray(stored["x"]), jnp.asarray(stored["t"])
+    inject_noise(monkeypatch, stored["noise"])
+    update = sampling._build_corrector(make_config(corrector=corrector, snr=meta["snr"]).sampling)
+
+    def steps(x, t):
+        for _ in range(num_steps):
+            x, x_mean = update(KEYS, x, t, sde.reverse(make_score_fn(sde, meta["score_c"])))
+        return x, x_mean
+
+    x, x_mean = jax.jit(steps)(x, t)
+    case = f"{corrector}_n{num_steps}"
+    np.testing.assert_allclose(x, stored[f"{case}_x"], rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(x_mean, stored[f"{case}_x_mean"], rtol=2e-5, atol=1e-5)
+
+
+def test_langevin_averages_norms_over_devices_as_the_reference(monkeypatch):
+    """Two halves of a batch, as on two devices: by vmap over an axis with the name that `distributed` uses."""
+    stored, meta = load("correctors_vesde")
+    sde, halves = sde_of(meta), lambda name: jnp.asarray(stored[name]).reshape(2, 3, *stored[name].shape[1:])
+    noise = jnp.asarray(stored["noise"][0]).reshape(2, 3, *stored["x"].shape[1:])
+    monkeypatch.setattr(rng, "normal", lambda key, shape: noise[jax.lax.axis_index(distributed.AXIS)])
+    settings = make_config(corrector="langevin", snr=meta["snr"]).sampling
+
+    def update(x, t):
+        key = jax.random.key(0)
+        return sampling._build_corrector(settings)(key, x, t, sde.reverse(make_score_fn(sde, meta["score_c"])))
+
+    x, x_mean = jax.jit(jax.vmap(update, axis_name=distributed.AXIS))(halves("x"), halves("t"))
+    np.testing.assert_allclose(x, stored["langevin_2devices_x"], rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(x_mean, stored["langevin_2devices_x_mean"], rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PC_CASES)
+def test_whole_samplers_match_the_reference(name, monkeypatch):
+    stored, meta = load(name)
+    sde = sde_of(meta)
+    config = make_config(
+        predictor=meta["predictor"],
+        corrector=meta["corrector"],
+        n_steps_each=meta["n_steps"],
+        snr=meta["snr"],
+        probability_flow=meta["probability_flow"],
+        noise_removal=meta["denoise"],
+    )
+    config.model.num_scales = sde.N
+    make = make_score_fn if meta["continuous"] else make_discrete_score_fn
+    corrections = 0 if meta["corrector"] == "none" else meta["n_steps"]
+    used = slice(0, corrections + (meta["predictor"] != "none"))
+    inject_noise_into_loop(monkeypatch, stored["noise"], corrections + 1, used)
+    x, nfe = sample(config, sde, stored["samples"].shape, score_fn=make(sde, meta["score_c"]))
+    x = (x + 1) / 2 if meta["inverse_scaler"] == "(x+1)/2" else x
+    np.testing.assert_allclose(x, stored["samples"], rtol=2e-4, atol=2e-5)
+    idle = (meta["predictor"] == "none") + meta["n_steps"] * (meta["corrector"] == "none")
+    assert int(nfe) == meta["nfe_returned"] - sde.N * idle  # the 2021 code counted steps that were not taken
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("ode_*.npz")))
+def test_ode_matches_the_reference(name):
+    stored, meta = load(name)
+    sde = sde_of(meta)
+    config = make_config(method="ode", noise_removal=meta["denoise"], rtol=meta["rtol"], atol=meta["atol"])
+    z = jnp.asarray(stored["z"])
+    x, nfe = sample(config, sde, z.shape, score_fn=make_score_fn(sde, meta["score_c"]), x_init=z)
+    x = (x + 1) / 2 if meta["inverse_scaler"] == "(x+1)/2" else x
+    np.testing.assert_allclose(x, stored["samples"], atol=5e-5)  # two solvers at tolerance 1e-5
+    assert int(nfe) < 2 * meta["nfe"]  # scipy takes one step for the whole batch, ours each example's own
+
+
+# --------------------------------------------------------------------------- keys, batches, devices, refusals
+
+
+@pytest.mark.parametrize("method", ["pc", "ode"])
+def test_a_sample_depends_on_its_own_key_alone(method):
+    config = make_config(
+        method=method, predictor="reverse_diffusion", corrector="langevin", langevin_norm="sample", num_steps=25
+    )
+    keys, sde = rng.example_keys(jax.random.key(7), 8), VPSDE()
+    together, _ = sample(config, sde, (8, 2, 2, 1), keys)
+    from_one_key, _ = sample(config, sde, (8, 2, 2, 1), jax.random.key(7))
+    np.testing.assert_array_equal(together, from_one_key)
+    draw = sampling.build_sampler(config, sde, (1, 2, 2, 1))
+    alone = jax.jit(lambda key: draw(key, make_score_fn(sde))[0], compiler_options=QUICK)
+    for i in range(8):
+        np.testing.assert_allclose(alone(keys[i : i + 1])[0], together[i], rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_of_langevin_couples_the_batch():
+    config = make_config(predictor="none", corrector="langevin", num_steps=30)
+    keys = rng.example_keys(jax.random.key(7), 2)
+    draw = lambda keys: sample(config, VPSDE(), (len(keys), 2, 2, 1), keys)[0]  # noqa: E731
+    assert np.abs(draw(keys)[0] - draw(keys[:1])[0]).max() > 1e-3
+
+
+ON_FOUR_DEVICES = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import jax, numpy as np
+import distributed, likelihood, sampling
+from analytic import make_score_fn
+from configs import base
+from sde_lib import VPSDE
+
+assert jax.local_device_count() == 4
+sde = VPSDE()
+x = np.linspace(-1, 1, 16, dtype=np.float32).reshape(8, 2, 1, 1)
+
+def run(key, x, num):
+    results = []
+    for method in ("pc", "ode"):
+        config = base.get_config()
+        config.sampling.update(method=method, predictor="reverse_diffusion", corrector="langevin", num_steps=30)
+        # Tighter, and rounding would decide in places whether a step is accepted: float32 has 7 digits.
+        config.sampling.update(rtol=1e-3, atol=1e-3)
+        config.likelihood.update(rtol=1e-3, atol=1e-3)
+        results.append(sampling.build_sampler(config, sde, (num, 2, 1, 1))(key, make_score_fn(sde))[0])
+    result = likelihood.build_likelihood(config, sde)(key, make_score_fn(sde, 0.0), x)
+    return *results, result.bpd, result.latent
+
+key = jax.random.key(5)
+one = jax.jit(lambda x: run(key, x, 8))(x)
+four = distributed.pmap(lambda x: run(key, x, 2))(x.reshape(4, 2, 2, 1, 1))
+for a, b in zip(one, four, strict=True):
+    np.testing.assert_allclose(np.asarray(b).reshape(a.shape), a, rtol=1e-5, atol=1e-5)
+print("equal")
+"""
+
+
+def test_four_devices_give_the_samples_and_likelihoods_of_one():
+    here = Path(__file__).parent
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
+    command = [sys.executable, "-c", ON_FOUR_DEVICES, str(here.parent), str(here)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sde", "settings", "message"),
+    [
+        (VPSDE(), {"method": "pcc"}, "sampling.method='pcc' is unknown; known: ode, pc"),
+        (VPSDE(), {"predictor": "eulr"}, "sampling.predictor='eulr' is unknown; known: ancestral_sampling, euler_mar"),
+        (VPSDE(), {"corrector": "mala"}, "sampling.corrector='mala' is unknown; known: ald, langevin, none"),
+        (VPSDE(), {"langevin_norm": "all"}, "sampling.langevin_norm='all' is unknown; known: batch, sample"),
+        (VPSDE(), {"corrector": "ald", "snr": 0.0}, "sampling.snr=0.0: expected a positive number"),
+        (VPSDE(), {"corrector": "ald", "n_steps_each": 0}, "sampling.n_steps_each=0: expected a positive number"),
+        (VPSDE(), {"num_steps": -1}, "sampling.num_steps=-1: expected 0 .model.num_scales. or more"),
+        (VPSDE(), {"method": "ode", "rtol": 0.0}, "sampling.rtol=0.0: expected a positive number"),
+        (VPSDE(), {"method": "ode", "atol": -1.0}, "sampling.atol=-1.0: expected a positive number"),
+        (VPSDE(), {"predictor": "none"}, "sampling.predictor and sampling.corrector are both 'none'"),
+        (
+            subVPSDE(),
+            {"predictor": "ancestral_sampling"},
+            "SMLD or DDPM .*; subVPSDE has none: use 'reverse",
+        ),
+        (OrnsteinUhlenbeck(), {"predictor": "ancestral_sampling"}, "OrnsteinUhlenbeck has none"),
+        (VPSDE(), {"predictor": "ancestral_sampling", "probability_flow": True}, "has no probability flow"),
+        (VPSDE(), {"predictor": "reverse_diffusion", "num_steps": 20}, "in N=20 steps .* use more than 20 steps"),
+        (VPSDE(), {"corrector": "ald", "num_steps": 10}, "in N=10 steps .* use more than 20 steps"),
+    ],
+)
+def test_refuses_when_built(sde, settings, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.build_sampler(make_config(**settings), sde, (2, 2, 2, 1))
+
+
+def test_refuses_wrong_shapes():
+    with pytest.raises(ValueError, match=r"shape=\(4,\): expected a batch axis and at least one more"):
+        sampling.build_sampler(make_config(), VPSDE(), (4,))
+    draw = sampling.build_sampler(make_config(num_steps=2), VPSDE(), (2, 3))
+    score_fn = make_score_fn(VPSDE())
+    with pytest.raises(ValueError, match=r"x_init has shape \(2, 4\); this sampler was built for \(2, 3\)"):
+        draw(jax.random.key(0), score_fn, jnp.zeros((2, 4)))
+    with pytest.raises(ValueError, match="got 3 keys for 2 examples"):
+        draw(jax.random.split(jax.random.key(0), 3), score_fn)
+
+
+def test_few_steps_are_allowed_without_ddpms_discretization():
+    x, nfe = sample(make_config(num_steps=5), VPSDE(), (2, 2, 2, 1))
+    assert int(nfe) == 5
+    assert np.isfinite(x).all()
