@@ -1,0 +1,27 @@
+# `make demo` trains, samples and evaluates on the embedded digits; `make test` checks everything. Both make .venv first.
+#   make test PYTHON=python3.12     uses another interpreter (a pyenv version works too)
+
+PYTHON ?=
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_CONFIG := configs/vp/digits_ddpmpp_continuous.py
+DEMO_WORKDIR := runs/demo
+
+.PHONY: demo test lint check-core check-dev clean
+
+demo: core
+	$(BIN)/python main.py --config $(DEMO_CONFIG) --mode train --workdir $(DEMO_WORKDIR)
+	$(BIN)/python main.py --config $(DEMO_CONFIG) --mode eval --workdir $(DEMO_WORKDIR)
+
+test: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+.PHONY: core dev
+core dev:
+	sh tools/make_venv.sh "$(PYTHON)" $(VENV) requirements-$@.txt
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,174 @@
+"""Checkpoints by Orbax: written in the background, visible only when complete, verified when read.
+
+`checkpoints/` keeps every snapshot, number k taken at step k * snapshot_freq; `checkpoints-meta/` keeps the two newest
+states to resume from. A checksum of each array is stored beside the arrays, so that a damaged file is noticed.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from losses import TrainState
+
+NUM_RESUMABLE = 2  # a damaged newest state leaves the one before it
+POLL_SECONDS = 1.0
+
+# What Orbax and TensorStore raise for files that are missing, cut short or changed.
+_READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing or damaged."""
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in leaves}
+
+
+def _save(manager: ocp.CheckpointManager, number: int, state: TrainState) -> None:
+    info = {"step": int(state.step), "checksums": _checksums(state)}
+    arrays = ocp.args.StandardSave(state)
+    manager.save(number, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(info)), force=True)
+
+
+def _restore(manager: ocp.CheckpointManager, number: int, template: TrainState) -> TrainState:
+    name = f"checkpoint {number} in {manager.directory}"
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(template), info=ocp.args.JsonRestore())
+    try:
+        restored = manager.restore(number, args=args)
+    except _READ_ERRORS as error:
+        reason = str(error).split(" [tensorstore_spec", 1)[0]  # what follows are pages of settings
+        raise CheckpointError(f"{name} cannot be read: {reason}") from error
+    found = _checksums(restored["state"])
+    stored = restored["info"]["checksums"]
+    damaged = sorted(path for path in found if found[path] != stored.get(path))
+    if damaged:
+        raise CheckpointError(f"{name} is damaged: the checksum of {damaged[0]} differs ({len(damaged)} arrays)")
+    return restored["state"]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      workdir: of the run.
+      snapshot_freq: steps between the kept snapshots.
+      template: a state of the right structure; its values do not matter.
+      read_only: for evaluation, which may run beside the training that writes.
+    """
+
+    def __init__(self, workdir: str | Path, *, snapshot_freq: int, template: TrainState, read_only: bool = False):
+        root = Path(workdir).absolute()
+        self._snapshot_freq = snapshot_freq
+        self._template = jax.tree.map(np.asarray, template)
+        self._snapshots = self._open(root / "checkpoints", max_to_keep=None, read_only=read_only)
+        self._resumable = self._open(root / "checkpoints-meta", max_to_keep=NUM_RESUMABLE, read_only=read_only)
+
+    def __enter__(self) -> Checkpoints:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Waits for what is being written and frees the threads."""
+        self._snapshots.close()
+        self._resumable.close()
+
+    @staticmethod
+    def _open(directory: Path, *, max_to_keep: int | None, read_only: bool) -> ocp.CheckpointManager:
+        # Not Orbax's own read_only: all that it adds to opening without cleaning up is three warnings.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep, create=not read_only, cleanup_tmp_directories=not read_only
+        )
+        return ocp.CheckpointManager(directory, options=options)
+
+    @property
+    def directory(self) -> Path:
+        """Folder of the kept snapshots."""
+        return Path(self._snapshots.directory)
+
+    def save(self, state: TrainState) -> None:
+        """Writes a state, numpy arrays on the host: to the snapshots if its step is one, else as resumable."""
+        step = int(state.step)
+        number, offset = divmod(step, self._snapshot_freq)
+        manager, number = (self._snapshots, number) if offset == 0 else (self._resumable, step)
+        if number not in manager.all_steps():
+            _save(manager, number, state)
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is on disk; raises what failed in the background."""
+        self._snapshots.wait_until_finished()
+        self._resumable.wait_until_finished()
+
+    def numbers(self) -> list[int]:
+        """Returns the numbers of the complete snapshots, ascending."""
+        self._snapshots.reload()
+        return sorted(self._snapshots.all_steps())
+
+    def restore_newest(self) -> TrainState | None:
+        """Restores the newest readable state of either folder; None if there is none at all.
+
+        A damaged state is named in the log and the one before it is taken.
+
+        Raises:
+          CheckpointError: if there are states, but every one is damaged.
+        """
+        candidates = [(number * self._snapshot_freq, self._snapshots, number) for number in self._snapshots.all_steps()]
+        candidates += [(step, self._resumable, step) for step in self._resumable.all_steps()]
+        damaged = []
+        for step, manager, number in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
+            try:
+                state = _restore(manager, number, self._template)
+            except CheckpointError as error:
+                damaged.append(str(error))
+                logging.warning("%s; using the one before it", error)
+                continue
+            logging.info("restored step %d from %s", step, manager.directory)
+            return state
+        if damaged:
+            raise CheckpointError("no checkpoint of this workdir can be read: " + "; ".join(damaged))
+        return None
+
+    def require(self, numbers: Iterable[int]) -> None:
+        """Checks that snapshots are there.
+
+        Raises:
+          CheckpointError: naming the first that is missing, and those that are there.
+        """
+        present = self.numbers()
+        missing = [number for number in numbers if number not in present]
+        if missing:
+            listed = ", ".join(map(str, present)) or "none"
+            raise CheckpointError(
+                f"checkpoint {missing[0]} is not in {self.directory}; present: {listed}; set eval.begin_ckpt and "
+                "eval.end_ckpt to these, or eval.wait_seconds to wait for a run that still trains"
+            )
+
+    def restore_snapshot(self, number: int, *, wait_seconds: float = 0.0) -> TrainState:
+        """Restores one kept snapshot.
+
+        Args:
+          number: of the snapshot.
+          wait_seconds: how long to wait for it if it is not there yet.
+
+        Raises:
+          CheckpointError: if it is missing after that time, or damaged.
+        """
+        _wait_until(lambda: number in self.numbers(), wait_seconds)
+        self.require([number])
+        return _restore(self._snapshots, number, self._template)
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(POLL_SECONDS, left))

@@ -1,0 +1,331 @@
+"""Evaluation of checkpoints: losses, samples and bits/dim, in files that a killed run picks up again; the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+import datasets
+import distributed
+import features
+import ode
+import plots
+import workdir as workdirs
+from arrays import content_hash
+from checkpoints import Checkpoints
+from evaluation import gaussian_bits_per_dim, sample_metrics
+from experiment import Experiment, build_bpd_program, build_loss_program, build_sampling_program
+from losses import TrainState
+from metric import Metric, mean_metric
+from progress import LOSSES_FILE, track
+from report import number_text, write_report
+from report_data import CheckpointInfo, DataInfo, FeatureInfo, ReferenceInfo, Report, SamplerInfo, save_report
+from workdir import WorkdirError
+
+NUM_SHOWN = 100  # samples in the picture
+# Results in a folder are used again only if all of these are what they were.
+SETTINGS = ("seed", "data.", "model.", "training.", "sampling.", "likelihood.", "eval.batch_size", "eval.bpd_dataset")
+SETTINGS_FILE = "settings.json"
+
+
+def check_evaluation(config: ConfigDict) -> None:
+    """Checks the settings of an evaluation.
+
+    Raises:
+      ValueError: naming the one that is wrong.
+    """
+    if config.eval.begin_ckpt > config.eval.end_ckpt:
+        raise ValueError(
+            f"eval.begin_ckpt={config.eval.begin_ckpt} is after eval.end_ckpt={config.eval.end_ckpt}; swap them"
+        )
+    distributed.check_batch_size("eval.batch_size", config.eval.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """What is shared by the checkpoints of a sweep; each program compiles at its first call."""
+
+    experiment: Experiment
+
+    @property
+    def config(self) -> ConfigDict:
+        """Experiment configuration."""
+        return self.experiment.config
+
+    @functools.cached_property
+    def train(self) -> datasets.Source:
+        """Training split."""
+        return datasets.build_source(self.config, "train")
+
+    @functools.cached_property
+    def test(self) -> datasets.Source:
+        """Test split."""
+        return datasets.build_source(self.config, "test")
+
+    @property
+    def bpd_split(self) -> datasets.Source:
+        """Split that bits/dim are measured on."""
+        return self.test if self.config.eval.bpd_dataset == "test" else self.train
+
+    @functools.cached_property
+    def loss(self) -> Callable[..., np.ndarray]:
+        """Program of the loss."""
+        return build_loss_program(self.experiment)
+
+    @functools.cached_property
+    def draw(self) -> Callable[..., tuple[np.ndarray, int]]:
+        """Program of the sampler."""
+        return build_sampling_program(self.experiment, self.config.eval.batch_size)
+
+    @functools.cached_property
+    def bpd(self) -> Callable[..., dict[str, np.ndarray]]:
+        """Program of bits/dim."""
+        return build_bpd_program(self.experiment)
+
+
+# --- results on disk -------------------------------------------------------------------------------------------------
+
+
+def _cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz file, computing and writing it, whole or not at all, if it is not there."""
+    if not path.exists():
+        arrays = compute()
+        if distributed.is_main_process():
+            workdirs.write_atomically(path, lambda file: np.savez(file, **arrays))
+        return {name: np.asarray(array) for name, array in arrays.items()}
+    with np.load(path, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def _open_results(folder: Path, config: ConfigDict, state: TrainState) -> None:
+    """Makes the folder of a checkpoint's results, or checks that what it holds was made with the same settings.
+
+    Raises:
+      WorkdirError: naming what differs.
+    """
+    given = {key: value for key, value in workdirs.flatten(config).items() if key.startswith(SETTINGS)}
+    given["params_crc32"] = functools.reduce(
+        lambda crc, leaf: zlib.crc32(leaf, crc), jax.tree.leaves(state.params_ema), 0
+    )
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        if distributed.is_main_process():
+            workdirs.write_json(path, given)
+        return
+    stored = json.loads(path.read_text())
+    differing = [key for key in sorted(stored.keys() | given.keys()) if stored.get(key) != given.get(key)]
+    if differing:
+        listed = "; ".join(f"{key}: {stored.get(key)!r} there, {given.get(key)!r} now" for key in differing)
+        raise WorkdirError(f"{folder} holds results of other settings ({listed}); choose a new --eval_folder")
+
+
+def _batches(source: datasets.Source, batch_size: int) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Yields (round, indices int[batch_size], how many of them count); the last batch is filled up with image 0."""
+    for start in range(0, len(source), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(source)))
+        padded = np.concatenate([indices, np.zeros(batch_size - len(indices), indices.dtype)])
+        yield start // batch_size, padded, len(indices)
+
+
+# --- measurements ----------------------------------------------------------------------------------------------------
+
+
+def measure_loss(evaluator: Evaluator, params: Any, folder: Path) -> np.ndarray:
+    """Measures the loss of every test image, float32[N]."""
+
+    def compute() -> dict[str, np.ndarray]:
+        batches = list(_batches(evaluator.test, evaluator.config.eval.batch_size))
+        losses = [
+            evaluator.loss(params, evaluator.test.images(indices), indices)[:count]
+            for _, indices, count in track(batches, "loss")
+        ]
+        return {"loss": np.concatenate(losses)}
+
+    return _cached(folder / "loss.npz", compute)["loss"]
+
+
+def draw_samples(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, Any]:
+    """Draws exactly eval.num_samples samples.
+
+    Returns:
+      {"samples": levels uint8[N, H, W, C], "nfe": network evaluations of a sample, "seconds": of all rounds}.
+    """
+    size, wanted = evaluator.config.eval.batch_size, evaluator.config.eval.num_samples
+
+    def compute(index: int) -> dict[str, Any]:
+        start = time.monotonic()
+        levels, nfe = evaluator.draw(params, np.arange(index * size, (index + 1) * size))
+        return {"samples": levels, "nfe": nfe, "seconds": time.monotonic() - start}
+
+    rounds = [
+        _cached(folder / f"samples_{index}.npz", functools.partial(compute, index))
+        for index in track(range(-(-wanted // size)), "samples")
+    ]
+    return {
+        "samples": np.concatenate([r["samples"] for r in rounds])[:wanted],
+        "nfe": int(rounds[0]["nfe"]),
+        "seconds": float(sum(r["seconds"] for r in rounds)),
+    }
+
+
+def measure_bpd(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, np.ndarray]:
+    """Measures bits/dim of every image of the split, the last partial batch included.
+
+    Returns:
+      {"bpd": float[draws, N], "stderr": of the trace estimate float[draws, N], "nfe": float[draws, N]}.
+    """
+    config = evaluator.config
+    source = evaluator.bpd_split
+    rounds = [
+        (draw, *batch)
+        for draw in range(config.eval.bpd_num_draws)
+        for batch in _batches(source, config.eval.batch_size)
+    ]
+
+    def compute(draw: int, indices: np.ndarray, count: int) -> dict[str, np.ndarray]:
+        result = evaluator.bpd(params, source.images(indices), indices, draw)
+        ode.require_solved(result["bpd"], "bits/dim")
+        return {name: array[:count] for name, array in result.items()}
+
+    results = [
+        _cached(folder / f"bpd_{draw}_{index}.npz", functools.partial(compute, draw, indices, count))
+        for draw, index, indices, count in track(rounds, "bits/dim")
+    ]
+    joined = {name: np.concatenate([result[name] for result in results]) for name in ("bpd", "stderr", "nfe")}
+    return {name: array.reshape(config.eval.bpd_num_draws, len(source)) for name, array in joined.items()}
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def _every_image(source: datasets.Source) -> np.ndarray:
+    return source.images(np.arange(len(source)))
+
+
+@dataclasses.dataclass(frozen=True)
+class RealFeatures:
+    """Features of the real images, computed once for a sweep.
+
+    Attributes:
+      extractor: what computes them.
+      train: features float[N, D] of the training split.
+      test: (features, logits) of the test split.
+    """
+
+    extractor: features.Extractor
+    train: np.ndarray
+    test: tuple[np.ndarray, np.ndarray]
+
+    @classmethod
+    def compute(cls, evaluator: Evaluator, workdir: Path) -> RealFeatures:
+        """Builds the extractor, or reads it from the workdir, and applies it to both splits."""
+        train, test = evaluator.train, evaluator.test
+        if not train.num_classes:
+            raise ValueError(
+                f"data.dataset={evaluator.config.data.dataset!r} has no labels to train a feature extractor on; "
+                "set eval.enable_sampling=False"
+            )
+        train_levels, test_levels = _every_image(train), _every_image(test)
+        extractor = features.build_feature_extractor(
+            train_levels,
+            train.labels(np.arange(len(train))),
+            test_levels,
+            test.labels(np.arange(len(test))),
+            num_levels=train.num_levels,
+            folder=workdir / "features",
+            seed=evaluator.config.seed,
+        )
+        return cls(extractor, extractor(train_levels)[0], extractor(test_levels))
+
+
+def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, results: Path) -> dict[str, Any]:
+    """Draws samples and measures them; returns the report's fields about them."""
+    drawn = draw_samples(evaluator, params, results)
+    levels, extractor = drawn["samples"], real.extractor
+    num_levels = evaluator.experiment.scaler.num_levels
+    shown = levels[:NUM_SHOWN], evaluator.train.images(np.arange(min(NUM_SHOWN, len(evaluator.train))))
+    if distributed.is_main_process():
+        plots.save_png(results / "samples.png", plots.grid_of_levels(shown[0], num_levels))
+        plots.save_png(results / "samples_beside_real.png", plots.samples_beside_real(*shown, num_levels))
+    return {
+        "metrics": sample_metrics(extractor(levels), train=real.train, test=real.test),
+        "sampler": SamplerInfo(
+            evaluator.experiment.sampler_settings(), drawn["nfe"], drawn["seconds"], num_samples=len(levels)
+        ),
+        "features": FeatureInfo(extractor.name, extractor.hash, extractor.accuracy),
+        "reference": ReferenceInfo("train", len(real.train), content_hash(real.train)),
+        "files": {"grid": f"{results.name}/samples.png", "real": f"{results.name}/samples_beside_real.png"},
+    }
+
+
+def _bpd_metrics(evaluator: Evaluator, params: Any, results: Path) -> tuple[Metric, ...]:
+    config, measured = evaluator.config, measure_bpd(evaluator, params, results)
+    draws, settings = config.eval.bpd_num_draws, config.likelihood
+    note = (
+        f"{config.eval.bpd_dataset} split, {draws} uniform dequantization draw(s), trace {settings.trace} with "
+        f"{settings.num_probes} probe(s), rtol {settings.rtol:g}, atol {settings.atol:g}, "
+        f"{measured['nfe'].mean():.0f} network evaluations; the standard error is over images, draws and probes"
+    )
+    # The spread over images contains that of their probes and draws: no further term is due.
+    bpd = mean_metric("bits_per_dim", measured["bpd"].mean(axis=0), unit="bits/dim", note=note)
+    gaussian = gaussian_bits_per_dim(
+        _every_image(evaluator.train), _every_image(evaluator.bpd_split), evaluator.experiment.scaler.num_levels
+    )
+    return bpd, gaussian
+
+
+def evaluate_checkpoint(
+    evaluator: Evaluator, state: TrainState, number: int, real: RealFeatures | None, folder: Path
+) -> Report:
+    """Measures what the configuration enables of one checkpoint, using what is on disk already."""
+    config, results = evaluator.config, folder / f"ckpt_{number}"
+    _open_results(results, config, state)
+    params = distributed.replicate(state.params_ema)
+    fields: dict[str, Any] = _sampling_part(evaluator, params, real, results) if real else {"metrics": ()}
+    if config.eval.enable_bpd:
+        fields["metrics"] += _bpd_metrics(evaluator, params, results)
+    if config.eval.enable_loss:
+        fields["metrics"] += (mean_metric("loss", measure_loss(evaluator, params, results)),)
+    data = DataInfo(config.data.dataset, len(evaluator.train), len(evaluator.test), config.data.num_levels)
+    checkpoint = CheckpointInfo(number, int(state.step), ema=True)
+    return Report(checkpoint=checkpoint, seed=config.seed, data=data, **fields)
+
+
+def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) -> Path:
+    """Evaluates the checkpoints of a sweep, each as soon as it is there; returns the path of report.md."""
+    config = experiment.config
+    evaluator = Evaluator(experiment)
+    numbers = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
+    template = experiment.state_template()
+    with Checkpoints(
+        workdir, snapshot_freq=config.training.snapshot_freq, template=template, read_only=True
+    ) as checkpoints:
+        if not config.eval.wait_seconds:
+            checkpoints.require(numbers)
+        real = RealFeatures.compute(evaluator, workdir) if config.eval.enable_sampling else None
+        for number in numbers:
+            state = checkpoints.restore_snapshot(number, wait_seconds=config.eval.wait_seconds)
+            report = evaluate_checkpoint(evaluator, state, number, real, folder)
+            if distributed.is_main_process():
+                save_report(folder, report)
+                write_report(folder, losses=workdir / LOSSES_FILE)
+                log_report(report)
+    return folder / "report.md"
+
+
+def log_report(report: Report) -> None:
+    """Logs the numbers of a checkpoint."""
+    logging.info("checkpoint %d (step %d):", report.checkpoint.number, report.checkpoint.step)
+    for metric in report.metrics:
+        logging.info("  %-24s %s %s", metric.name, number_text(metric.value, metric.stderr), metric.unit)

@@ -1,0 +1,224 @@
+"""What a configuration builds: SDE, network, loss, optimizer, scaling; and the compiled programs made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from ml_collections import ConfigDict
+
+import datasets
+import distributed
+import losses
+import models
+import ode
+import rng
+import sde_lib
+import workdir as workdirs
+from likelihood import build_likelihood
+from models.score import get_score_fn
+from sampling import build_sampler
+from sde_lib import SDE, VESDE, ScoreFn
+
+PURPOSES = ("init", "train", "eval", "sample", "bpd", "grid")  # append only: the order fixes the keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that a configuration describes, built and checked.
+
+    Attributes:
+      config: the configuration itself.
+      sde: forward SDE.
+      model: score network.
+      loss_fn: training objective.
+      optimizer: of the parameters.
+      scaler: between stored levels and the network's range.
+      keys: one key for each purpose, all derived from the seed.
+    """
+
+    config: ConfigDict
+    sde: SDE
+    model: nn.Module
+    loss_fn: losses.LossFn
+    optimizer: optax.GradientTransformation
+    scaler: datasets.Scaler
+    keys: dict[str, PRNGKeyArray]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return datasets.image_shape(self.config)
+
+    def init_state(self) -> losses.TrainState:
+        """Returns the state before the first step."""
+        x = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
+        labels = jax.ShapeDtypeStruct((1,), jnp.float32)
+        # Lazily: only the initializers run, one at a time; compiling all of them in one program takes ten times longer.
+        variables = self.model.lazy_init({"params": self.keys["init"]}, x, labels, train=False)
+        return losses.init_state(variables["params"], self.optimizer)
+
+    def state_template(self) -> losses.TrainState:
+        """Returns a state of zeros, for the structure that a checkpoint must have; nothing is compiled."""
+        shapes = jax.eval_shape(self.init_state)
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def sampler_settings(self) -> dict[str, Any]:
+        """Returns what a sample depends on besides the network and the seed."""
+        settings = workdirs.flatten(self.config)
+        steps = self.config.sampling.num_steps or self.config.model.num_scales
+        chosen = {key: value for key, value in settings.items() if key.startswith("sampling.")}
+        return {"training.sde": self.config.training.sde, **chosen, "sampling.num_steps": steps}
+
+    def score_fn(self, params: Any, *, smooth: bool = False) -> ScoreFn:
+        """Returns the score as a function of (x, t), without dropout.
+
+        Args:
+          params: of the network.
+          smooth: for solvers of the probability-flow ODE: a discretely trained VP network is then asked between its
+            levels, as the 2021 code does. A discretely trained VE network knows only the index of a level.
+        """
+        continuous = self.config.training.continuous or (smooth and not isinstance(self.sde, VESDE))
+        return get_score_fn(self.sde, self.model, params, {}, train=False, continuous=continuous)
+
+
+def _check_values(config: ConfigDict) -> None:
+    positive = ("training.batch_size", "training.n_iters", "training.n_jitted_steps", "training.log_freq")
+    positive += ("training.eval_freq", "training.snapshot_freq", "training.snapshot_freq_for_preemption")
+    positive += ("training.snapshot_num_samples", "eval.batch_size", "eval.num_samples", "eval.bpd_num_draws")
+    for name in positive:
+        group, key = name.split(".")
+        if config[group][key] < 1:
+            raise ValueError(f"{name}={config[group][key]}; expected 1 or more")
+    if not 0.0 <= config.model.ema_rate < 1.0:
+        raise ValueError(f"model.ema_rate={config.model.ema_rate}; expected 0 <= rate < 1")
+    if config.eval.bpd_dataset not in ("train", "test"):
+        raise ValueError(f"eval.bpd_dataset={config.eval.bpd_dataset!r} is unknown; known: test, train")
+
+
+def build_experiment(config: ConfigDict) -> Experiment:
+    """Builds and checks everything that a configuration describes; nothing is compiled.
+
+    Raises:
+      ValueError: naming the first setting that is wrong and what is expected.
+    """
+    _check_values(config)
+    sde = sde_lib.build_sde(config)
+    model = models.create_model(config)
+    # Built here only to be checked: a bad sampler must not come to light after days of training.
+    build_sampler(config, sde, (1, *datasets.image_shape(config)))
+    build_likelihood(config, sde)
+    keys = jax.random.split(jax.random.key(config.seed), len(PURPOSES))
+    return Experiment(
+        config=config,
+        sde=sde,
+        model=model,
+        loss_fn=losses.build_loss(config, sde, model),
+        optimizer=losses.build_optimizer(config),
+        scaler=datasets.build_scaler(config),
+        keys=dict(zip(PURPOSES, keys, strict=True)),
+    )
+
+
+def _device_keys(key: PRNGKeyArray, indices: np.ndarray) -> PRNGKeyArray:
+    """Returns one key for each example of this host, key[devices, B]."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, distributed.host_share(indices))
+    return keys.reshape(jax.local_device_count(), -1)
+
+
+def build_train_program(experiment: Experiment) -> Callable[..., Any]:
+    """Compiles `n_jitted_steps` training steps: (state, batches) -> (state, metrics), all with a device axis.
+
+    The state is donated: its buffers are reused for the new one.
+    """
+    step = losses.make_train_step(
+        experiment.loss_fn,
+        experiment.optimizer,
+        ema_rate=experiment.config.model.ema_rate,
+        prepare=datasets.build_preparation(experiment.config, train=True),
+    )
+    steps = distributed.pmap(losses.make_train_steps(step), donate_argnums=(1,), in_axes=(None, 0, 0))
+    return lambda state, batches: steps(experiment.keys["train"], state, batches)
+
+
+def build_loss_program(experiment: Experiment) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
+    """Compiles the loss of test images: (replicated params, levels, example indices) -> float32[B]."""
+    prepare = datasets.build_preparation(experiment.config, train=False)
+
+    def loss(key: PRNGKeyArray, params: Any, levels: UInt8[Array, "B H W C"]) -> Float[Array, "B"]:
+        key_data, key_loss = rng.split(key)
+        return experiment.loss_fn(key_loss, params, prepare(key_data, levels), train=False)
+
+    program = distributed.pmap(loss)
+
+    def evaluate(params: Any, levels: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        keys = _device_keys(experiment.keys["eval"], indices)
+        return distributed.gather(program(keys, params, distributed.shard(distributed.host_share(levels))))
+
+    return evaluate
+
+
+def build_sampling_program(
+    experiment: Experiment, batch_size: int, purpose: str = "sample"
+) -> Callable[[Any, np.ndarray], tuple[np.ndarray, int]]:
+    """Compiles the sampler: (replicated params, sample indices int[batch_size]) -> (levels uint8[B, H, W, C], nfe).
+
+    Sample i follows from (seed, i) alone, whatever the batch or the device (but for a corrector whose step size is a
+    batch mean).
+    """
+    shape = (batch_size // jax.device_count(), *experiment.image_shape)
+    sampler = build_sampler(experiment.config, experiment.sde, shape)
+    smooth = experiment.config.sampling.method == "ode"
+
+    def sample(key: PRNGKeyArray, params: Any) -> tuple[Array, Array, Array]:
+        x, nfe = sampler(key, experiment.score_fn(params, smooth=smooth))
+        return experiment.scaler.to_levels(x), nfe, x.sum(axis=(1, 2, 3))
+
+    program = distributed.pmap(sample)
+
+    def draw(params: Any, indices: np.ndarray) -> tuple[np.ndarray, int]:
+        levels, nfe, sums = program(_device_keys(experiment.keys[purpose], indices), params)
+        ode.require_solved(distributed.gather(sums), "samples")  # levels cannot be NaN
+        return distributed.gather(levels), int(np.max(np.asarray(nfe.addressable_data(0))))
+
+    return draw
+
+
+def build_bpd_program(
+    experiment: Experiment,
+) -> Callable[[Any, np.ndarray, np.ndarray, int], dict[str, np.ndarray]]:
+    """Compiles bits/dim: (replicated params, levels, example indices, draw) -> {"bpd", "stderr": [B], "nfe": [B]}.
+
+    The levels are dequantized uniformly, anew in each draw, whether or not the network was trained so.
+    """
+    likelihood = build_likelihood(experiment.config, experiment.sde)
+    scaler = dataclasses.replace(experiment.scaler, dequantize=True)
+
+    def bpd(key: PRNGKeyArray, params: Any, levels: UInt8[Array, "B H W C"]) -> tuple[Array, Array, Array]:
+        key_data, key_probe = rng.split(key)
+        result = likelihood(key_probe, experiment.score_fn(params, smooth=True), scaler.to_network(key_data, levels))
+        return result.bpd, result.stderr, jnp.broadcast_to(result.nfe, result.bpd.shape)
+
+    program = distributed.pmap(bpd)
+
+    def measure(params: Any, levels: np.ndarray, indices: np.ndarray, draw: int) -> dict[str, np.ndarray]:
+        keys = _device_keys(jax.random.fold_in(experiment.keys["bpd"], draw), indices)
+        outputs = program(keys, params, distributed.shard(distributed.host_share(levels)))
+        return dict(zip(("bpd", "stderr", "nfe"), map(distributed.gather, outputs), strict=True))
+
+    return measure
+
+
+def describe(experiment: Experiment) -> None:
+    """Logs the size of the network and the devices."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(experiment.init_state).params)]
+    devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s) of {jax.process_count()} process(es)"
+    logging.info("network %s: %s parameters; %s", experiment.config.model.name, f"{sum(sizes):,}", devices)

@@ -1,0 +1,117 @@
+"""Trains and evaluates score-based generative models of images.
+
+python main.py --config configs/vp/digits_ddpmpp_continuous.py --mode train --workdir runs/digits
+python main.py --config configs/vp/digits_ddpmpp_continuous.py --mode eval --workdir runs/digits
+"""
+
+from __future__ import annotations
+
+import logging as standard_logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+import distributed
+import run_lib
+import workdir as workdirs
+from checkpoints import CheckpointError
+from ode import SolverError
+from train_lib import DivergedError
+
+# What a user can mend: told in one sentence. Anything else is our fault and ends with its traceback.
+USER_ERRORS = (ValueError, FileNotFoundError, workdirs.WorkdirError, CheckpointError, SolverError, DivergedError)
+LOG_FILE = "stdout.txt"
+EXIT_FAILED = 1
+EXIT_BAD_FLAG = 2
+DEFAULT_CACHE = "~/.cache/score_sde/xla"  # $JAX_COMPILATION_CACHE_DIR replaces it
+MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "Experiment; --config.group.key=value changes one value.")
+flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
+flags.DEFINE_enum("mode", None, ["train", "eval"], "Train a network, or evaluate its checkpoints.")
+flags.DEFINE_string("eval_folder", "eval", "Folder of the evaluation, inside the workdir.")
+flags.mark_flags_as_required(["config", "workdir", "mode"])
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; a misspelt configuration key ends the program with the nearest right one."""
+    try:
+        return FLAGS(argv)
+    except (AttributeError, KeyError, TypeError) as error:
+        message = str(error.args[0] if error.args else error).replace("\n", " ")
+    except flags.Error as error:
+        message = str(error)
+    print(f"{argv[0]}: {message}", file=sys.stderr)
+    sys.exit(EXIT_BAD_FLAG)
+
+
+def set_up_jax() -> None:
+    """Turns on the persistent compilation cache, so that a program is compiled once a machine and not once a run."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser(DEFAULT_CACHE)
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+
+
+def _is_worth_showing(record: standard_logging.LogRecord) -> bool:
+    """Drops what libraries report of their inner steps (Orbax: dozens of lines for a checkpoint)."""
+    return record.levelno >= standard_logging.WARNING or "site-packages" not in record.pathname
+
+
+def set_up_logging(workdir: Path) -> None:
+    """Logs to the console and to stdout.txt in the workdir; only errors, on all processes but the first."""
+    if not distributed.is_main_process():
+        logging.set_verbosity(logging.ERROR)
+        return
+    logging.set_verbosity(logging.INFO)
+    to_file = standard_logging.FileHandler(workdir / LOG_FILE)
+    to_file.setFormatter(standard_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    to_console = logging.get_absl_handler()
+    to_console.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for handler in (to_file, to_console):
+        handler.addFilter(_is_worth_showing)
+    logging.get_absl_logger().addHandler(to_file)
+
+
+def run(workdir: Path) -> None:
+    """Dispatches on --mode."""
+    config = FLAGS.config.lock()
+    if FLAGS.mode == "train":
+        run_lib.train(config, workdir)
+    else:
+        run_lib.evaluate(config, workdir, FLAGS.eval_folder)
+
+
+def fail(error: BaseException, workdir: Path) -> NoReturn:
+    """Ends the program with the error in one sentence; its traceback goes to stdout.txt, if there is one."""
+    print(f"score_sde: {error}", file=sys.stderr)
+    if (workdir / LOG_FILE).exists():
+        with (workdir / LOG_FILE).open("a") as file:
+            traceback.print_exception(error, file=file)
+    sys.exit(EXIT_FAILED)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the chosen mode."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; every setting is a flag, such as --workdir DIR")
+    workdir = Path(FLAGS.workdir)
+    set_up_jax()
+    try:
+        check = workdirs.check_writable if FLAGS.mode == "train" else workdirs.check_trained
+        check(workdir)
+        set_up_logging(workdir)
+        run(workdir)
+    except USER_ERRORS as error:
+        fail(error, workdir)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,76 @@
+"""Runs an experiment: one function for each mode of main.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import logging
+from ml_collections import ConfigDict
+
+import datasets
+import distributed
+import eval_lib
+import train_lib
+import workdir as workdirs
+from checkpoints import Checkpoints
+from experiment import build_experiment, describe
+from progress import TrainingProgress
+
+__all__ = ["build_experiment", "evaluate", "train"]
+
+
+def train(config: ConfigDict, workdir: str | Path) -> None:
+    """Trains a network, resuming from the newest checkpoint of the workdir if there is one.
+
+    Writes checkpoints, sample grids, the loss curve and config.json in the workdir.
+
+    Args:
+      config: experiment configuration.
+      workdir: folder of the run; made if need be.
+
+    Raises:
+      ValueError: if a setting is wrong.
+      WorkdirError: if the workdir cannot be written or holds another experiment.
+      CheckpointError: if the workdir has checkpoints, but all are damaged.
+    """
+    train_lib.check_schedule(config)
+    experiment = build_experiment(config)
+    source = datasets.build_source(config, "train")
+    workdirs.check_writable(workdir)
+    workdirs.check_same_experiment(workdir, config)
+    describe(experiment)
+    trainer = train_lib.build_trainer(experiment, workdir)
+    with Checkpoints(
+        workdir, snapshot_freq=config.training.snapshot_freq, template=experiment.state_template()
+    ) as checkpoints:
+        state = checkpoints.restore_newest() or experiment.init_state()
+        if distributed.is_main_process():
+            workdirs.record_config(workdir, config)
+        steps = train_lib.num_steps(config)
+        with TrainingProgress(
+            workdir, first_step=int(state.step), num_steps=steps, batch_size=config.training.batch_size
+        ) as progress:
+            train_lib.train_loop(trainer, state, source, checkpoints=checkpoints, progress=progress)
+    logging.info("trained %d steps; checkpoints and samples are in %s", steps, workdir)
+
+
+def evaluate(config: ConfigDict, workdir: str | Path, eval_folder: str = "eval") -> None:
+    """Evaluates the checkpoints eval.begin_ckpt .. eval.end_ckpt and writes the report.
+
+    What an earlier, killed evaluation has written is used again.
+
+    Args:
+      config: experiment configuration.
+      workdir: folder of a training run.
+      eval_folder: folder of the results, inside the workdir.
+
+    Raises:
+      ValueError: if a setting is wrong.
+      WorkdirError: if the workdir holds another experiment, or the folder results of other settings.
+      CheckpointError: if a checkpoint is missing or damaged.
+    """
+    eval_lib.check_evaluation(config)
+    experiment = build_experiment(config)
+    workdirs.check_same_experiment(workdir, config)
+    describe(experiment)
+    eval_lib.evaluate_checkpoints(experiment, Path(workdir), Path(workdir) / eval_folder)

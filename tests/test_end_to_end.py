@@ -1,0 +1,178 @@
+"""The whole job on real images: train, get killed, resume, evaluate, report."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from checkpoints import Checkpoints
+from experiment import build_experiment
+
+pytestmark = pytest.mark.slow
+
+# Runs main.py where importing TensorFlow fails: training, sampling and likelihood must not need it.
+WITHOUT_TENSORFLOW = """
+import runpy, sys
+sys.modules["tensorflow"] = sys.modules["tensorflow_gan"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def succeed(arguments, **kwargs):
+    result = tiny.run(arguments, **kwargs)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run that nothing disturbed, on one device and without TensorFlow; trained and evaluated."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    for mode in ("train", "eval"):
+        arguments = tiny.command(mode, workdir)
+        succeed([arguments[0], "-c", WITHOUT_TENSORFLOW, *arguments[1:]])
+    return workdir
+
+
+def final_state(workdir):
+    experiment = build_experiment(tiny.make_config())
+    with Checkpoints(workdir, snapshot_freq=12, template=experiment.state_template(), read_only=True) as checkpoints:
+        return checkpoints.restore_snapshot(2)
+
+
+def losses(workdir):
+    return [json.loads(line) for line in (workdir / "losses.jsonl").read_text().splitlines()]
+
+
+def report(workdir, number=2):
+    stored = json.loads((workdir / "eval" / f"report_{number}.json").read_text())
+    return stored, {metric["name"]: metric for metric in stored["metrics"]}
+
+
+def test_the_workdir_holds_what_the_readme_says(unbroken):
+    assert sorted(path.name for path in unbroken.iterdir()) == [
+        "checkpoints",
+        "checkpoints-meta",
+        "config.json",
+        "eval",
+        "features",
+        "losses.jsonl",
+        "samples",
+        "stdout.txt",
+        "tensorboard",
+    ]
+    assert [record["step"] for record in losses(unbroken)] == list(range(2, 26, 2))
+    assert "eval_loss" in losses(unbroken)[1]
+    stored = np.load(unbroken / "samples" / "iter_12" / "sample.npz", allow_pickle=False)
+    assert stored["samples"].shape == (8, 8, 8, 1)
+    assert stored["samples"].max() <= 16
+    assert int(stored["nfe"]) == 25
+    with Image.open(unbroken / "samples" / "iter_12" / "sample.png") as image:
+        assert len(image.getcolors()) > 2
+
+
+def test_the_report_counts_every_image_once(unbroken):
+    stored, metrics = report(unbroken)
+    assert stored["checkpoint"] == {"number": 2, "step": 24, "ema": True}
+    assert stored["sampler"]["num_samples"] == 200
+    assert stored["sampler"]["nfe"] == 25
+    assert metrics["frechet_distance"]["num_samples"] == 200
+    assert metrics["bits_per_dim"]["num_samples"] == 297
+    assert metrics["loss"]["num_samples"] == 297
+    assert metrics["gaussian_bits_per_dim"]["value"] == pytest.approx(2.949, abs=0.001)
+    assert all(metric["stderr"] is not None for metric in metrics.values())
+    page = (unbroken / "eval" / "report.md").read_text()
+    assert "times the floor" in page
+    assert "does **not** beat the Gaussian" in page  # 24 steps do not
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(unbroken, tmp_path):
+    """Results that are there are used, the others are computed again, and the numbers are the same."""
+    folder = unbroken / "eval" / "ckpt_2"
+    before, kept = report(unbroken)[0], folder / "samples_0.npz"
+    modified = kept.stat().st_mtime_ns
+    for name in ("samples_1.npz", "bpd_0_1.npz", "loss.npz"):
+        (folder / name).unlink()
+    (unbroken / "eval" / "report_2.json").unlink()
+    succeed(tiny.command("eval", unbroken, eval__begin_ckpt=2))
+    after = report(unbroken)[0]
+    assert kept.stat().st_mtime_ns == modified
+    before["sampler"].pop("seconds")
+    after["sampler"].pop("seconds")
+    assert after == before
+
+
+def test_results_of_other_settings_are_not_mixed(unbroken):
+    result = tiny.run(tiny.command("eval", unbroken, sampling__num_steps=30))
+    assert result.returncode == 1
+    assert "holds results of other settings (sampling.num_steps: 25 there, 30 now)" in result.stderr
+
+
+def test_a_missing_checkpoint_ends_the_evaluation_at_once(unbroken):
+    result = tiny.run(tiny.command("eval", unbroken, eval__end_ckpt=5))
+    assert result.returncode == 1
+    assert "checkpoint 3 is not in" in result.stderr
+    assert "present: 1, 2" in result.stderr
+
+
+# Runs main.py and sends the process a real signal when a step is recorded and the first snapshot is complete.
+WITH_SIGNAL = """
+import os, pathlib, runpy, sys, time
+import progress
+sign, at_step, workdir = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+record = progress.TrainingProgress.record
+
+def record_and_signal(self, step, **values):
+    record(self, step, **values)
+    if step == at_step:
+        while not (workdir / "checkpoints" / "1").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), sign)
+
+progress.TrainingProgress.record = record_and_signal
+sys.argv = sys.argv[4:]
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("sign", "step", "code"), [(signal.SIGKILL, 18, -9), (signal.SIGTERM, 14, 143)])
+def test_a_killed_run_ends_like_an_unbroken_one(unbroken, tmp_path, sign, step, code):
+    """Bit for bit: parameters, moving average, optimizer, and the recorded losses."""
+    arguments = tiny.command("train", tmp_path)
+    result = tiny.run(
+        [arguments[0], "-c", WITH_SIGNAL, str(int(sign)), str(step), str(tmp_path), *arguments[1:]],
+    )
+    assert result.returncode == code
+    if sign == signal.SIGTERM:
+        assert "is saved; the same command resumes from it" in (tmp_path / "stdout.txt").read_text()
+    succeed(arguments)
+    assert "restored step" in (tmp_path / "stdout.txt").read_text()
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), final_state(unbroken))
+    assert losses(tmp_path) == losses(unbroken)
+
+
+def test_four_devices_give_the_same_numbers(unbroken, tmp_path):
+    """The same global batch on four devices: losses, samples and bits/dim to float rounding."""
+    for mode in ("train", "eval"):
+        succeed(tiny.command(mode, tmp_path), devices=4)
+    for one, four in zip(losses(unbroken), losses(tmp_path), strict=True):
+        assert one == pytest.approx(four, rel=2e-4)
+    metrics_one, metrics_four = report(unbroken)[1], report(tmp_path)[1]
+    for name in ("bits_per_dim", "loss"):
+        assert metrics_one[name]["value"] == pytest.approx(metrics_four[name]["value"], rel=1e-3)
+    levels = [
+        np.load(folder / "eval" / "ckpt_2" / "samples_0.npz")["samples"].astype(int) for folder in (unbroken, tmp_path)
+    ]
+    assert np.abs(levels[0] - levels[1]).max() <= 1  # a value on the edge of a level may round either way
+    assert (levels[0] == levels[1]).mean() > 0.99
+
+
+def test_another_network_in_the_same_workdir_is_refused(unbroken):
+    result = tiny.run(tiny.command("train", unbroken, model__nf=16))
+    assert result.returncode == 1
+    assert "holds another experiment (model.nf: 8 there, 16 now); choose a new --workdir" in result.stderr

@@ -1,0 +1,57 @@
+"""A run small enough for the tests: the digits with a network of a few thousand parameters."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from configs.vp import digits_ddpmpp_continuous
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SETTINGS = {
+    "model.nf": 8,
+    "model.ch_mult": (1,),
+    "model.attn_resolutions": (),
+    "training.batch_size": 16,
+    "training.n_iters": 24,
+    "training.n_jitted_steps": 2,
+    "training.log_freq": 2,
+    "training.eval_freq": 4,
+    "training.snapshot_freq": 12,
+    "training.snapshot_freq_for_preemption": 4,
+    "training.snapshot_num_samples": 8,
+    "sampling.num_steps": 25,
+    "likelihood.rtol": 1e-2,
+    "likelihood.atol": 1e-2,
+    "eval.batch_size": 152,
+    "eval.num_samples": 200,
+}
+
+
+def make_config(**changes):
+    """The tiny configuration; keyword `a__b` changes key a.b."""
+    config = digits_ddpmpp_continuous.get_config()
+    config.update_from_flattened_dict(SETTINGS | {name.replace("__", "."): value for name, value in changes.items()})
+    return config
+
+
+def command(mode, workdir, *flags, program="main.py", **changes):
+    """The command line of a tiny run."""
+    settings = SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}
+    overrides = [f"--config.{name}={value}" for name, value in settings.items()]
+    config = "configs/vp/digits_ddpmpp_continuous.py"
+    return [sys.executable, program, "--config", config, "--mode", mode, "--workdir", str(workdir), *overrides, *flags]
+
+
+def environment(devices=1):
+    """The environment of a run on that many CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+
+
+def run(arguments, *, devices=1, timeout=300):
+    """Runs a command to its end."""
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=timeout, check=False
+    )

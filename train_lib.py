@@ -1,0 +1,183 @@
+"""The training loop: compiled steps, and what happens between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+import datasets
+import distributed
+import plots
+import workdir as workdirs
+from checkpoints import Checkpoints
+from experiment import (
+    Experiment,
+    build_loss_program,
+    build_sampling_program,
+    build_train_program,
+)
+from losses import TrainState
+from progress import TrainingProgress
+
+FREQUENCIES = ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption")
+SIGTERM_EXIT_CODE = 143  # 128 + 15: what shells and schedulers report for a job that SIGTERM ended
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+def num_steps(config: ConfigDict) -> int:
+    """Returns the steps of the whole training: `n_iters`, rounded down to whole compiled calls."""
+    return config.training.n_iters // config.training.n_jitted_steps * config.training.n_jitted_steps
+
+
+def check_schedule(config: ConfigDict) -> None:
+    """Checks that everything that happens between compiled calls falls between them.
+
+    Raises:
+      ValueError: naming the frequency that `n_jitted_steps` does not divide, or the batch size.
+    """
+    steps = config.training.n_jitted_steps
+    for name in FREQUENCIES:
+        freq = config.training[name]
+        if freq % steps:
+            raise ValueError(
+                f"training.{name}={freq} is not a multiple of training.n_jitted_steps={steps}, the steps of one "
+                f"compiled call; the nearest that is: {max(round(freq / steps), 1) * steps}"
+            )
+    if num_steps(config) == 0:
+        raise ValueError(f"training.n_iters={config.training.n_iters} is less than training.n_jitted_steps={steps}")
+    distributed.check_batch_size("training.batch_size", config.training.batch_size)
+
+
+def _grid_size(config: ConfigDict) -> int:
+    """Returns the samples of a snapshot's grid, rounded up so that the devices divide them."""
+    devices = distributed.device_count()
+    return -(-config.training.snapshot_num_samples // devices) * devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The compiled programs of a run and where it writes.
+
+    Attributes:
+      experiment: what is trained.
+      workdir: of the run.
+      test: the images that the eval loss is measured on.
+      train_steps: (state, batches) -> (state, metrics).
+      eval_loss: (params, levels, indices) -> losses.
+      draw_samples: (params, indices) -> (levels, nfe).
+    """
+
+    experiment: Experiment
+    workdir: Path
+    test: datasets.Source
+    train_steps: Callable[..., Any]
+    eval_loss: Callable[..., np.ndarray]
+    draw_samples: Callable[..., tuple[np.ndarray, int]]
+
+    def test_loss(self, state: TrainState, step: int) -> float:
+        """Measures the loss of the averaged parameters on one batch of test images, which rotates with the step."""
+        size = self.experiment.config.training.batch_size
+        indices = np.arange(step, step + size) % len(self.test)
+        return float(self.eval_loss(state.params_ema, self.test.images(indices), indices).mean())
+
+    def save_grid(self, state: TrainState, step: int, progress: TrainingProgress) -> None:
+        """Draws samples with the averaged parameters; writes samples/iter_<step>/sample.png and sample.npz."""
+        levels, nfe = self.draw_samples(state.params_ema, np.arange(_grid_size(self.experiment.config)))
+        if not distributed.is_main_process():
+            return
+        folder = self.workdir / "samples" / f"iter_{step}"
+        levels = levels[: self.experiment.config.training.snapshot_num_samples]
+        workdirs.write_atomically(folder / "sample.npz", lambda file: np.savez(file, samples=levels, nfe=nfe))
+        grid = plots.grid_of_levels(levels, self.experiment.config.data.num_levels)
+        plots.save_png(folder / "sample.png", grid)
+        progress.record_image(step, "samples", grid)
+
+
+def build_trainer(experiment: Experiment, workdir: str | Path) -> Trainer:
+    """Builds the programs of a training run; each compiles at its first call."""
+    return Trainer(
+        experiment=experiment,
+        workdir=Path(workdir),
+        test=datasets.build_source(experiment.config, "test"),
+        train_steps=build_train_program(experiment),
+        eval_loss=build_loss_program(experiment),
+        draw_samples=build_sampling_program(experiment, _grid_size(experiment.config), purpose="grid"),
+    )
+
+
+def _mean_loss(pending: list[Array], step: int) -> float:
+    loss = float(np.mean([np.asarray(losses.addressable_data(0)) for losses in pending]))
+    if not np.isfinite(loss):
+        raise DivergedError(
+            f"the loss became {loss} before step {step}; the checkpoints before it are kept: lower optim.lr or set "
+            "optim.grad_clip, and resume in the same workdir"
+        )
+    return loss
+
+
+def train_loop(
+    trainer: Trainer,
+    state: TrainState,
+    source: datasets.Source,
+    *,
+    checkpoints: Checkpoints,
+    progress: TrainingProgress,
+) -> None:
+    """Trains from `state` to the last step.
+
+    Args:
+      trainer: the compiled programs.
+      state: numpy arrays on the host.
+      source: training split.
+      checkpoints: where states are saved.
+      progress: what is shown and recorded.
+
+    Raises:
+      DivergedError: if the loss is no longer a number.
+      SystemExit: with code 143 after SIGTERM, once the state is saved.
+    """
+    config = trainer.experiment.config
+    settings, step, last = config.training, int(state.step), num_steps(config)
+    state, pending = distributed.replicate(state), []
+    batches = datasets.training_batches(
+        source,
+        seed=config.seed,
+        first_step=step,
+        batch_size=settings.batch_size,
+        steps_per_call=settings.n_jitted_steps,
+    )
+    with distributed.Preemption() as preemption:
+        while step < last:
+            state, metrics = trainer.train_steps(state, next(batches))
+            step += settings.n_jitted_steps
+            pending.append(metrics["loss"])
+            due = {name: step % settings[name] == 0 for name in FREQUENCIES}
+            if due["log_freq"] or step == last:
+                loss, pending = _mean_loss(pending, step), []
+                values = {"loss": loss}
+                if due["eval_freq"]:
+                    with progress.pause():
+                        values["eval_loss"] = trainer.test_loss(state, step)
+                progress.show(step, loss)
+                progress.record(step, **values)
+            stop = preemption.requested(step)
+            if stop or step == last or due["snapshot_freq"] or due["snapshot_freq_for_preemption"]:
+                checkpoints.save(distributed.unreplicate(state))
+            if stop:
+                checkpoints.wait()
+                logging.warning("SIGTERM: step %d is saved; the same command resumes from it", step)
+                raise SystemExit(SIGTERM_EXIT_CODE)
+            if due["snapshot_freq"] and settings.snapshot_sampling:
+                with progress.pause():
+                    trainer.save_grid(state, step, progress)
+    checkpoints.wait()
