@@ -1,8 +1,8 @@
-"""Speed of convolutions, inside and outside of a compiled loop, and of a training step: `python benchmarks/convolution.py`.
+"""Speed of convolutions, in and out of a compiled loop, and of a training step: `python benchmarks/convolution.py`.
 
-Prints GFLOP/s of a 3x3 convolution (forward, gradient of the input, gradient of the kernel), ours and XLA's own, next to
-the rate of a matrix product in the same run; then milliseconds per training step of the small DDPM++ of the demo in a
-loop of 5 steps. Each figure is the best of a few repetitions; the machine should be otherwise idle.
+Prints GFLOP/s of a 3x3 convolution (forward, gradient of the input, gradient of the kernel), ours and XLA's own, next
+to the rate of a matrix product in the same run; then milliseconds per training step of the small DDPM++ of the demo in
+a loop of 5 steps. Each figure is the best of a few repetitions; the machine should be otherwise idle.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def step_seconds(model: nn.Module, batch_size: int) -> float:
     params = jax.jit(model.init)(jax.random.key(2), x[:1], labels[:1])["params"]
 
     def loss(params: Any) -> Any:
-        return jnp.square(model.apply({"params": params}, x + z, labels) - z).mean()
+        y: Any = model.apply({"params": params}, x + z, labels)
+        return jnp.square(y - z).mean()
 
     def step(params: Any, _: None) -> tuple[Any, Any]:
         value, gradient = jax.value_and_grad(loss)(params)
@@ -93,7 +94,12 @@ def main() -> None:
     for case in CASES:
         for name, convolve in (("ours", convolution.convolve), ("native", convolution._native)):
             rates = convolution_rates(convolve, *case)
-            print(case, name, *(f"{what} {outside:.0f} / {inside:.0f}" for what, (outside, inside) in rates.items()), sep="  ")
+            print(
+                case,
+                name,
+                *(f"{what} {outside:.0f} / {inside:.0f}" for what, (outside, inside) in rates.items()),
+                sep="  ",
+            )
     model = create_model(digits_ddpmpp_continuous.get_config())
     print(f"training step of the digits' DDPM++, 128 images: {1e3 * step_seconds(model, 128):.0f} ms")
 

@@ -1,0 +1,205 @@
+"""Residual blocks of DDPM and BigGAN, and the resampling layers between them, that make up NCSN++."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from models import initializers, resample
+from models.convolution import Conv
+from models.layers import ACTIVATIONS, NIN, Activation, Dense, Dropout, GroupNorm, residual_sum
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockOptions:
+    """What all residual blocks of a network have in common.
+
+    Attributes:
+      kind: "biggan" or "ddpm".
+      nonlinearity: name of the activation.
+      dropout: probability that a feature is dropped in training.
+      skip_rescale: divide every residual sum by sqrt(2).
+      init_scale: scale of the initial variance of each block's last layer.
+      fir_kernel: taps of the resampling filter; None for nearest and mean.
+      resample_with_conv: a convolution in the resampling layers between "ddpm" blocks.
+    """
+
+    kind: str = "biggan"
+    nonlinearity: str = "swish"
+    dropout: float = 0.0
+    skip_rescale: bool = True
+    init_scale: float = 0.0
+    fir_kernel: tuple[float, ...] | None = None
+    resample_with_conv: bool = True
+
+    @property
+    def act(self) -> Activation:
+        """The activation function."""
+        return ACTIVATIONS[self.nonlinearity]
+
+
+# --- resampling ------------------------------------------------------------------------------------------------------
+
+
+class ResamplingConv(nn.Module):
+    """A 3x3 convolution fused with FIR resampling by 2.
+
+    Attributes:
+      features: output channels.
+      direction: "up" or "down".
+      fir_kernel: taps of the filter.
+    """
+
+    features: int
+    direction: str
+    fir_kernel: tuple[float, ...]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B P Q O"]:
+        """Resamples, convolves and adds the bias."""
+        kernel = self.param("kernel", initializers.default_init(), (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        apply = resample.upsample_convolve if self.direction == "up" else resample.convolve_downsample
+        return apply(x, kernel, self.fir_kernel) + bias[None, None, None, :]
+
+
+def upsample(x: Array, fir_kernel: tuple[float, ...] | None) -> Array:
+    """Upsamples by 2, with the filter if there is one."""
+    return resample.upsample_nearest(x) if fir_kernel is None else resample.upsample_fir(x, fir_kernel)
+
+
+def downsample(x: Array, fir_kernel: tuple[float, ...] | None) -> Array:
+    """Downsamples by 2, with the filter if there is one."""
+    return resample.downsample_mean(x) if fir_kernel is None else resample.downsample_fir(x, fir_kernel)
+
+
+class Upsample(nn.Module):
+    """Upsampling by 2.
+
+    Attributes:
+      fir_kernel: taps of the filter; None for nearest.
+      features: output channels of a convolution; None for no convolution.
+    """
+
+    fir_kernel: tuple[float, ...] | None
+    features: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W O"]:
+        """Upsamples x."""
+        if self.features is None:
+            return upsample(x, self.fir_kernel)
+        if self.fir_kernel is None:
+            return Conv(self.features, name="conv")(upsample(x, None))
+        return ResamplingConv(self.features, "up", self.fir_kernel, name="conv")(x)
+
+
+class Downsample(nn.Module):
+    """Downsampling by 2; attributes as `Upsample`, mean for no filter."""
+
+    fir_kernel: tuple[float, ...] | None
+    features: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 O"]:
+        """Downsamples x."""
+        if self.features is None:
+            return downsample(x, self.fir_kernel)
+        if self.fir_kernel is None:
+            return Conv(self.features, stride=2, name="conv")(x)
+        return ResamplingConv(self.features, "down", self.fir_kernel, name="conv")(x)
+
+
+class Combine(nn.Module):
+    """Joins an image pyramid to features.
+
+    Attributes:
+      method: "sum", or "cat" to put the features behind the image's channels.
+    """
+
+    method: str
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B H W C"], h: Float[Array, "B H W F"]) -> Float[Array, "B H W O"]:
+        """Joins the image, brought to the features' channels by a 1x1 convolution."""
+        projected = Conv(h.shape[-1], size=1, name="conv")(image)
+        return projected + h if self.method == "sum" else jnp.concatenate([projected, h], -1)
+
+
+# --- residual blocks -------------------------------------------------------------------------------------------------
+
+
+class _ResidualBlock(nn.Module):
+    """Two normalized convolutions, the first told the noise level, and a shortcut.
+
+    Attributes:
+      features: output channels.
+      options: what the blocks of the network have in common.
+    """
+
+    features: int
+    options: BlockOptions
+
+    def _first(self, h: Array, embedding: Array | None) -> Array:
+        h = Conv(self.features, name="conv1")(h)
+        if embedding is None:
+            return h
+        shift = Dense(self.features, name="embedding")(self.options.act(embedding))
+        return h + shift[:, None, None, :]
+
+    def _second(self, h: Array, train: bool) -> Array:
+        h = self.options.act(GroupNorm(name="norm2")(h))
+        h = Dropout(self.options.dropout, name="dropout")(h, train)
+        return Conv(self.features, init_scale=self.options.init_scale, name="conv2")(h)
+
+
+class DDPMBlock(_ResidualBlock):
+    """Residual block of DDPM (Ho et al. 2020).
+
+    Attributes:
+      conv_shortcut: the shortcut to other channels is a 3x3 convolution instead of a linear map.
+    """
+
+    conv_shortcut: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"] | None = None, train: bool = False
+    ) -> Float[Array, "B H W O"]:
+        """Returns the features for x at the noise level `embedding`."""
+        h = self.options.act(GroupNorm(name="norm1")(x))
+        h = self._second(self._first(h, embedding), train)
+        if x.shape[-1] != self.features:
+            x = (
+                Conv(self.features, name="shortcut")(x)
+                if self.conv_shortcut
+                else NIN(self.features, name="shortcut")(x)
+            )
+        return residual_sum(x, h, self.options.skip_rescale)
+
+
+class BigGANBlock(_ResidualBlock):
+    """Residual block of BigGAN (Brock et al. 2019), which can resample.
+
+    Attributes:
+      direction: "up" or "down" to resample by 2, or "none".
+    """
+
+    direction: str = "none"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"] | None = None, train: bool = False
+    ) -> Float[Array, "B P Q O"]:
+        """Returns the features for x at the noise level `embedding`."""
+        h = self.options.act(GroupNorm(name="norm1")(x))
+        if self.direction != "none":
+            change = upsample if self.direction == "up" else downsample
+            h, x = change(h, self.options.fir_kernel), change(x, self.options.fir_kernel)
+        h = self._second(self._first(h, embedding), train)
+        if x.shape[-1] != self.features or self.direction != "none":
+            x = Conv(self.features, size=1, name="shortcut")(x)
+        return residual_sum(x, h, self.options.skip_rescale)

@@ -1,0 +1,180 @@
+"""Layers that several networks share: linear maps, normalization, dropout, attention, embeddings of the noise level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+import rng
+from models import initializers
+
+Activation = Callable[[Array], Array]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "elu": jax.nn.elu,
+    "relu": jax.nn.relu,
+    "lrelu": lambda x: jax.nn.leaky_relu(x, 0.2),
+    "swish": jax.nn.swish,
+}
+
+MAX_PERIOD = 10_000.0  # ratio of the slowest to the fastest sine of the timestep embedding
+GROUP_NORM_EPSILON = 1e-6
+
+
+def residual_sum(x: Array, h: Array, rescale: bool) -> Array:
+    """Adds a branch h to its input x; divides by sqrt(2), which keeps the variance, if `rescale`.
+
+    The sum is stored: otherwise XLA fuses the chain of all earlier sums into each of its many uses, in the gradient
+    too, and computes it over and over.
+    """
+    return jax.lax.optimization_barrier((x + h) / math.sqrt(2.0) if rescale else x + h)
+
+
+class Dense(nn.Module):
+    """Linear map of the last axis.
+
+    Attributes:
+      features: output channels.
+      init_scale: scale of the kernel's initial variance; see `initializers.default_init`.
+    """
+
+    features: int
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B O"]:
+        """Returns x kernel + bias."""
+        kernel = self.param("kernel", initializers.default_init(self.init_scale), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return jnp.tensordot(x, kernel, 1) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class NIN(Dense):
+    """Linear map of the channels of an image ("network in network"), which starts small."""
+
+    init_scale: float = 0.1
+
+
+def num_groups(channels: int) -> int:
+    """Returns the groups of NCSN++'s group normalization: 4 channels each, but at most 32 groups.
+
+    Raises:
+      ValueError: if there is no group, or the groups do not divide the channels.
+    """
+    groups = min(channels // 4, 32)
+    if groups == 0 or channels % groups:
+        raise ValueError(
+            f"group normalization of {channels} channels: min({channels} // 4, 32) = {groups} groups do not divide "
+            "them; choose model.nf and model.ch_mult so that every level has a multiple of 4 channels, of 32 above 128"
+        )
+    return groups
+
+
+class GroupNorm(nn.Module):
+    """Group normalization (Wu & He 2018) over the pixels and the channels of a group, with scale and bias.
+
+    Statistics are E[x] and E[x²] - E[x]² as in the original networks, the latter not below 0. Sums run over pixels
+    first and over the channels of a group second, and the result is one multiplication and one addition a value.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Normalizes x."""
+        B, _, _, C = x.shape
+        groups = num_groups(C)
+        scale = self.param("scale", nn.initializers.ones, (C,))
+        bias = self.param("bias", nn.initializers.zeros, (C,))
+
+        moments = jnp.stack([x.mean((1, 2)), (x * x).mean((1, 2))])
+        mean, mean_square = moments.reshape(2, B, groups, C // groups).mean(3)
+        variance = jnp.maximum(mean_square - mean * mean, 0.0)
+        inverse_std = jax.lax.rsqrt(variance + GROUP_NORM_EPSILON)
+        factor = jnp.repeat(inverse_std, C // groups, 1) * scale[None, :]
+        offset = bias[None, :] - jnp.repeat(mean, C // groups, 1) * factor
+        return x * factor[:, None, None, :] + offset[:, None, None, :]
+
+
+def drop(key: PRNGKeyArray, x: Float[Array, "B *S"], rate: float) -> Float[Array, "B *S"]:
+    """Sets values to 0 with probability `rate` and divides the others by 1 - rate.
+
+    Example i draws from its own key, so that what is dropped does not depend on the number of devices.
+    """
+    keep = 1.0 - rate
+    return jnp.where(rng.bernoulli(key, keep, x.shape), x / keep, 0.0)
+
+
+class Dropout(nn.Module):
+    """Dropout in training, from the random stream "dropout"; see `drop`.
+
+    Attributes:
+      rate: probability that a value is dropped, in [0, 1).
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *S"], train: bool) -> Float[Array, "B *S"]:
+        """Drops values of x if `train`."""
+        return drop(self.make_rng("dropout"), x, self.rate) if train and self.rate > 0 else x
+
+
+class Attention(nn.Module):
+    """Self-attention of one head over all pixels, with a residual connection.
+
+    Attributes:
+      init_scale: scale of the last layer's initial variance.
+      skip_rescale: divide the residual sum by sqrt(2).
+    """
+
+    init_scale: float = 0.0
+    skip_rescale: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Adds softmax(q kᵀ / √C) v to x."""
+        B, H, W, C = x.shape
+        h = GroupNorm(name="norm")(x).reshape(B, H * W, C)
+        q, k, v = (NIN(C, name=name)(h) for name in ("query", "key", "value"))
+        weights = jax.nn.softmax(jnp.einsum("bqc,bkc->bqk", q, k) / math.sqrt(C))
+        h = jnp.einsum("bqk,bkc->bqc", weights, v).reshape(B, H, W, C)
+        return residual_sum(x, NIN(C, self.init_scale, name="output")(h), self.skip_rescale)
+
+
+def timestep_embedding(t: Float[Array, "B"], dimension: int) -> Float[Array, "B D"]:
+    """Returns sines, then cosines of t at frequencies 1 to 1/10000, geometrically spaced.
+
+    The sinusoidal position embedding of transformers (Vaswani et al. 2017) as DDPM (Ho et al. 2020) uses it.
+
+    Args:
+      t: labels of the noise level.
+      dimension: width of the embedding, at least 4; if odd, the last column is 0.
+    """
+    half = dimension // 2
+    frequencies = jnp.exp(jnp.arange(half) * (-math.log(MAX_PERIOD) / (half - 1)))
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], 1)
+    return jnp.pad(embedding, ((0, 0), (0, dimension % 2)))
+
+
+class FourierFeatures(nn.Module):
+    """Random Fourier features of a number (Tancik et al. 2020); the frequencies are drawn once and not trained.
+
+    Attributes:
+      num_frequencies: half the width of the result.
+      scale: standard deviation of the frequencies.
+    """
+
+    num_frequencies: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B"]) -> Float[Array, "B 2*F"]:
+        """Returns sines, then cosines of 2 π frequencies x."""
+        frequencies = self.param("frequencies", nn.initializers.normal(self.scale), (self.num_frequencies,))
+        angles = 2 * jnp.pi * x[:, None] * jax.lax.stop_gradient(frequencies)[None, :]
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], 1)

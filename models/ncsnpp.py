@@ -1,0 +1,202 @@
+"""NCSN++ and DDPM++: one U-Net with every option of Song et al. 2021, Appendix H.
+
+Parameters are named after what a layer is for: `down1_block0` is the first residual block of the second level on the
+way down. legacy.py translates the names of the 2021 code.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from models.blocks import BigGANBlock, BlockOptions, Combine, DDPMBlock, Downsample, Upsample
+from models.convolution import Conv
+from models.layers import Attention, Dense, FourierFeatures, GroupNorm, residual_sum, timestep_embedding
+from sde_lib import VESDE, expand
+
+BLOCKS = {"biggan": BigGANBlock, "ddpm": DDPMBlock}
+
+
+def normalized_widths(nf: int, ch_mult: tuple[int, ...], num_res_blocks: int, doubled_input: bool) -> set[int]:
+    """Returns the numbers of channels at which a network normalizes, which groups have to divide.
+
+    Args:
+      nf: channels of the first level.
+      ch_mult: channels of each level, in multiples of nf.
+      num_res_blocks: residual blocks of a level on the way down.
+      doubled_input: an input skip is concatenated to the features.
+    """
+    outputs = [nf * mult for mult in ch_mult]
+    h, skips, widths = nf, [nf], set(outputs)
+    for level, output in enumerate(outputs):
+        for _ in range(num_res_blocks):
+            widths.add(h)
+            h = output
+            skips.append(h)
+        if level < len(outputs) - 1:
+            h = 2 * h if doubled_input else h
+            skips.append(h)
+    for output in reversed(outputs):
+        for _ in range(num_res_blocks + 1):
+            widths.add(h + skips.pop())
+            h = output
+    return widths
+
+
+class NCSNpp(nn.Module):
+    """NCSN++ (Song et al. 2021, Appendix H); DDPM++ without FIR filters and growing input and output.
+
+    Attributes:
+      nf: channels of the first level.
+      ch_mult: channels of each level, in multiples of nf.
+      num_res_blocks: residual blocks of a level on the way down; one more on the way up.
+      attn_resolutions: heights of images, in pixels, at which attention is applied.
+      block: options of the residual blocks.
+      progressive: the output grows over the levels: "none", "output_skip" or "residual".
+      progressive_input: the input also enters at lower levels: "none", "input_skip" or "residual".
+      progressive_combine: join of an input skip: "sum" or "cat".
+      embedding_type: of the noise level: "positional" or "fourier".
+      fourier_scale: standard deviation of the Fourier frequencies.
+      conditional: the residual blocks are told the noise level.
+      centered: images come in [-1, 1]; otherwise in [0, 1].
+      scale_by_sigma: divide the output by sigma.
+      noise_levels: whose discrete sigmas the labels count, if the embedding is positional and the output scaled.
+    """
+
+    nf: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    attn_resolutions: tuple[int, ...]
+    block: BlockOptions
+    progressive: str = "none"
+    progressive_input: str = "none"
+    progressive_combine: str = "sum"
+    embedding_type: str = "positional"
+    fourier_scale: float = 16.0
+    conditional: bool = True
+    centered: bool = False
+    scale_by_sigma: bool = False
+    noise_levels: VESDE | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], time_cond: Float[Array, "B"], train: bool = False
+    ) -> Float[Array, "B H W C"]:
+        """Evaluates the network.
+
+        Args:
+          x: noisy images, in the range that `centered` tells.
+          time_cond: label of the noise level: sigma if the embedding is fourier; otherwise 999 t, or the level's
+            index, counted from the largest sigma.
+          train: apply dropout.
+        """
+        embedding = self._embed(time_cond)
+        skips = self._encode(x if self.centered else 2 * x - 1, embedding, train)
+        h = self._middle(skips[-1], embedding, train)
+        y = self._decode(h, skips, embedding, train, x.shape[-1])
+        return y / expand(self._sigma(time_cond), y) if self.scale_by_sigma else y
+
+    # The methods below are parts of __call__; they create layers, in the order of the original network.
+
+    def _embed(self, time_cond: Array) -> Array | None:
+        if self.embedding_type == "fourier":
+            # These parameters exist, as in the original network, even if nothing depends on them.
+            embedding = FourierFeatures(self.nf, self.fourier_scale, name="fourier")(jnp.log(time_cond))
+        else:
+            embedding = timestep_embedding(time_cond, self.nf)
+        if not self.conditional:
+            return None
+        h = Dense(4 * self.nf, name="embedding1")(embedding)
+        return Dense(4 * self.nf, name="embedding2")(self.block.act(h))
+
+    def _sigma(self, time_cond: Array) -> Array:
+        if self.noise_levels is None:
+            return time_cond
+        return jnp.flip(self.noise_levels.discrete_sigmas)[time_cond.astype(jnp.int32)]
+
+    def _block(self, features: int, name: str) -> nn.Module:
+        return BLOCKS[self.block.kind](features, self.block, name=name)
+
+    def _attend(self, h: Array, name: str) -> Array:
+        if h.shape[1] not in self.attn_resolutions:
+            return h
+        return Attention(self.block.init_scale, self.block.skip_rescale, name=name)(h)
+
+    def _head(self, h: Array, features: int, init_scale: float, name: str) -> Array:
+        """Normalizes, activates and convolves: to an image, or to the first features of a growing output."""
+        h = self.block.act(GroupNorm(name=f"{name}_norm")(h))
+        return Conv(features, init_scale=init_scale, name=f"{name}_conv")(h)
+
+    def _encode(self, x: Array, embedding: Array | None, train: bool) -> list[Array]:
+        h, pyramid = Conv(self.nf, name="input")(x), x
+        skips = [h]
+        for level, mult in enumerate(self.ch_mult):
+            for i in range(self.num_res_blocks):
+                h = self._block(self.nf * mult, f"down{level}_block{i}")(h, embedding, train)
+                h = self._attend(h, f"down{level}_attention{i}")
+                skips.append(h)
+            if level < len(self.ch_mult) - 1:
+                h = self._downsample(h, embedding, train, f"down{level}_resample")
+                h, pyramid = self._grow_input(h, pyramid, f"down{level}_pyramid")
+                skips.append(h)
+        return skips
+
+    def _middle(self, h: Array, embedding: Array | None, train: bool) -> Array:
+        h = self._block(h.shape[-1], "middle_block0")(h, embedding, train)
+        h = Attention(self.block.init_scale, self.block.skip_rescale, name="middle_attention")(h)
+        return self._block(h.shape[-1], "middle_block1")(h, embedding, train)
+
+    def _decode(self, h: Array, skips: list[Array], embedding: Array | None, train: bool, channels: int) -> Array:
+        pyramid = None
+        for level, mult in reversed(list(enumerate(self.ch_mult))):
+            for i in range(self.num_res_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], -1)
+                h = self._block(self.nf * mult, f"up{level}_block{i}")(h, embedding, train)
+            h = self._attend(h, f"up{level}_attention")
+            h, pyramid = self._grow_output(h, pyramid, channels, f"up{level}_pyramid")
+            if level > 0:
+                h = self._upsample(h, embedding, train, f"up{level}_resample")
+        if self.progressive == "output_skip":
+            assert pyramid is not None  # there is at least one level
+            return pyramid
+        return self._head(h, channels, self.block.init_scale, "output")
+
+    def _downsample(self, h: Array, embedding: Array | None, train: bool, name: str) -> Array:
+        if self.block.kind == "biggan":
+            return BigGANBlock(h.shape[-1], self.block, "down", name=name)(h, embedding, train)
+        return Downsample(self.block.fir_kernel, self._conv_features(h), name=name)(h)
+
+    def _upsample(self, h: Array, embedding: Array | None, train: bool, name: str) -> Array:
+        if self.block.kind == "biggan":
+            return BigGANBlock(h.shape[-1], self.block, "up", name=name)(h, embedding, train)
+        return Upsample(self.block.fir_kernel, self._conv_features(h), name=name)(h)
+
+    def _conv_features(self, h: Array) -> int | None:
+        return h.shape[-1] if self.block.resample_with_conv else None
+
+    def _grow_input(self, h: Array, pyramid: Array, name: str) -> tuple[Array, Array]:
+        """Lets the image, or features of it, enter at a lower level; returns the features and the pyramid."""
+        if self.progressive_input == "none":
+            return h, pyramid
+        if self.progressive_input == "input_skip":
+            pyramid = Downsample(self.block.fir_kernel, name=name)(pyramid)
+            return Combine(self.progressive_combine, name=f"{name}_combine")(pyramid, h), pyramid
+        pyramid = Downsample(self.block.fir_kernel, h.shape[-1], name=name)(pyramid)
+        h = residual_sum(pyramid, h, self.block.skip_rescale)
+        return h, h
+
+    def _grow_output(self, h: Array, pyramid: Array | None, channels: int, name: str) -> tuple[Array, Array | None]:
+        """Grows the output by one level, None before the first; returns the features and the pyramid."""
+        if self.progressive == "none":
+            return h, None
+        if self.progressive == "output_skip":
+            image = self._head(h, channels, self.block.init_scale, name)
+            if pyramid is None:
+                return h, image
+            return h, Upsample(self.block.fir_kernel, name=name)(pyramid) + image
+        if pyramid is None:
+            return h, self._head(h, h.shape[-1], 1.0, name)
+        pyramid = Upsample(self.block.fir_kernel, h.shape[-1], name=name)(pyramid)
+        h = residual_sum(pyramid, h, self.block.skip_rescale)
+        return h, h
