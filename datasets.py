@@ -28,8 +28,15 @@ NUM_DIGITS_TRAIN = 1500  # of the 1,797 digits; the other 297 are the test split
 class Source(Protocol):
     """Random access to the images of one split."""
 
-    num_levels: int
-    num_classes: int  # 0: the images carry no labels
+    @property
+    def num_levels(self) -> int:
+        """Levels that a value can take."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the labels; 0 if the images carry none."""
+        ...
 
     def __len__(self) -> int:
         """Returns the number of images."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,20 @@ from models.score import get_score_fn
 from sampling import build_sampler
 from sde_lib import SDE, VESDE, ScoreFn
 
+# Settings that count something.
+COUNTS = (
+    "training.batch_size",
+    "training.n_iters",
+    "training.n_jitted_steps",
+    "training.log_freq",
+    "training.eval_freq",
+    "training.snapshot_freq",
+    "training.snapshot_freq_for_preemption",
+    "training.snapshot_num_samples",
+    "eval.batch_size",
+    "eval.num_samples",
+    "eval.bpd_num_draws",
+)
 PURPOSES = ("init", "train", "eval", "sample", "bpd", "grid")  # append only: the order fixes the keys
 
 
@@ -60,10 +75,9 @@ class Experiment:
 
     def init_state(self) -> losses.TrainState:
         """Returns the state before the first step."""
-        x = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
-        labels = jax.ShapeDtypeStruct((1,), jnp.float32)
-        # Lazily: only the initializers run, one at a time; compiling all of them in one program takes ten times longer.
-        variables = self.model.lazy_init({"params": self.keys["init"]}, x, labels, train=False)
+        x, labels = jnp.zeros((1, *self.image_shape)), jnp.ones((1,))
+        init = jax.jit(functools.partial(self.model.init, train=False))  # XLA drops the forward pass
+        variables = init({"params": self.keys["init"]}, x, labels)
         return losses.init_state(variables["params"], self.optimizer)
 
     def state_template(self) -> losses.TrainState:
@@ -91,15 +105,18 @@ class Experiment:
 
 
 def _check_values(config: ConfigDict) -> None:
-    positive = ("training.batch_size", "training.n_iters", "training.n_jitted_steps", "training.log_freq")
-    positive += ("training.eval_freq", "training.snapshot_freq", "training.snapshot_freq_for_preemption")
-    positive += ("training.snapshot_num_samples", "eval.batch_size", "eval.num_samples", "eval.bpd_num_draws")
-    for name in positive:
+    for name in COUNTS:
         group, key = name.split(".")
         if config[group][key] < 1:
             raise ValueError(f"{name}={config[group][key]}; expected 1 or more")
     if not 0.0 <= config.model.ema_rate < 1.0:
         raise ValueError(f"model.ema_rate={config.model.ema_rate}; expected 0 <= rate < 1")
+    divides_by_level = config.model.scale_by_sigma and config.model.embedding_type == "positional"
+    if divides_by_level and config.training.continuous:
+        raise ValueError(
+            "model.scale_by_sigma=True with model.embedding_type='positional' takes the label for the index of a "
+            "level, which it is not with training.continuous=True; set model.embedding_type='fourier'"
+        )
     if config.eval.bpd_dataset not in ("train", "test"):
         raise ValueError(f"eval.bpd_dataset={config.eval.bpd_dataset!r} is unknown; known: test, train")
 

@@ -20,11 +20,13 @@ def small_ncsnpp(config: ConfigDict) -> None:
     """A network of about 0.2 million parameters and a schedule that fit a few minutes of a laptop CPU."""
     config.model.update(nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, ema_rate=0.995)
     config.optim.update(lr=2e-3, warmup=100)
-    config.training.update(batch_size=128, n_iters=2000, n_jitted_steps=10, log_freq=50, eval_freq=100)
-    config.training.update(snapshot_freq=1000, snapshot_freq_for_preemption=500)
+    config.training.update(batch_size=128, n_iters=1600, n_jitted_steps=10, log_freq=50, eval_freq=100)
+    config.training.update(snapshot_freq=800, snapshot_freq_for_preemption=400)
     config.sampling.update(num_steps=250)
-    config.likelihood.update(num_probes=2, rtol=1e-4, atol=1e-4)
-    config.eval.update(begin_ckpt=1, end_ckpt=2, batch_size=250, num_samples=500)
+    # Tolerances of 1e-3 were 0.08 bits/dim off on the digits, 1e-5 moved the mean by 1e-4 at twice the cost.
+    config.likelihood.update(num_probes=1, rtol=1e-4, atol=1e-4)
+    # 304: the 297 test images in one batch that 1, 2, 4, 8 or 16 devices divide.
+    config.eval.update(begin_ckpt=1, end_ckpt=2, batch_size=304, num_samples=600)
     config.eval.update(enable_sampling=True, enable_bpd=True)
 
 

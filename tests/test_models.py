@@ -167,9 +167,10 @@ def test_initializer_has_the_original_law(row):
     assert abs((draw**2).mean() / bound**2 - 1 / 3) < 4 * np.sqrt(4 / 45 / n)
 
 
-def test_hashed_numbers_are_uniform_and_independent():
+def test_kernels_are_drawn_uniformly_and_independently():
     keys = jax.random.split(jax.random.key(0), 3)
-    draws = np.asarray(jax.jit(jax.vmap(lambda k: initializers.hashed_uniform(k, (256, 512))))(keys), np.float64)
+    init = initializers.default_init(1.0)  # kernels [256, 512]: bound sqrt(3 / 384)
+    draws = np.stack([init(key, (256, 512)) for key in keys]).astype(np.float64) / np.sqrt(3 / 384)
     n = draws[0].size
     for draw in draws:
         counts = np.histogram(draw, 64, (-1, 1))[0]
