@@ -302,8 +302,8 @@ def evaluate_checkpoint(
     return Report(checkpoint=checkpoint, seed=config.seed, data=data, **fields)
 
 
-def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) -> Path:
-    """Evaluates the checkpoints of a sweep, each as soon as it is there; returns the path of report.md."""
+def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) -> None:
+    """Evaluates the checkpoints of a sweep, each as soon as it is there, and writes the report after each."""
     config = experiment.config
     evaluator = Evaluator(experiment)
     numbers = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
@@ -320,12 +320,14 @@ def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) ->
             if distributed.is_main_process():
                 save_report(folder, report)
                 write_report(folder, losses=workdir / LOSSES_FILE)
-                log_report(report)
-    return folder / "report.md"
+                log_report(report, folder)
 
 
-def log_report(report: Report) -> None:
-    """Logs the numbers of a checkpoint."""
+def log_report(report: Report, folder: Path) -> None:
+    """Logs the numbers of a checkpoint and where its pictures and the report are."""
     logging.info("checkpoint %d (step %d):", report.checkpoint.number, report.checkpoint.step)
     for metric in report.metrics:
         logging.info("  %-24s %s %s", metric.name, number_text(metric.value, metric.stderr), metric.unit)
+    if "grid" in report.files:
+        logging.info("samples: %s", folder / report.files["grid"])
+    logging.info("report:  %s", folder / "report.md")

@@ -65,19 +65,23 @@ def _is_worth_showing(record: standard_logging.LogRecord) -> bool:
     return record.levelno >= standard_logging.WARNING or "site-packages" not in record.pathname
 
 
-def set_up_logging(workdir: Path) -> None:
-    """Logs to the console and to stdout.txt in the workdir; only errors, on all processes but the first."""
+def set_up_console() -> None:
+    """Makes the log on the console short; to be called before JAX looks for devices, which it reports at length."""
+    logging.set_verbosity(logging.INFO)
+    console = logging.get_absl_handler()
+    console.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    console.addFilter(_is_worth_showing)
+
+
+def set_up_log_file(workdir: Path) -> None:
+    """Logs to stdout.txt in the workdir too; only errors are logged on all processes but the first."""
     if not distributed.is_main_process():
         logging.set_verbosity(logging.ERROR)
         return
-    logging.set_verbosity(logging.INFO)
-    to_file = standard_logging.FileHandler(workdir / LOG_FILE)
-    to_file.setFormatter(standard_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    to_console = logging.get_absl_handler()
-    to_console.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    for handler in (to_file, to_console):
-        handler.addFilter(_is_worth_showing)
-    logging.get_absl_logger().addHandler(to_file)
+    handler = standard_logging.FileHandler(workdir / LOG_FILE)
+    handler.setFormatter(standard_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(_is_worth_showing)
+    logging.get_absl_logger().addHandler(handler)
 
 
 def run(workdir: Path) -> None:
@@ -103,11 +107,12 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; every setting is a flag, such as --workdir DIR")
     workdir = Path(FLAGS.workdir)
+    set_up_console()
     set_up_jax()
     try:
         check = workdirs.check_writable if FLAGS.mode == "train" else workdirs.check_trained
         check(workdir)
-        set_up_logging(workdir)
+        set_up_log_file(workdir)
         run(workdir)
     except USER_ERRORS as error:
         fail(error, workdir)
