@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float, Integer, Num
 from scipy.special import softmax, xlogy
 
-from arrays import content_hash, read_npz
-from metric import (
+from files import content_hash, read_npz, write_atomically
+from metrics.metric import (
     Metric,
     as_features,
     check_dimensions,
@@ -24,8 +24,7 @@ from metric import (
     mean_metric,
     stderr_of_mean,
 )
-from pairwise import kernel_distance, kernel_distance_blocks, kernel_distance_subsets, precision_recall
-from workdir import write_atomically
+from metrics.pairwise import kernel_distance, kernel_distance_blocks, kernel_distance_subsets, precision_recall
 
 __all__ = [
     "FeatureStatistics",

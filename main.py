@@ -20,10 +20,10 @@ from ml_collections import config_flags
 
 import distributed
 import run_lib
-import workdir as workdirs
 from checkpoints import CheckpointError
 from ode import SolverError
-from train_lib import DivergedError
+from runtime import workdir as workdirs
+from runtime.train_loop import DivergedError
 
 # What a user can mend: told in one sentence. Anything else is our fault and ends with its traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, workdirs.WorkdirError, CheckpointError, SolverError, DivergedError)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Num, UInt8
 from PIL import Image, ImageDraw
 
-from workdir import write_atomically
+from files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,12 +9,11 @@ from ml_collections import ConfigDict
 
 import datasets
 import distributed
-import eval_lib
-import train_lib
-import workdir as workdirs
 from checkpoints import Checkpoints
-from experiment import build_experiment, describe
-from progress import TrainingProgress
+from runtime import eval_loop, train_loop
+from runtime import workdir as workdirs
+from runtime.experiment import build_experiment, describe
+from runtime.progress import TrainingProgress
 
 __all__ = ["build_experiment", "evaluate", "train"]
 
@@ -33,24 +32,24 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       WorkdirError: if the workdir cannot be written or holds another experiment.
       CheckpointError: if the workdir has checkpoints, but all are damaged.
     """
-    train_lib.check_schedule(config)
+    train_loop.check_schedule(config)
     experiment = build_experiment(config)
     source = datasets.build_source(config, "train")
     workdirs.check_writable(workdir)
     workdirs.check_same_experiment(workdir, config)
     describe(experiment)
-    trainer = train_lib.build_trainer(experiment, workdir)
+    trainer = train_loop.build_trainer(experiment, workdir)
     with Checkpoints(
         workdir, snapshot_freq=config.training.snapshot_freq, template=experiment.state_template()
     ) as checkpoints:
         state = checkpoints.restore_newest() or experiment.init_state()
         if distributed.is_main_process():
             workdirs.record_config(workdir, config)
-        steps = train_lib.num_steps(config)
+        steps = train_loop.num_steps(config)
         with TrainingProgress(
             workdir, first_step=int(state.step), num_steps=steps, batch_size=config.training.batch_size
         ) as progress:
-            train_lib.train_loop(trainer, state, source, checkpoints=checkpoints, progress=progress)
+            train_loop.train_loop(trainer, state, source, checkpoints=checkpoints, progress=progress)
     logging.info("trained %d steps; checkpoints and samples are in %s", steps, workdir)
 
 
@@ -69,8 +68,8 @@ def evaluate(config: ConfigDict, workdir: str | Path, eval_folder: str = "eval")
       WorkdirError: if the workdir holds another experiment, or the folder results of other settings.
       CheckpointError: if a checkpoint is missing or damaged.
     """
-    eval_lib.check_evaluation(config)
+    eval_loop.check_evaluation(config)
     experiment = build_experiment(config)
     workdirs.check_same_experiment(workdir, config)
     describe(experiment)
-    eval_lib.evaluate_checkpoints(experiment, Path(workdir), Path(workdir) / eval_folder)
+    eval_loop.evaluate_checkpoints(experiment, Path(workdir), Path(workdir) / eval_folder)

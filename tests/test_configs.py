@@ -9,14 +9,12 @@ import tiny
 
 from configs import base
 from configs.ve import cifar10_ncsnpp
-from experiment import build_experiment
-from workdir import flatten
+from runtime.experiment import build_experiment
+from runtime.workdir import flatten
 
 # Keys of the original that no code, its own included, reads.
 READ_BY_NOTHING = ("model.attention_type", "model.conv_size")
-LEAVES = sorted(
-    path for folder in ("ve", "vp", "subvp") for path in (tiny.ROOT / "configs" / folder).glob("[a-z]*.py")
-)
+LEAVES = sorted(path for folder in ("ve", "vp", "subvp") for path in (tiny.ROOT / "configs" / folder).glob("[a-z]*.py"))
 
 
 def load(path):

@@ -10,7 +10,7 @@ import tiny
 from PIL import Image
 
 from checkpoints import Checkpoints
-from experiment import build_experiment
+from runtime.experiment import build_experiment
 
 pytestmark = pytest.mark.slow
 
@@ -123,7 +123,7 @@ def test_a_missing_checkpoint_ends_the_evaluation_at_once(unbroken):
 # Runs main.py and sends the process a real signal when a step is recorded and the first snapshot is complete.
 WITH_SIGNAL = """
 import os, pathlib, runpy, sys, time
-import progress
+from runtime import progress
 sign, at_step, workdir = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
 record = progress.TrainingProgress.record
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import datasets
-import features
-from features import ClassifierSettings, build_feature_extractor
+from metrics import features
+from metrics.features import ClassifierSettings, build_feature_extractor
 
 TRAIN, TEST = (datasets.load_digits(split) for split in ("train", "test"))
 SHORT = ClassifierSettings(num_steps=3)  # the same compiled functions as the full training

@@ -176,7 +176,7 @@ def test_a_failed_integration_is_nan():
     score_fn = lambda x, t: jnp.where(jnp.arange(6).reshape(6, 1, 1, 1) == 2, jnp.nan, -x)  # noqa: E731
     result = measure(VPSDE(), score_fn, X, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(np.isnan(result.bpd), np.arange(6) == 2)
-    with pytest.raises(RuntimeError, match="bits/dim: the ODE solver gave up on 1 of 6 examples"):
+    with pytest.raises(ode.SolverError, match="bits/dim: the solver gave up on 1 of 6 examples"):
         ode.require_solved(result.bpd, "bits/dim")
 
 

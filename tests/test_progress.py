@@ -6,8 +6,8 @@ import jax
 import pytest
 from absl import logging
 
-import progress
-from progress import TrainingProgress
+from runtime import progress
+from runtime.progress import TrainingProgress
 
 
 def open_progress(workdir, first_step=0):

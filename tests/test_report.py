@@ -10,8 +10,8 @@ from PIL import Image
 
 import plots
 import report
-from metric import Metric
-from report import CheckpointInfo, DataInfo, FeatureInfo, ReferenceInfo, Report, SamplerInfo
+from metrics.metric import Metric
+from report import CheckpointInfo, DataInfo, FeatureInfo, ReferenceInfo, Report, SamplerInfo, page
 
 FEATURES = FeatureInfo("a classifier", "abcdef0123456789" * 4, 0.99)
 
@@ -106,28 +106,28 @@ def test_numbers_are_written_to_the_second_digit_of_their_uncertainty(value, std
     ],
 )
 def test_the_floor_sentence_says_what_the_numbers_say(distance, verdict):
-    assert verdict in report.floor_sentence(full_report(distance=distance))
+    assert verdict in page.floor_sentence(full_report(distance=distance))
 
 
 def test_sentences_say_when_something_was_not_run():
     empty = full_report(metrics=())
-    assert report.floor_sentence(empty) == "Fréchet distance of the samples against the floor: not run."
-    assert report.bits_sentence(empty) == "bits/dim against the Gaussian: not run."
-    assert report.bias_sentence(empty) == ""
+    assert page.floor_sentence(empty) == "Fréchet distance of the samples against the floor: not run."
+    assert page.bits_sentence(empty) == "bits/dim against the Gaussian: not run."
+    assert page.bias_sentence(empty) == ""
 
 
 def test_bits_of_different_images_are_not_compared():
     network, gaussian = metrics(bits_per_dim=(2.6, 0.02), gaussian_bits_per_dim=(2.949, 0.02))
     changed = full_report(metrics=(dataclasses.replace(network, num_samples=1500), gaussian))
-    assert "are of different images, and are not compared" in report.bits_sentence(changed)
+    assert "are of different images, and are not compared" in page.bits_sentence(changed)
 
 
 def test_the_bias_sentence_names_the_side_with_fewer_images():
     few, many = Metric("frechet_distance", 0.3, 0.1, 100), Metric("frechet_distance_test", 0.1, 0.1, 297)
-    assert "here the distance of the samples is raised more" in report.bias_sentence(full_report(metrics=(few, many)))
+    assert "here the distance of the samples is raised more" in page.bias_sentence(full_report(metrics=(few, many)))
     few = dataclasses.replace(few, num_samples=500)
-    assert "here the floor is raised more" in report.bias_sentence(full_report(metrics=(few, many)))
-    assert report.bias_sentence(full_report()) == ""  # as many of both
+    assert "here the floor is raised more" in page.bias_sentence(full_report(metrics=(few, many)))
+    assert page.bias_sentence(full_report()) == ""  # as many of both
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_the_bias_sentence_names_the_side_with_fewer_images():
 )
 def test_the_bits_sentence_says_who_wins(network, sentence):
     changed = metrics(bits_per_dim=(network, 0.02), gaussian_bits_per_dim=(2.949, 0.02))
-    assert sentence in report.bits_sentence(full_report(metrics=changed))
+    assert sentence in page.bits_sentence(full_report(metrics=changed))
 
 
 def test_the_page_has_every_number_and_picture(tmp_path):
@@ -200,7 +200,7 @@ def test_a_failure_leaves_the_old_report(tmp_path, monkeypatch):
     ):
         report.write_report(tmp_path)
     report.save_report(tmp_path, full_report(2))
-    monkeypatch.setattr(report, "_settings_table", lambda _: 1 / 0)
+    monkeypatch.setattr(page, "_settings_table", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         report.write_report(tmp_path)
     (tmp_path / "report_2.json").unlink()
@@ -218,4 +218,4 @@ def test_bad_folders_and_reports_are_named(tmp_path):
 
 def test_a_metric_that_the_page_does_not_know_is_shown_by_its_name():
     unknown = full_report(metrics=metrics(sliced_distance=(1.5, 0.1)))
-    assert row_of(report._main_table(unknown), "sliced_distance")[1] == "1.50 ± 0.10"
+    assert row_of(page._main_table(unknown), "sliced_distance")[1] == "1.50 ± 0.10"

@@ -240,12 +240,14 @@ def test_whole_samplers_match_the_reference(name, monkeypatch):
 def test_ode_matches_the_reference(name):
     stored, meta = load(name)
     sde = sde_of(meta)
-    config = make_config(method="ode", noise_removal=meta["denoise"], rtol=meta["rtol"], atol=meta["atol"])
+    # At a tenth of the reference's tolerance, so that what remains is the reference's own error, 2e-5.
+    rtol, atol = meta["rtol"] / 10, meta["atol"] / 10
+    config = make_config(method="ode", noise_removal=meta["denoise"], rtol=rtol, atol=atol)
     z = jnp.asarray(stored["z"])
     x, nfe = sample(config, sde, z.shape, score_fn=make_score_fn(sde, meta["score_c"]), x_init=z)
     x = (x + 1) / 2 if meta["inverse_scaler"] == "(x+1)/2" else x
-    np.testing.assert_allclose(x, stored["samples"], atol=5e-5)  # two solvers at tolerance 1e-5
-    assert int(nfe) < 2 * meta["nfe"]  # scipy takes one step for the whole batch, ours each example's own
+    np.testing.assert_allclose(x, stored["samples"], atol=5e-5)
+    assert int(nfe) < 3 * meta["nfe"]  # a tenth of the tolerance takes 10^(1/5) = 1.6 times the steps
 
 
 # --------------------------------------------------------------------------- keys, batches, devices, refusals
@@ -256,6 +258,7 @@ def test_a_sample_depends_on_its_own_key_alone(method):
     config = make_config(
         method=method, predictor="reverse_diffusion", corrector="langevin", langevin_norm="sample", num_steps=25
     )
+    config.sampling.update(rtol=1e-3, atol=1e-3)  # tighter, and rounding may decide whether a step is accepted
     keys, sde = rng.example_keys(jax.random.key(7), 8), VPSDE()
     together, _ = sample(config, sde, (8, 2, 2, 1), keys)
     from_one_key, _ = sample(config, sde, (8, 2, 2, 1), jax.random.key(7))

@@ -5,28 +5,29 @@ import os
 
 import pytest
 
-import workdir as workdirs
+import files
 from configs import base
-from workdir import WorkdirError
+from runtime import workdir as workdirs
+from runtime.workdir import WorkdirError
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "report.json"
-    workdirs.write_json(path, {"value": 1})
+    files.write_json(path, {"value": 1})
 
     def fail(file):
         file.write(b"half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        workdirs.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     assert json.loads(path.read_text()) == {"value": 1}
     assert os.listdir(tmp_path) == ["report.json"]
 
 
 def test_json_is_strict(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        workdirs.write_json(tmp_path / "a.json", {"value": float("nan")})
+        files.write_json(tmp_path / "a.json", {"value": float("nan")})
     assert os.listdir(tmp_path) == []
 
 

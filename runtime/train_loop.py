@@ -14,17 +14,17 @@ from ml_collections import ConfigDict
 
 import datasets
 import distributed
+import files
 import plots
-import workdir as workdirs
 from checkpoints import Checkpoints
-from experiment import (
+from losses import TrainState
+from runtime.experiment import (
     Experiment,
     build_loss_program,
     build_sampling_program,
     build_train_program,
 )
-from losses import TrainState
-from progress import TrainingProgress
+from runtime.progress import TrainingProgress
 
 FREQUENCIES = ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption")
 SIGTERM_EXIT_CODE = 143  # 128 + 15: what shells and schedulers report for a job that SIGTERM ended
@@ -97,7 +97,7 @@ class Trainer:
             return
         folder = self.workdir / "samples" / f"iter_{step}"
         levels = levels[: self.experiment.config.training.snapshot_num_samples]
-        workdirs.write_atomically(folder / "sample.npz", lambda file: np.savez(file, samples=levels, nfe=nfe))
+        files.write_atomically(folder / "sample.npz", lambda file: np.savez(file, samples=levels, nfe=nfe))
         grid = plots.grid_of_levels(levels, self.experiment.config.data.num_levels)
         plots.save_png(folder / "sample.png", grid)
         progress.record_image(step, "samples", grid)

@@ -18,20 +18,30 @@ from ml_collections import ConfigDict
 
 import datasets
 import distributed
-import features
+import files
 import ode
 import plots
-import workdir as workdirs
-from arrays import content_hash
 from checkpoints import Checkpoints
 from evaluation import gaussian_bits_per_dim, sample_metrics
-from experiment import Experiment, build_bpd_program, build_loss_program, build_sampling_program
+from files import content_hash
 from losses import TrainState
-from metric import Metric, mean_metric
-from progress import LOSSES_FILE, track
-from report import number_text, write_report
-from report_data import CheckpointInfo, DataInfo, FeatureInfo, ReferenceInfo, Report, SamplerInfo, save_report
-from workdir import WorkdirError
+from metrics import features
+from metrics.metric import Metric, mean_metric
+from report import (
+    CheckpointInfo,
+    DataInfo,
+    FeatureInfo,
+    ReferenceInfo,
+    Report,
+    SamplerInfo,
+    number_text,
+    save_report,
+    write_report,
+)
+from runtime import workdir as workdirs
+from runtime.experiment import Experiment, build_bpd_program, build_loss_program, build_sampling_program
+from runtime.progress import LOSSES_FILE, track
+from runtime.workdir import WorkdirError
 
 NUM_SHOWN = 100  # samples in the picture
 # Results in a folder are used again only if all of these are what they were.
@@ -99,13 +109,15 @@ class Evaluator:
 
 def _cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
     """Returns the arrays of an .npz file, computing and writing it, whole or not at all, if it is not there."""
-    if not path.exists():
-        arrays = compute()
-        if distributed.is_main_process():
-            workdirs.write_atomically(path, lambda file: np.savez(file, **arrays))
-        return {name: np.asarray(array) for name, array in arrays.items()}
-    with np.load(path, allow_pickle=False) as stored:
-        return dict(stored)
+    if path.exists():
+        try:
+            return files.read_npz(path)
+        except ValueError as error:
+            logging.warning("%s; computing it again", error)
+    arrays = compute()
+    if distributed.is_main_process():
+        files.write_atomically(path, lambda file: np.savez(file, **arrays))
+    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 def _open_results(folder: Path, config: ConfigDict, state: TrainState) -> None:
@@ -121,7 +133,7 @@ def _open_results(folder: Path, config: ConfigDict, state: TrainState) -> None:
     path = folder / SETTINGS_FILE
     if not path.exists():
         if distributed.is_main_process():
-            workdirs.write_json(path, given)
+            files.write_json(path, given)
         return
     stored = json.loads(path.read_text())
     differing = [key for key in sorted(stored.keys() | given.keys()) if stored.get(key) != given.get(key)]

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from metric import Metric
-from workdir import write_json
+from files import write_json
+from metrics.metric import Metric
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,18 +1,18 @@
-"""The folder of a run: that it can be written, that it belongs to this experiment, and files that appear whole."""
+"""The folder of a run: that it can be written, and that it belongs to this experiment."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
+
+from files import write_json
 
 CONFIG_FILE = "config.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffrax", "numpy", "scipy")
@@ -24,34 +24,6 @@ FREE_KEYS = ("data.path", "model.ema_rate")  # where the data lie, and a rate th
 
 class WorkdirError(RuntimeError):
     """The workdir cannot be used for this run."""
-
-
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file under a temporary name and renames it: it appears whole, or the old one stays.
-
-    Args:
-      path: of the file; its folder is made if need be.
-      write: called with the open binary file.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's own mode hides the file from everyone else
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes strict JSON atomically; NaN and infinity are refused, since other readers refuse them."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

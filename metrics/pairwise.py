@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Num
 
-from metric import Metric, as_feature_pair, make_metric, stderr_of_mean
+from metrics.metric import Metric, as_feature_pair, make_metric, stderr_of_mean
 
 BLOCK_ELEMENTS = 2**24  # of a block of a matrix of all pairs: 128 MiB of float64, whatever the number of images
 

@@ -1,12 +1,45 @@
-"""Arrays by their content: a hash of them, and .npz files that are whole or refused."""
+"""Files that appear whole and are read whole or refused, and hashes of their content."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file under a temporary name and renames it: it appears whole, or the old one stays.
+
+    Args:
+      path: of the file; its folder is made if need be.
+      write: called with the open binary file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's own mode hides the file from everyone else
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes strict JSON atomically; NaN and infinity are refused, since other readers refuse them."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def content_hash(*arrays: np.ndarray | str) -> str:

@@ -10,32 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import plots
-from metric import Metric
-from report_data import (
-    CheckpointInfo,
-    DataInfo,
-    FeatureInfo,
-    ReferenceInfo,
-    Report,
-    SamplerInfo,
-    read_reports,
-    report_path,
-    save_report,
-)
-
-__all__ = [
-    "CheckpointInfo",
-    "DataInfo",
-    "FeatureInfo",
-    "Metric",
-    "ReferenceInfo",
-    "Report",
-    "SamplerInfo",
-    "read_reports",
-    "report_path",
-    "save_report",
-    "write_report",
-]
+from metrics.metric import Metric
+from report.data import Report, read_reports
 
 NOT_RUN = "not run"
 FLOOR_FACTOR = 3.0  # how many times the floor the Frechet distance of good samples may be

@@ -21,8 +21,7 @@ from absl import logging
 from flax import traverse_util
 from jaxtyping import Array, Float, Integer, UInt8
 
-from arrays import content_hash, read_npz
-from workdir import write_atomically
+from files import content_hash, read_npz, write_atomically
 
 EVAL_BATCH_SIZE = 256  # images of a batch of features: one compiled function serves any number of images
 SMALLEST_SIDE = 8  # pixels: images are pooled by 2 while their shorter side is at least this

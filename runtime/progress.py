@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import distributed
-from workdir import write_atomically
+from files import write_atomically
 
 LOSSES_FILE = "losses.jsonl"
 Item = TypeVar("Item")

@@ -23,9 +23,9 @@ import models
 import ode
 import rng
 import sde_lib
-import workdir as workdirs
 from likelihood import build_likelihood
 from models.score import get_score_fn
+from runtime import workdir as workdirs
 from sampling import build_sampler
 from sde_lib import SDE, VESDE, ScoreFn
 

@@ -1,0 +1,1 @@
+"""What happens while a run is on: programs, loops, the workdir, progress."""
