@@ -44,8 +44,20 @@ from runtime.progress import LOSSES_FILE, track
 from runtime.workdir import WorkdirError
 
 NUM_SHOWN = 100  # samples in the picture
-# Results in a folder are used again only if all of these are what they were.
-SETTINGS = ("seed", "data.", "model.", "training.", "sampling.", "likelihood.", "eval.batch_size", "eval.bpd_dataset")
+# Results in a folder are used again only if all of these, and the parameters, are what they were.
+SETTINGS = (
+    "seed",
+    "data.",
+    "model.",
+    "training.sde",
+    "training.continuous",
+    "training.reduce_mean",
+    "training.likelihood_weighting",
+    "sampling.",
+    "likelihood.",
+    "eval.batch_size",
+    "eval.bpd_dataset",
+)
 SETTINGS_FILE = "settings.json"
 
 

@@ -162,16 +162,18 @@ def train_loop(
             step += settings.n_jitted_steps
             pending.append(metrics["loss"])
             due = {name: step % settings[name] == 0 for name in FREQUENCIES}
+            values = {}
             if due["log_freq"] or step == last:
-                loss, pending = _mean_loss(pending, step), []
-                values = {"loss": loss}
-                if due["eval_freq"]:
-                    with progress.pause():
-                        values["eval_loss"] = trainer.test_loss(state, step)
-                progress.show(step, loss)
+                values["loss"], pending = _mean_loss(pending, step), []
+                progress.show(step, values["loss"])
+            if due["eval_freq"]:
+                with progress.pause():
+                    values["eval_loss"] = trainer.test_loss(state, step)
+            if values:
                 progress.record(step, **values)
             stop = preemption.requested(step)
             if stop or step == last or due["snapshot_freq"] or due["snapshot_freq_for_preemption"]:
+                _mean_loss([metrics["loss"]], step)  # a state that has diverged must not become the newest checkpoint
                 checkpoints.save(distributed.unreplicate(state))
             if stop:
                 checkpoints.wait()

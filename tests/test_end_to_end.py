@@ -176,3 +176,11 @@ def test_another_network_in_the_same_workdir_is_refused(unbroken):
     result = tiny.run(tiny.command("train", unbroken, model__nf=16))
     assert result.returncode == 1
     assert "holds another experiment (model.nf: 8 there, 16 now); choose a new --workdir" in result.stderr
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_good_checkpoints(tmp_path):
+    succeed(tiny.command("train", tmp_path, training__n_iters=12))
+    result = tiny.run(tiny.command("train", tmp_path, optim__lr=1e30, optim__warmup=0, optim__grad_clip=-1.0))
+    assert result.returncode == 1
+    assert "the checkpoints before it are kept: lower optim.lr" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1"]
