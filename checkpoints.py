@@ -47,7 +47,8 @@ def _restore(manager: ocp.CheckpointManager, number: int, template: TrainState) 
     try:
         restored = manager.restore(number, args=args)
     except _READ_ERRORS as error:
-        reason = str(error).split(" [tensorstore_spec", 1)[0]  # what follows are pages of settings
+        # What follows in these messages are pages of settings and trees.
+        reason = str(error).split(" [tensorstore_spec", 1)[0].partition("\n")[0]
         raise CheckpointError(f"{name} cannot be read: {reason}") from error
     found = _checksums(restored["state"])
     stored = restored["info"]["checksums"]

@@ -174,7 +174,8 @@ def make_optimizer(
       warmup: steps of the warm-up; the first step has learning rate 0. 0: none.
       grad_clip: bound on the global norm of the gradient; negative: none.
     """
-    schedule = optax.linear_schedule(0.0, lr, warmup) if warmup > 0 else lr
+    # A schedule in either case: the optimizer's state, and so a checkpoint, has one structure for all settings.
+    schedule = optax.linear_schedule(0.0, lr, warmup) if warmup > 0 else optax.constant_schedule(lr)
     return optax.chain(
         optax.clip_by_global_norm(grad_clip) if grad_clip >= 0 else optax.identity(),
         optax.scale_by_adam(b1=beta1, b2=ADAM_BETA2, eps=eps),

@@ -236,6 +236,17 @@ def test_loss_of_an_image_does_not_depend_on_its_batch():
     np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-6)
 
 
+def test_optimizer_state_has_one_structure_for_all_settings():
+    """So a run can be resumed with another learning rate, warm-up or bound."""
+    settings = {"lr": 1e-3, "beta1": 0.9, "eps": 1e-8}
+    params = {"w": jnp.zeros(3)}
+    states = [
+        losses.make_optimizer(**settings, weight_decay=decay, warmup=warmup, grad_clip=clip).init(params)
+        for decay, warmup, clip in [(0.0, 5, 1.0), (0.0, 0, -1.0), (0.1, 0, 1.0)]
+    ]
+    assert len({jax.tree.structure(state) for state in states}) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
