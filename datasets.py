@@ -135,8 +135,8 @@ def load_tfds(name: str, split: str, path: str = "") -> TfdsSource:
             f"data set {name!r} is not prepared as ArrayRecord files in {folder}; prepare it once, where TensorFlow "
             f"is installed: tfds build {name} --file_format=array_record --data_dir={folder}"
         ) from error
-    label = builder.info.features.get("label")
-    return TfdsSource(records, num_classes=label.num_classes if label is not None else 0)
+    features = builder.info.features
+    return TfdsSource(records, num_classes=features["label"].num_classes if "label" in features else 0)
 
 
 # Every data source by the name that `data.dataset` gives it: (split, path) -> Source.

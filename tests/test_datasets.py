@@ -1,11 +1,13 @@
 """The order of examples, the digits, and the scaling between levels and the network's range."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 import datasets
 import distributed
@@ -150,3 +152,47 @@ def test_tfds_records_are_read_by_index():
     np.testing.assert_array_equal(source.labels(np.array([4, 0, 2])), [1, 0, 2])
     assert dataclasses.is_dataclass(source)
     assert len(source) == 5
+
+
+PREPARE = """
+import sys
+import numpy as np
+import tensorflow_datasets as tfds
+
+class Cifar10(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("3.0.2")
+    pkg_dir_path = sys.argv[1]
+
+    def _info(self):
+        features = {"image": tfds.features.Image(shape=(4, 4, 3)), "label": tfds.features.ClassLabel(num_classes=10)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(5):
+            yield i, {"image": np.full((4, 4, 3), 10 * i, np.uint8), "label": i}
+
+Cifar10(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+"""
+READ = """
+import sys
+import numpy as np
+import datasets
+
+source = datasets.load_tfds("cifar10", "train", sys.argv[1])
+everything = np.arange(len(source))
+print(source.num_classes, sorted(source.labels(everything)), source.images(everything).shape, end=" ")
+print((source.images(everything)[:, 0, 0, 0] == 10 * source.labels(everything)).all(), "tensorflow" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_prepared_tfds_data_are_read_without_tensorflow(tmp_path):
+    """What TFDS itself wrote, each in a process of its own: writing needs TensorFlow, reading must not."""
+    prepared = tiny.run([sys.executable, "-c", PREPARE, str(tmp_path)])
+    assert prepared.returncode == 0, prepared.stderr[-2000:]
+    result = tiny.run([sys.executable, "-c", READ, str(tmp_path)])
+    expected = "10 [np.int64(0), np.int64(1), np.int64(2), np.int64(3), np.int64(4)] (5, 4, 4, 3) True False"
+    assert result.stdout.strip() == expected, result.stderr[-2000:]
