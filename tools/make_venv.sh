@@ -12,7 +12,8 @@ version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/de
 resolve() {
   if version_of "$1" >/dev/null; then command -v "$1"; return; fi
   command -v pyenv >/dev/null || return 1
-  prefix=$(pyenv prefix "$(pyenv versions --bare | grep "^${1#python}\\." | tail -n 1)" 2>/dev/null) || return 1
+  installed=$(pyenv versions --bare | grep "^${1#python}\\." | tail -n 1)
+  [ -n "$installed" ] && prefix=$(pyenv prefix "$installed") || return 1
   version_of "$prefix/bin/python" >/dev/null && echo "$prefix/bin/python"
 }
 
@@ -20,8 +21,8 @@ if [ -n "$wanted" ]; then
   python=$(resolve "$wanted") || { echo "PYTHON=$wanted does not run on this machine" >&2; exit 1; }
 else
   python=
-  for version in $supported; do
-    if python=$(resolve "python$version"); then break; fi
+  for name in $(printf 'python%s ' $supported) python3; do
+    if python=$(resolve "$name"); then break; fi
   done
   [ -n "$python" ] || { echo "no supported Python found ($supported); set PYTHON=/path/to/python3.12" >&2; exit 1; }
 fi
@@ -31,7 +32,7 @@ case " $supported " in
   *) echo "$python is Python $version; supported: $supported" >&2; exit 1 ;;
 esac
 
-# Without an explicit wish an existing environment of a supported version is kept.
+# An environment of another version is made anew.
 if [ -x "$venv/bin/python" ]; then
   present=$(version_of "$venv/bin/python" || echo none)
   if [ "$present" != "$version" ]; then rm -rf "$venv"; fi
