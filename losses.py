@@ -21,7 +21,7 @@ import rng
 from models.score import get_model_fn, get_score_fn
 from sde_lib import SDE, VESDE, VPSDE, expand
 
-TRAINING_EPS = 1e-5  # smallest time that training sees, for every SDE (Song et al. 2021, Appendix C)
+TRAINING_EPS = 1e-5  # smallest time that training sees, for every SDE, as in the 2021 code
 ADAM_BETA2 = 0.999  # the 2021 code left it at the default of its optimizer
 
 Params = Any

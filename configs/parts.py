@@ -31,12 +31,12 @@ def small_ncsnpp(config: ConfigDict) -> None:
 
 
 def ddpmpp(config: ConfigDict) -> None:
-    """DDPM++ (Song et al. 2021, Appendix H.2): BigGAN blocks, no FIR filter, no growing input, positional embedding."""
+    """DDPM++ (Song et al. 2021, Appendix H): BigGAN blocks, no FIR filter, no growing input, positional embedding."""
     config.model.update(fir=False, progressive_input="none", embedding_type="positional", scale_by_sigma=False)
 
 
 def ncsnpp(config: ConfigDict) -> None:
-    """NCSN++ (Song et al. 2021, Appendix H.2): BigGAN blocks, FIR filter, growing residual input."""
+    """NCSN++ (Song et al. 2021, Appendix H): BigGAN blocks, FIR filter, growing residual input."""
     config.model.update(fir=True, progressive_input="residual")
 
 
