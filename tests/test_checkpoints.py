@@ -66,8 +66,6 @@ def damage(folder, how):
             path.write_bytes(content)
 
 
-# TensorStore's pending reads of a checkpoint that failed call back into an event loop that is closed by then.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["truncated", "deleted", "flipped"])
 def test_a_damaged_newest_state_is_named_and_the_one_before_it_used(tmp_path, caplog, how):
     with open_checkpoints(tmp_path) as checkpoints:
