@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO_CONFIG := configs/vp/digits_ddpmpp_continuous.py
 DEMO_WORKDIR := runs/demo
 
-.PHONY: demo test lint check-core check-dev clean
+.PHONY: demo test clean
 
 demo: core
 	$(BIN)/python main.py --config $(DEMO_CONFIG) --mode train --workdir $(DEMO_WORKDIR)
