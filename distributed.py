@@ -61,7 +61,7 @@ def check_batch_size(name: str, batch_size: int) -> None:
     Raises:
       ValueError: naming the setting `name`, the number of devices and the nearest sizes that work.
     """
-    devices = jax.device_count()
+    devices = device_count()
     if batch_size > 0 and batch_size % devices == 0:
         return
     below = batch_size // devices * devices

@@ -36,10 +36,15 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
         raise
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file of this content atomically."""
+    write_atomically(path, lambda file: file.write(content))
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes strict JSON atomically; NaN and infinity are refused, since other readers refuse them."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def content_hash(*arrays: np.ndarray | str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Num, UInt8
 from PIL import Image, ImageDraw
 
-from files import write_atomically
+from files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -161,17 +161,15 @@ def png_bytes(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
     return buffer.getvalue()
 
 
-def save_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file, whole or not at all; the folder is made if need be."""
-    write_atomically(path, lambda file: file.write(content))
-
-
 def save_png(path: str | Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
     """Writes an RGB image as PNG, whole or not at all; the folder is made if need be."""
-    save_bytes(path, png_bytes(image))
+    write_bytes(path, png_bytes(image))
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
+
+
+LOSSES_FILE = "losses.jsonl"  # the loss record of a run, in its workdir
 
 
 def read_losses(path: str | Path) -> list[dict[str, Any]]:
@@ -277,8 +275,3 @@ def figure_bytes(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
-
-
-def save_figure(path: str | Path, figure: Figure) -> None:
-    """Writes a figure as PNG, whole or not at all."""
-    save_bytes(path, figure_bytes(figure))

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import plots
+from files import write_bytes
 from metrics.metric import Metric
 from report.data import Report, read_reports
 
 NOT_RUN = "not run"
 FLOOR_FACTOR = 3.0  # how many times the floor the Frechet distance of good samples may be
-LOSSES_FILE = "losses.jsonl"
 
 
 # --- numbers as text -------------------------------------------------------------------------------------------------
@@ -284,8 +284,8 @@ def write_report(folder: str | Path, *, losses: str | Path | None = None) -> Pat
     """
     folder = Path(folder)
     reports = read_reports(folder)
-    drawn = _draw_pictures(reports, Path(losses) if losses else folder.parent / LOSSES_FILE)
+    drawn = _draw_pictures(reports, Path(losses) if losses else folder.parent / plots.LOSSES_FILE)
     page = render_report(folder, reports, drawn).encode()
     for name, content in (drawn | {"report.md": page}).items():
-        plots.save_bytes(folder / name, content)
+        write_bytes(folder / name, content)
     return folder / "report.md"

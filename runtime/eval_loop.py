@@ -40,7 +40,7 @@ from report import (
 )
 from runtime import workdir as workdirs
 from runtime.experiment import Experiment, build_bpd_program, build_loss_program, build_sampling_program
-from runtime.progress import LOSSES_FILE, track
+from runtime.progress import track
 from runtime.workdir import WorkdirError
 
 NUM_SHOWN = 100  # samples in the picture
@@ -74,6 +74,10 @@ def check_evaluation(config: ConfigDict) -> None:
     distributed.check_batch_size("eval.batch_size", config.eval.batch_size)
 
 
+def _every_image(source: datasets.Source) -> np.ndarray:
+    return source.images(np.arange(len(source)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
     """What is shared by the checkpoints of a sweep; each program compiles at its first call."""
@@ -99,6 +103,12 @@ class Evaluator:
     def bpd_split(self) -> datasets.Source:
         """Split that bits/dim are measured on."""
         return self.test if self.config.eval.bpd_dataset == "test" else self.train
+
+    @functools.cached_property
+    def gaussian(self) -> Metric:
+        """bits/dim of the best Gaussian on the same split, which no checkpoint changes."""
+        num_levels = self.experiment.scaler.num_levels
+        return gaussian_bits_per_dim(_every_image(self.train), _every_image(self.bpd_split), num_levels)
 
     @functools.cached_property
     def loss(self) -> Callable[..., np.ndarray]:
@@ -233,10 +243,6 @@ def measure_bpd(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, np
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def _every_image(source: datasets.Source) -> np.ndarray:
-    return source.images(np.arange(len(source)))
-
-
 @dataclasses.dataclass(frozen=True)
 class RealFeatures:
     """Features of the real images, computed once for a sweep.
@@ -303,10 +309,7 @@ def _bpd_metrics(evaluator: Evaluator, params: Any, results: Path) -> tuple[Metr
     )
     # The spread over images contains that of their probes and draws: no further term is due.
     bpd = mean_metric("bits_per_dim", measured["bpd"].mean(axis=0), unit="bits/dim", note=note)
-    gaussian = gaussian_bits_per_dim(
-        _every_image(evaluator.train), _every_image(evaluator.bpd_split), evaluator.experiment.scaler.num_levels
-    )
-    return bpd, gaussian
+    return bpd, evaluator.gaussian
 
 
 def evaluate_checkpoint(
@@ -343,7 +346,7 @@ def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) ->
             report = evaluate_checkpoint(evaluator, state, number, real, folder)
             if distributed.is_main_process():
                 save_report(folder, report)
-                write_report(folder, losses=workdir / LOSSES_FILE)
+                write_report(folder, losses=workdir / plots.LOSSES_FILE)
                 log_report(report, folder)
 
 

@@ -191,7 +191,7 @@ def build_sampling_program(
     Sample i follows from (seed, i) alone, whatever the batch or the device (but for a corrector whose step size is a
     batch mean).
     """
-    shape = (batch_size // jax.device_count(), *experiment.image_shape)
+    shape = (batch_size // distributed.device_count(), *experiment.image_shape)
     sampler = build_sampler(experiment.config, experiment.sde, shape)
     smooth = experiment.config.sampling.method == "ode"
 

@@ -17,9 +17,9 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import distributed
-from files import write_atomically
+from files import write_bytes
+from plots import LOSSES_FILE
 
-LOSSES_FILE = "losses.jsonl"
 Item = TypeVar("Item")
 
 
@@ -65,7 +65,7 @@ class TrainingProgress:
             return
         lines = self._path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomically(self._path, lambda file: file.write("".join(kept).encode()))
+        write_bytes(self._path, "".join(kept).encode())
 
     def show(self, step: int, loss: float) -> None:
         """Shows the progress at `step` with the mean loss since the last call."""

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import plots
+from files import write_bytes
 
 GOLDEN = Path(__file__).parent / "golden" / "save_image.npz"
 
@@ -150,7 +151,7 @@ class TestMetricFigure:
 
     def test_is_drawn_to_a_file(self, tmp_path):
         figure = plots.metric_figure([1, 2], [2.0, 3.0], [0.1, 0.1], label="FD")
-        plots.save_figure(tmp_path / "curve.png", figure)
+        write_bytes(tmp_path / "curve.png", plots.figure_bytes(figure))
         picture = read_png(tmp_path / "curve.png")
         assert picture.shape == (440, 770, 3)
         blue = (np.abs(picture.astype(int) - [31, 119, 180]) < 8).all(axis=2)  # matplotlib's first colour
