@@ -21,6 +21,8 @@ def _data() -> ConfigDict:
             "random_flip": False,  # mirror each training image left to right with probability 1/2
             "uniform_dequantization": False,  # train on (level + u) / num_levels, u uniform on [0, 1)
             "path": "",  # folder of the prepared data; empty: the source's own default
+            "category": "",  # LSUN: the scene, such as "bedroom" or "church_outdoor"
+            "tfrecords_path": "",  # FFHQ and CelebA-HQ: the .tfrecords file, in the layout of progressive GANs
         }
     )
 
@@ -48,6 +50,10 @@ def _model() -> ConfigDict:
             "normalization": "GroupNorm",  # of the features
             "nonlinearity": "swish",  # activation: "elu", "relu", "lrelu" or "swish"
             "dropout": 0.1,  # probability that a feature is dropped in training
+            "interpolation": "bilinear",  # NCSN and NCSNv2: of feature maps that are merged: "bilinear" or "nearest"
+            "num_classes": 0,  # classes that the classifier tells apart; 0: none
+            "blocks_per_group": 4,  # classifier: residual blocks of each of its three groups
+            "channel_multiplier": 10,  # classifier: width, in multiples of 16, 32 and 64 channels
             "scale_by_sigma": False,  # divide the network's output by sigma
             "ema_rate": 0.9999,  # decay of the exponential moving average of the parameters
             "num_scales": 1000,  # N: noise levels of the discrete SDE, steps of the sampler
@@ -62,6 +68,7 @@ def _model() -> ConfigDict:
 def _training() -> ConfigDict:
     return ConfigDict(
         {
+            "smoke": False,  # train two steps of a shrunk network on the embedded digits, to see that all is in place
             "sde": "vpsde",  # "vesde", "vpsde" or "subvpsde"
             "batch_size": 128,  # images of a step, over all devices and hosts
             "n_iters": 1_300_001,  # steps

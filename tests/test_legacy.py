@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict
 from reference import ReferenceNetwork, config_of
 
 import legacy
+from models import create_model
 
 # Its names are counted over both kinds of resampling layer, and over images and features.
 SETTINGS = {"data.image_size": 8, "model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1}
@@ -63,7 +64,7 @@ def test_group_norm_of_either_rank_is_read(config, flat):
 
 
 def test_tree_is_that_of_the_network(config, flat):
-    model = legacy.create_model(config)
+    model = create_model(config)
     x, labels = jnp.zeros((1, 8, 8, 1)), jnp.ones(1)
     expected = jax.eval_shape(model.init, jax.random.key(0), x, labels)["params"]
     ours = legacy.params_from_score_sde(config, flat)
