@@ -1,4 +1,4 @@
-"""Data sources, the deterministic input pipeline, and the scaling between stored levels and the network's range.
+"""The data sets, the deterministic input pipeline, and the scaling between stored levels and the network's range.
 
 A source gives random access to images as integer levels. The batch of step i is a pure function of (seed, i): a run
 that was killed and resumed sees what one that never stopped would have seen. Mirroring and dequantization happen on
@@ -8,11 +8,9 @@ the device, keyed by (seed, step, example), so only uint8 travels there.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,128 +19,20 @@ from ml_collections import ConfigDict
 
 import distributed
 import rng
+from sources.base import Source
+from sources.digits import load_digits
+from sources.tfds import load_celeba, load_lsun, load_tfds
+from sources.tfrecord import load_tfrecord
 
-NUM_DIGITS_TRAIN = 1500  # of the 1,797 digits; the other 297 are the test split
-
-
-class Source(Protocol):
-    """Random access to the images of one split."""
-
-    @property
-    def num_levels(self) -> int:
-        """Levels that a value can take."""
-        ...
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the labels; 0 if the images carry none."""
-        ...
-
-    def __len__(self) -> int:
-        """Returns the number of images."""
-        ...
-
-    def images(self, indices: np.ndarray) -> np.ndarray:
-        """Reads images as levels, uint8[n, H, W, C]."""
-        ...
-
-    def labels(self, indices: np.ndarray) -> np.ndarray:
-        """Reads class labels, int64[n]."""
-        ...
-
-
-@dataclass(frozen=True)
-class ArraySource:
-    """A split that fits in memory."""
-
-    levels: np.ndarray
-    classes: np.ndarray
-    num_levels: int
-    num_classes: int
-
-    def __len__(self) -> int:
-        """Returns the number of images."""
-        return len(self.levels)
-
-    def images(self, indices: np.ndarray) -> np.ndarray:
-        """Reads images as levels, uint8[n, H, W, C]."""
-        return self.levels[indices]
-
-    def labels(self, indices: np.ndarray) -> np.ndarray:
-        """Reads class labels, int64[n]."""
-        return self.classes[indices]
-
-
-@dataclass(frozen=True)
-class TfdsSource:
-    """A split that tensorflow-datasets prepared as ArrayRecord files; they are read without TensorFlow."""
-
-    records: Any
-    num_classes: int
-    num_levels: int = 256
-
-    def __len__(self) -> int:
-        """Returns the number of images."""
-        return len(self.records)
-
-    def images(self, indices: np.ndarray) -> np.ndarray:
-        """Reads images as levels, uint8[n, H, W, C]."""
-        return np.stack([record["image"] for record in self.records.__getitems__(indices.tolist())])
-
-    def labels(self, indices: np.ndarray) -> np.ndarray:
-        """Reads class labels, int64[n]."""
-        return np.array([record["label"] for record in self.records.__getitems__(indices.tolist())])
-
-
-def load_digits(split: str, path: str = "") -> ArraySource:
-    """Loads the 8x8 grey handwritten digits that ship inside scikit-learn, 17 levels (0 to 16).
-
-    The split is fixed for all time: a permutation by a frozen generator, 1,500 images to train on and 297 to test.
-
-    Args:
-      split: "train" or "test".
-      path: unused, the data need no files.
-    """
-    from sklearn.datasets import load_digits as load_from_sklearn  # slow to import, and only this source needs it
-
-    pixels, classes = load_from_sklearn(return_X_y=True)
-    order = np.random.RandomState(0).permutation(len(pixels))  # RandomState's stream never changes between versions
-    chosen = order[:NUM_DIGITS_TRAIN] if split == "train" else order[NUM_DIGITS_TRAIN:]
-    levels = pixels.reshape(-1, 8, 8, 1).astype(np.uint8)
-    return ArraySource(levels[chosen], classes[chosen].astype(np.int64), num_levels=17, num_classes=10)
-
-
-def load_tfds(name: str, split: str, path: str = "") -> TfdsSource:
-    """Opens a data set that tensorflow-datasets has prepared.
-
-    Args:
-      name: of the TFDS builder, such as "cifar10".
-      split: of that builder, such as "train".
-      path: TFDS data folder; empty: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
-
-    Raises:
-      FileNotFoundError: if the data are not prepared there as ArrayRecord files.
-    """
-    import tensorflow_datasets as tfds  # lazily: half a second, and the embedded data need none of it
-
-    folder = path or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    # download=False: without it TFDS retries a machine that has no network for minutes.
-    try:
-        builder = tfds.builder(name, data_dir=os.path.expanduser(folder), file_format="array_record")
-        records = builder.as_data_source(split=split)
-    except (AssertionError, KeyError, ValueError, NotImplementedError, FileNotFoundError) as error:
-        raise FileNotFoundError(
-            f"data set {name!r} is not prepared as ArrayRecord files in {folder}; prepare it once, where TensorFlow "
-            f"is installed: tfds build {name} --file_format=array_record --data_dir={folder}"
-        ) from error
-    features = builder.info.features
-    return TfdsSource(records, num_classes=features["label"].num_classes if "label" in features else 0)
-
-
-# Every data source by the name that `data.dataset` gives it: (split, path) -> Source.
-SOURCES: dict[str, Callable[[str, str], Source]] = {
-    "digits": load_digits,
-    "CIFAR10": functools.partial(load_tfds, "cifar10"),
+# Every data set by the name that `data.dataset` gives it: (configuration, "train" or "test") -> Source.
+SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
+    "digits": lambda config, split: load_digits(split),
+    "CIFAR10": lambda config, split: load_tfds("cifar10", split, config.data.path),
+    "SVHN": lambda config, split: load_tfds("svhn_cropped", split, config.data.path),
+    "CELEBA": lambda config, split: load_celeba(split, config.data.image_size, config.data.path),
+    "LSUN": lambda config, split: load_lsun(config.data.category, split, config.data.image_size, config.data.path),
+    "FFHQ": lambda config, split: load_tfrecord(config.data.tfrecords_path, image_shape(config)),
+    "CelebAHQ": lambda config, split: load_tfrecord(config.data.tfrecords_path, image_shape(config)),
 }
 
 
@@ -154,12 +44,13 @@ def build_source(config: ConfigDict, split: str) -> Source:
       split: "train" or "test".
 
     Raises:
-      ValueError: if the data set is unknown or its images differ from the configuration.
+      ValueError: if the data set is unknown, the configuration names no files for it, or its images differ from the
+        configuration.
       FileNotFoundError: if its files are missing.
     """
     if config.data.dataset not in SOURCES:
         raise ValueError(f"data.dataset={config.data.dataset!r} is unknown; known: {', '.join(sorted(SOURCES))}")
-    source = SOURCES[config.data.dataset](split, config.data.path)
+    source = SOURCES[config.data.dataset](config, split)
     found, expected = source.images(np.array([0])).shape[1:], image_shape(config)
     if found != expected:
         raise ValueError(

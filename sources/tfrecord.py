@@ -1,0 +1,178 @@
+"""One .tfrecords file in the layout of progressive GANs (Karras et al. 2018), read by index and without TensorFlow.
+
+A TFRecord file is a row of records, each the length of its data in bytes (uint64, little-endian), a checksum of the
+length (uint32), the data, and a checksum of the data (uint32). Here the data are a tf.train.Example with two features:
+`shape`, int64[3], which says (C, H, W), and `data`, uint8[C, H, W] as bytes.
+
+The lengths are checked against their checksums and against the file before anything is read; the checksums of the data
+are not looked at, since in Python that costs more than the network's step.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import struct
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+HEADER = struct.Struct("<QI")  # length of the data in bytes, checksum of those eight bytes
+FOOTER_BYTES = 4  # checksum of the data
+CASTAGNOLI = 0x82F63B78  # polynomial of CRC-32C, bits reversed
+MASK = 0xA282EAD8  # TFRecord files store rotated checksums plus this, in case the data hold checksums too
+
+
+@dataclass(frozen=True)
+class TfrecordSource:
+    """The images of one .tfrecords file, read when they are asked for.
+
+    Attributes:
+      path: of the file.
+      extents: offset and length in bytes of the data of each record, int64[n, 2].
+      shape: (H, W, C) that every image must have.
+      num_levels: that a value can take.
+      num_classes: the images carry no labels.
+    """
+
+    path: str
+    extents: Int64[np.ndarray, "n 2"]
+    shape: tuple[int, int, int]
+    num_levels: int = 256
+    num_classes: int = 0
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.extents)
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """Reads images as levels, uint8[n, H, W, C].
+
+        Raises:
+          ValueError: if a record holds no image of the expected size.
+        """
+        with open(self.path, "rb") as file:  # a handle for each call: several threads may read
+            return np.stack([self._image(file, int(index)) for index in indices])
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        """Refuses: there are none.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(f"the images of {self.path} carry no labels")
+
+    def _image(self, file: BinaryIO, index: int) -> np.ndarray:
+        offset, length = self.extents[index].tolist()
+        file.seek(offset)
+        try:
+            image = decode_image(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"record {index} of {self.path} holds no image, write the file anew: {error}") from error
+        if image.shape != self.shape:
+            raise ValueError(
+                f"record {index} of {self.path} is an image of (height, width, channels) {image.shape}, but "
+                f"data.image_size, data.image_width and data.num_channels say {self.shape}; set them to the data's, or "
+                "data.tfrecords_path to the file of that size"
+            )
+        return image
+
+
+def load_tfrecord(path: str, shape: tuple[int, int, int]) -> TfrecordSource:
+    """Opens a .tfrecords file; reads the length of each record, once in a process, and no image.
+
+    The 2021 code had one file for both splits, and so has this: losses and bits/dim of the "test" split are those of
+    training images.
+
+    Args:
+      path: of the file, `data.tfrecords_path`.
+      shape: (H, W, C) that every image must have.
+
+    Raises:
+      ValueError: if no file is configured, or it is not a whole .tfrecords file.
+      FileNotFoundError: if the file does not exist.
+    """
+    if not path:
+        raise ValueError("data.tfrecords_path is empty; set it to the data set's .tfrecords file")
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"data.tfrecords_path={path!r} is not a file; set it to the data set's .tfrecords file")
+    status = os.stat(path)
+    return TfrecordSource(path, find_records(path, status.st_size, status.st_mtime_ns), shape)
+
+
+@functools.lru_cache(maxsize=2)  # the splits share a file
+def find_records(path: str, size: int, modified: int) -> Int64[np.ndarray, "n 2"]:
+    """Finds the records of a file by hopping from length to length.
+
+    Args:
+      path: of the file.
+      size: of the file, in bytes; nothing beyond is looked for.
+      modified: time of its last change; with another one the file is read again.
+
+    Returns:
+      Offset and length in bytes of the data of each record.
+
+    Raises:
+      ValueError: if it is not a whole .tfrecords file.
+    """
+    extents: list[tuple[int, int]] = []
+    position = 0
+    with open(path, "rb", buffering=0) as file:
+        while position < size:
+            file.seek(position)
+            header = file.read(HEADER.size)
+            if len(header) < HEADER.size:
+                raise ValueError(f"{path} is cut off in the header of record {len(extents)}; get it anew")
+            length, checksum = HEADER.unpack(header)
+            if checksum != masked_crc32c(header[:8]):
+                raise ValueError(f"{path} is damaged at byte {position}, or not a .tfrecords file; get it anew")
+            end = position + HEADER.size + length + FOOTER_BYTES
+            if end > size:
+                raise ValueError(f"{path} is cut off in the data of record {len(extents)}; get it anew")
+            extents.append((position + HEADER.size, length))
+            position = end
+    if not extents:
+        raise ValueError(f"{path} is empty; get it anew")
+    return np.array(extents, dtype=np.int64)
+
+
+def masked_crc32c(data: bytes) -> int:
+    """Returns the checksum of TFRecord files: CRC-32C (RFC 3720, B.4), rotated by 15 bits, plus a constant.
+
+    Bit by bit: fit for lengths, not for images.
+    """
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (CASTAGNOLI if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + MASK) & 0xFFFFFFFF
+
+
+def decode_image(record: bytes) -> UInt8[np.ndarray, "H W C"]:
+    """Decodes the data of one record.
+
+    The message is TFDS's copy of tf.train.Example, the parser protobuf's own.
+
+    Raises:
+      ValueError: saying what is wrong with them.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2  # lazily: a third of a second
+
+    try:
+        features = tf_example_pb2.Example.FromString(record).features.feature
+    except DecodeError as error:
+        raise ValueError("its data are not a tf.train.Example") from error
+    shape = list(features["shape"].int64_list.value)
+    data = features["data"].bytes_list.value
+    if len(shape) != 3 or min(shape) < 1 or len(data) != 1:
+        raise ValueError(f"its feature 'shape' is {shape} and 'data' has {len(data)} values; expected (C, H, W) and 1")
+    if len(data[0]) != math.prod(shape):
+        raise ValueError(f"its feature 'data' has {len(data[0])} bytes; expected {math.prod(shape)} for {tuple(shape)}")
+    return np.frombuffer(data[0], np.uint8).reshape(shape).transpose(1, 2, 0)
