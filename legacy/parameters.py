@@ -18,35 +18,64 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from models import blocks, create_model, layers
+from models import blocks, create_model, layers, normalization, refinenet, wideresnet
 from models.convolution import Conv
+from models.ddpm import DDPM
 
 Path = tuple[str, ...]
 
 
 class _Original(NamedTuple):
-    """What the original called a class, and those of its parameters that have another name now."""
+    """What the original called a class.
+
+    Attributes:
+      name: of the class; the layers of a class are counted.
+      params: those of its parameters that have another name now.
+      inside: its name in a network of the given class, if that is another.
+      conditional: its name if it is conditioned on the label.
+      children: layers of it that the original named itself, so that they are not counted: {our name: its name}.
+      is_image_shaped: its parameters had the rank of an image, (1, 1, 1, C).
+    """
 
     name: str
     params: Mapping[str, str] = {}
+    inside: Mapping[type[nn.Module], str] = {}
+    conditional: str = ""
+    children: Mapping[str, str] = {}
+    is_image_shaped: bool = False
 
-
-_NIN = _Original("NIN", {"kernel": "W", "bias": "b"})
 
 # Classes that are missing own no parameters and call no layers.
 _CLASSES: dict[type[nn.Module], _Original] = {
     Conv: _Original("Conv"),
     layers.Dense: _Original("Dense"),
-    layers.NIN: _NIN,
-    layers.GroupNorm: _Original("GroupNorm"),
+    layers.NIN: _Original("NIN", {"kernel": "W", "bias": "b"}),
     layers.FourierFeatures: _Original("GaussianFourierProjection", {"frequencies": "W"}),
-    layers.Attention: _Original("AttnBlockpp"),
-    blocks.DDPMBlock: _Original("ResnetBlockDDPMpp"),
+    layers.Attention: _Original("AttnBlockpp", inside={DDPM: "AttnBlock"}),
+    normalization.GroupNorm: _Original("GroupNorm", is_image_shaped=True),
+    normalization.InstanceNorm: _Original("InstanceNorm2d", is_image_shaped=True),
+    normalization.InstanceNormPlus: _Original("InstanceNorm2dPlus", is_image_shaped=True),
+    normalization.VarianceNorm: _Original("VarianceNorm2d", is_image_shaped=True),
+    normalization.ConditionalInstanceNormPlus: _Original(
+        "ConditionalInstanceNorm2dPlus", {"embedding": "Embed_0/embedding"}
+    ),
+    blocks.DDPMBlock: _Original("ResnetBlockDDPMpp", inside={DDPM: "ResnetBlockDDPM"}),
     blocks.BigGANBlock: _Original("ResnetBlockBigGANpp"),
     blocks.Upsample: _Original("Upsample"),
     blocks.Downsample: _Original("Downsample"),
     blocks.ResamplingConv: _Original("Conv2d", {"kernel": "weight"}),
     blocks.Combine: _Original("Combine"),
+    refinenet.ConvMeanPool: _Original("ConvMeanPool"),
+    refinenet.ResidualBlock: _Original("ResidualBlock", conditional="ConditionalResidualBlock"),
+    refinenet.ResidualUnits: _Original("RCUBlock", conditional="CondRCUBlock"),
+    refinenet.MultiResolutionFusion: _Original("MSFBlock", conditional="CondMSFBlock"),
+    refinenet.ChainedPooling: _Original("CRPBlock", conditional="CondCRPBlock"),
+    refinenet.RefineBlock: _Original("RefineBlock", conditional="CondRefineBlock"),
+    wideresnet.WideResNet: _Original("WideResnet", children={"input": "init_conv", "output_norm": "pre-pool-bn"}),
+    wideresnet.WideGroup: _Original("WideResnetGroup"),
+    wideresnet.WideBlock: _Original(
+        "WideResnetBlock", children={"norm1": "init_bn", "conv1": "conv1", "norm2": "bn_2", "conv2": "conv2"}
+    ),
 }
 
 
@@ -59,6 +88,40 @@ class Leaf(NamedTuple):
     original_shape: tuple[int, ...]
 
 
+def trace_layers(model: nn.Module, *inputs: Any) -> tuple[dict[Path, nn.Module], dict[str, Any]]:
+    """Runs a network or layer abstractly; nothing is computed.
+
+    Args:
+      model: any module.
+      inputs: what it is called with; arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      Every layer by its path, the module itself first, in the order in which they are called; and the shapes of the
+      parameters, a tree.
+    """
+    calls: dict[Path, nn.Module] = {}
+
+    def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if context.method_name == "__call__":
+            calls.setdefault(context.module.path, context.module)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        shapes = jax.eval_shape(model.init, {"params": jax.random.key(0)}, *inputs)["params"]
+    return calls, shapes
+
+
+def trace_network(config: ConfigDict) -> tuple[dict[Path, nn.Module], dict[str, Any]]:
+    """Runs the network that a configuration describes abstractly; see `trace_layers`."""
+    return trace_layers(create_model(config), *_network_inputs(config))
+
+
+def _network_inputs(config: ConfigDict) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    data = config.data
+    shape = (1, data.image_size, data.image_width or data.image_size, data.num_channels)
+    return jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+
+
 def match_layers(model: nn.Module, *inputs: Any) -> list[Leaf]:
     """Lists the parameters of a network or layer, without computing anything.
 
@@ -66,40 +129,42 @@ def match_layers(model: nn.Module, *inputs: Any) -> list[Leaf]:
       model: a module whose layers have a twin in the original code.
       inputs: what it is called with; arrays or `jax.ShapeDtypeStruct`s.
     """
-    calls: dict[Path, type[nn.Module]] = {}
-
-    def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if context.method_name == "__call__":
-            calls.setdefault(context.module.path, type(context.module))
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        shapes = jax.eval_shape(model.init, {"params": jax.random.key(0)}, *inputs)["params"]
-
+    calls, shapes = trace_layers(model, *inputs)
     prefixes: dict[Path, str] = {(): ""}
     counts = Counter[str]()
-    for path, cls in list(calls.items())[1:]:
-        if cls in _CLASSES:
-            name = f"{prefixes[path[:-1]]}{_CLASSES[cls].name}"
-            prefixes[path] = f"{name}_{counts[name]}/"
-            counts[name] += 1
+    for path, module in list(calls.items())[1:]:
+        if type(module) not in _CLASSES:
+            continue
+        parent, own = path[:-1], path[-1]
+        given = _CLASSES[type(calls[parent])].children if type(calls[parent]) in _CLASSES else {}
+        if own in given:
+            prefixes[path] = f"{prefixes[parent]}{given[own]}/"
+            continue
+        name = f"{prefixes[parent]}{_class_name(module, model)}"
+        prefixes[path] = f"{name}_{counts[name]}/"
+        counts[name] += 1
     return [
-        _leaf(path, prefixes[path[:-1]], calls[path[:-1]], value.shape) for path, value in flatten_dict(shapes).items()
+        _leaf(path, prefixes[path[:-1]], type(calls[path[:-1]]), value.shape)
+        for path, value in flatten_dict(shapes).items()
     ]
 
 
+def _class_name(module: nn.Module, network: nn.Module) -> str:
+    original = _CLASSES[type(module)]
+    if original.conditional and module.options.is_conditional:
+        return original.conditional
+    return original.inside.get(type(network), original.name)
+
+
 def _leaf(path: Path, prefix: str, cls: type[nn.Module], shape: tuple[int, ...]) -> Leaf:
-    original = _CLASSES[cls].params.get(path[-1], path[-1])
-    # Flax 0.3 gave the scale and bias of group normalization the rank of an image.
-    original_shape = (1, 1, 1, *shape) if cls is layers.GroupNorm else shape
-    return Leaf(path, prefix + original, shape, original_shape)
+    original = _CLASSES[cls]
+    original_shape = (1, 1, 1, *shape) if original.is_image_shaped else shape
+    return Leaf(path, prefix + original.params.get(path[-1], path[-1]), shape, original_shape)
 
 
 def match_parameters(config: ConfigDict) -> list[Leaf]:
     """Lists the parameters of the network that a configuration describes."""
-    data = config.data
-    x = jax.ShapeDtypeStruct((1, data.image_size, data.image_width or data.image_size, data.num_channels), jnp.float32)
-    return match_layers(create_model(config), x, jax.ShapeDtypeStruct((1,), jnp.float32))
+    return match_layers(create_model(config), *_network_inputs(config))
 
 
 def params_from_score_sde(config: ConfigDict, flat: Mapping[str, Any]) -> dict[str, Any]:

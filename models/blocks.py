@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from models import initializers, resample
 from models.convolution import Conv
-from models.layers import ACTIVATIONS, NIN, Activation, Dense, Dropout, GroupNorm, residual_sum
+from models.layers import ACTIVATIONS, NIN, Activation, Dense, Dropout, residual_sum
+from models.normalization import GroupNorm, NormFactory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class BlockOptions:
       init_scale: scale of the initial variance of each block's last layer.
       fir_kernel: taps of the resampling filter; None for nearest and mean.
       resample_with_conv: a convolution in the resampling layers between "ddpm" blocks.
+      norm: makes the normalization.
     """
 
     kind: str = "biggan"
@@ -34,6 +36,7 @@ class BlockOptions:
     init_scale: float = 0.0
     fir_kernel: tuple[float, ...] | None = None
     resample_with_conv: bool = True
+    norm: NormFactory = GroupNorm
 
     @property
     def act(self) -> Activation:
@@ -151,9 +154,9 @@ class _ResidualBlock(nn.Module):
         return h + shift[:, None, None, :]
 
     def _second(self, h: Array, train: bool) -> Array:
-        h = self.options.act(GroupNorm(name="norm2")(h))
+        h = self.options.act(self.options.norm(name="norm2")(h))
         h = Dropout(self.options.dropout, name="dropout")(h, train)
-        return Conv(self.features, init_scale=self.options.init_scale, name="conv2")(h)
+        return Conv(self.features, kernel_init=initializers.default_init(self.options.init_scale), name="conv2")(h)
 
 
 class DDPMBlock(_ResidualBlock):
@@ -170,7 +173,7 @@ class DDPMBlock(_ResidualBlock):
         self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"] | None = None, train: bool = False
     ) -> Float[Array, "B H W O"]:
         """Returns the features for x at the noise level `embedding`."""
-        h = self.options.act(GroupNorm(name="norm1")(x))
+        h = self.options.act(self.options.norm(name="norm1")(x))
         h = self._second(self._first(h, embedding), train)
         if x.shape[-1] != self.features:
             x = (
@@ -195,7 +198,7 @@ class BigGANBlock(_ResidualBlock):
         self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"] | None = None, train: bool = False
     ) -> Float[Array, "B P Q O"]:
         """Returns the features for x at the noise level `embedding`."""
-        h = self.options.act(GroupNorm(name="norm1")(x))
+        h = self.options.act(self.options.norm(name="norm1")(x))
         if self.direction != "none":
             change = upsample if self.direction == "up" else downsample
             h, x = change(h, self.options.fir_kernel), change(x, self.options.fir_kernel)

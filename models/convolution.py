@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from models import initializers
+from models.initializers import BiasInitializer, Initializer
 
 Pair = tuple[int, int]
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -140,32 +141,38 @@ def convolve(
 
 
 class Conv(nn.Module):
-    """Convolution with "SAME" padding and a bias.
+    """Convolution with "SAME" padding.
 
     Attributes:
       features: output channels.
       size: taps of the square kernel along each axis.
       stride: pixels between neighbouring outputs.
       dilation: pixels between neighbouring taps.
-      init_scale: scale of the kernel's initial variance; see `initializers.default_init`.
+      kernel_init: law of the initial kernel [h, w, in, out].
+      bias_init: law of the initial bias, given the kernel's shape; None for no bias.
     """
 
     features: int
     size: int = 3
     stride: int = 1
     dilation: int = 1
-    init_scale: float = 1.0
+    kernel_init: Initializer = initializers.default_init()
+    bias_init: BiasInitializer | None = initializers.zero_bias
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B P Q O"]:
         """Convolves x and adds the bias."""
         H, W, C = x.shape[1:]
         shape = (self.size, self.size, C, self.features)
-        kernel = self.param("kernel", initializers.default_init(self.init_scale), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", self.kernel_init, shape)
         padding = (
             same_padding(H, self.size, self.stride, self.dilation),
             same_padding(W, self.size, self.stride, self.dilation),
         )
         window = Window((self.stride,) * 2, padding, window_dilation=(self.dilation,) * 2)
-        return convolve(x, kernel, window) + bias[None, None, None, :]
+        y = convolve(x, kernel, window)
+        if self.bias_init is None:
+            return y
+        bias_init = self.bias_init
+        bias = self.param("bias", lambda key: bias_init(key, shape))
+        return y + bias[None, None, None, :]

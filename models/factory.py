@@ -1,18 +1,22 @@
 """Builds networks from a configuration: the only place that reads `config.model`.
 
-Every setting is checked here, before anything is traced or compiled.
+A network's module has a function `build` with plain keyword arguments. Each is named after a setting, and `READERS`
+says how a setting is read and checked, before anything is traced or compiled. A new network is a file with such a
+function and a line in `NETWORKS`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import flax.linen as nn
 from ml_collections import ConfigDict
 
-from models.blocks import BlockOptions
-from models.layers import ACTIVATIONS, num_groups
-from models.ncsnpp import BLOCKS, NCSNpp, normalized_widths
+from models import ddpm, ncsnpp, ncsnv2, wideresnet
+from models.layers import ACTIVATIONS
+from models.normalization import NORMS
 from sde_lib import VESDE
 
 
@@ -50,12 +54,20 @@ def _channel_multiples(config: ConfigDict) -> tuple[int, ...]:
 def _fir_kernel(config: ConfigDict) -> tuple[float, ...] | None:
     if not config.model.fir:
         return None
-    kernel = tuple(float(tap) for tap in config.model.fir_kernel)
+    kernel = tuple(config.model.fir_kernel)
+    if not all(isinstance(tap, int | float) for tap in kernel):
+        raise ValueError(f"model.fir_kernel={kernel}: expected a list of numbers, the taps of a separable filter")
     if len(kernel) < 2 or sum(kernel) <= 0:
         raise ValueError(
             f"model.fir_kernel={kernel}: expected at least 2 taps with a positive sum, such as [1, 3, 3, 1]"
         )
-    return kernel
+    return tuple(float(tap) for tap in kernel)
+
+
+def _init_scale(config: ConfigDict) -> float:
+    if config.model.init_scale < 0:
+        raise ValueError(f"model.init_scale={config.model.init_scale}: expected 0 (which stands for 1e-10) or more")
+    return config.model.init_scale
 
 
 def _dropout(config: ConfigDict) -> float:
@@ -74,55 +86,61 @@ def _embedding_type(config: ConfigDict) -> str:
     return embedding_type
 
 
-def _block_options(config: ConfigDict) -> BlockOptions:
-    _one_of(config, "normalization", ("GroupNorm",))
-    if config.model.init_scale < 0:
-        raise ValueError(f"model.init_scale={config.model.init_scale}: expected 0 (which stands for 1e-10) or more")
-    return BlockOptions(
-        kind=_one_of(config, "resblock_type", BLOCKS),
-        nonlinearity=_one_of(config, "nonlinearity", ACTIVATIONS),
-        dropout=_dropout(config),
-        skip_rescale=config.model.skip_rescale,
-        init_scale=config.model.init_scale,
-        fir_kernel=_fir_kernel(config),
-        resample_with_conv=config.model.resamp_with_conv,
-    )
-
-
 def _noise_levels(config: ConfigDict) -> VESDE | None:
-    """Returns the levels whose index is the network's label; None if it is told sigma, or need not know it."""
-    if not config.model.scale_by_sigma or config.model.embedding_type == "fourier":
-        return None
-    return VESDE(config.model.sigma_min, config.model.sigma_max, config.model.num_scales)
+    """Returns the levels by whose sigma the output is divided; None if it is not."""
+    model = config.model
+    return VESDE(model.sigma_min, model.sigma_max, model.num_scales) if model.scale_by_sigma else None
 
 
-def _ncsnpp(config: ConfigDict) -> nn.Module:
-    multiples = _channel_multiples(config)
-    nf, num_res_blocks = _at_least(config, "nf", 4), _at_least(config, "num_res_blocks", 1)
-    progressive_input = _one_of(config, "progressive_input", ("none", "input_skip", "residual"))
-    progressive_combine = _one_of(config, "progressive_combine", ("sum", "cat"))
-    doubled = progressive_input == "input_skip" and progressive_combine == "cat"
-    for width in normalized_widths(nf, multiples, num_res_blocks, doubled):
-        num_groups(width)
-    return NCSNpp(
-        nf=nf,
-        ch_mult=multiples,
-        num_res_blocks=num_res_blocks,
-        attn_resolutions=tuple(config.model.attn_resolutions),
-        block=_block_options(config),
-        progressive=_one_of(config, "progressive", ("none", "output_skip", "residual")),
-        progressive_input=progressive_input,
-        progressive_combine=progressive_combine,
-        embedding_type=_embedding_type(config),
-        fourier_scale=config.model.fourier_scale,
-        conditional=config.model.conditional,
-        centered=config.data.centered,
-        scale_by_sigma=config.model.scale_by_sigma,
-        noise_levels=_noise_levels(config),
-    )
+def _image_size(config: ConfigDict) -> tuple[int, int]:
+    return config.data.image_size, config.data.image_width or config.data.image_size
 
 
-NETWORKS: dict[str, Callable[[ConfigDict], nn.Module]] = {"ncsnpp": _ncsnpp}
+# How an argument of a network's `build` is read from the configuration, by its name.
+READERS: dict[str, Callable[[ConfigDict], Any]] = {
+    "attn_resolutions": lambda config: tuple(config.model.attn_resolutions),
+    "blocks_per_group": lambda config: _at_least(config, "blocks_per_group", 1),
+    "centered": lambda config: config.data.centered,
+    "ch_mult": _channel_multiples,
+    "channel_multiplier": lambda config: _at_least(config, "channel_multiplier", 1),
+    "conditional": lambda config: config.model.conditional,
+    "dropout": _dropout,
+    "embedding_type": _embedding_type,
+    "fir_kernel": _fir_kernel,
+    "fourier_scale": lambda config: config.model.fourier_scale,
+    "image_size": _image_size,
+    "init_scale": _init_scale,
+    "interpolation": lambda config: _one_of(config, "interpolation", ("bilinear", "nearest")),
+    "nf": lambda config: _at_least(config, "nf", 4),
+    "noise_levels": _noise_levels,
+    "nonlinearity": lambda config: _one_of(config, "nonlinearity", ACTIVATIONS),
+    "normalization": lambda config: _one_of(config, "normalization", NORMS),
+    "num_classes": lambda config: config.model.num_classes,
+    "num_res_blocks": lambda config: _at_least(config, "num_res_blocks", 0),
+    "num_scales": lambda config: _at_least(config, "num_scales", 1),
+    "progressive": lambda config: _one_of(config, "progressive", ("none", "output_skip", "residual")),
+    "progressive_combine": lambda config: _one_of(config, "progressive_combine", ("sum", "cat")),
+    "progressive_input": lambda config: _one_of(config, "progressive_input", ("none", "input_skip", "residual")),
+    "resamp_with_conv": lambda config: config.model.resamp_with_conv,
+    "resblock_type": lambda config: _one_of(config, "resblock_type", ncsnpp.BLOCKS),
+    "skip_rescale": lambda config: config.model.skip_rescale,
+}
+
+# Score networks by the name that `model.name` gives them.
+SCORE_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "ddpm": ddpm.build,
+    "ncsn": ncsnv2.build_ncsn,
+    "ncsnpp": ncsnpp.build,
+    "ncsnv2_64": ncsnv2.build_v2(64),
+    "ncsnv2_128": ncsnv2.build_v2(128),
+    "ncsnv2_256": ncsnv2.build_v2(256),
+}
+
+# All networks; a classifier returns logits instead of a score.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    **SCORE_NETWORKS,
+    "wideresnet_noise_conditional": wideresnet.build,
+}
 
 
 def create_model(config: ConfigDict) -> nn.Module:
@@ -134,4 +152,47 @@ def create_model(config: ConfigDict) -> nn.Module:
     Raises:
       ValueError: if a setting is unknown or out of range, or settings contradict each other.
     """
-    return NETWORKS[_one_of(config, "name", NETWORKS)](config)
+    build = NETWORKS[_one_of(config, "name", NETWORKS)]
+    return build(**{name: READERS[name](config) for name in _arguments(build)})
+
+
+def _arguments(build: Callable[..., nn.Module]) -> list[str]:
+    """Returns the names of the arguments that a builder still needs."""
+    parameters = inspect.signature(build).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]
+
+
+def require_score_network(config: ConfigDict) -> None:
+    """Checks that the network is one of a score.
+
+    Raises:
+      ValueError: if it is a classifier.
+    """
+    if config.model.name not in SCORE_NETWORKS:
+        raise ValueError(
+            f"model.name={config.model.name!r} is a classifier, which this mode cannot use; score networks: "
+            f"{', '.join(sorted(SCORE_NETWORKS))}"
+        )
+
+
+def check_labels(config: ConfigDict) -> None:
+    """Checks that training labels noise levels as the network expects.
+
+    Raises:
+      ValueError: if the network takes its label for the index of a level in continuous time.
+    """
+    name = config.model.name
+    if name not in SCORE_NETWORKS:
+        return  # a classifier is told sigma
+    counts_levels = name != "ncsnpp" or config.model.embedding_type == "positional"
+    if config.training.continuous and config.model.scale_by_sigma and counts_levels:
+        raise ValueError(
+            "model.scale_by_sigma=True takes the label for the index of a level, which it is not with "
+            "training.continuous=True; set training.continuous=False, or for model.name='ncsnpp' "
+            "model.embedding_type='fourier'"
+        )
+    if config.training.continuous and name == "ncsn":
+        raise ValueError(
+            "model.name='ncsn' takes the label for the index of a level; set training.continuous=False, or "
+            "model.name='ncsnv2_64', which needs no label"
+        )

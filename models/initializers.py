@@ -15,15 +15,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]  # (key, shape) -> parameter
+BiasInitializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]  # (key, shape of the kernel) -> bias
 
 SMALLEST_SCALE = 1e-10  # stands for 0: layers that start "at zero" start at about 1e-5 of the usual size
 
 
+def _rbg(key: PRNGKeyArray) -> PRNGKeyArray:
+    """Returns the key of XLA's generator that a threefry key stands for: four words, where threefry has two."""
+    words = jnp.tile(jax.random.key_data(key).reshape(-1), 4)[:4]
+    return jax.random.wrap_key_data(words, impl="rbg")
+
+
 def _uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Draws uniform numbers on [-1, 1)."""
-    # An rbg key is four words, a threefry key two.
-    words = jnp.tile(jax.random.key_data(key).reshape(-1), 4)[:4]
-    return jax.random.uniform(jax.random.wrap_key_data(words, impl="rbg"), shape, minval=-1.0, maxval=1.0)
+    return jax.random.uniform(_rbg(key), shape, minval=-1.0, maxval=1.0)
+
+
+def _fan_in(shape: tuple[int, ...]) -> int:
+    """Returns how many inputs an output of a kernel [..., in, out] sees."""
+    return math.prod(shape[:-1])
 
 
 def default_init(scale: float = 1.0) -> Initializer:
@@ -36,5 +46,55 @@ def default_init(scale: float = 1.0) -> Initializer:
         mean_fan = math.prod(shape[:-2]) * (shape[-2] + shape[-1]) / 2
         bound = math.sqrt(3 * (scale or SMALLEST_SCALE) / mean_fan)  # the variance of U(-b, b) is b² / 3
         return bound * _uniform(key, shape)
+
+    return init
+
+
+def ncsn_init(scale: float = 1.0) -> Initializer:
+    """Returns the initializer of NCSN's kernels [..., in, out]: uniform with variance scale / (3 fan in).
+
+    PyTorch's default, which NCSN was published with. A scale of 0 stands for 1e-10.
+    """
+
+    def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+        return math.sqrt((scale or SMALLEST_SCALE) / _fan_in(shape)) * _uniform(key, shape)
+
+    return init
+
+
+def ncsn_bias(scale: float = 1.0) -> BiasInitializer:
+    """Returns the initializer of NCSN's biases: the law of their kernel."""
+
+    def init(key: PRNGKeyArray, kernel_shape: tuple[int, ...]) -> Array:
+        return math.sqrt((scale or SMALLEST_SCALE) / _fan_in(kernel_shape)) * _uniform(key, kernel_shape[-1:])
+
+    return init
+
+
+def zero_bias(key: PRNGKeyArray, kernel_shape: tuple[int, ...]) -> Array:
+    """Returns a bias of zeros for a kernel of this shape."""
+    return jnp.zeros(kernel_shape[-1:])
+
+
+def lecun_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """Draws Flax's default kernel: a normal of variance 1 / fan in, cut off at two standard deviations."""
+    return jax.nn.initializers.lecun_normal()(_rbg(key), shape)
+
+
+def kaiming_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """Draws the kernels of the Wide ResNet: normal of variance 2 / fan out (He et al. 2015)."""
+    return jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")(_rbg(key), shape)
+
+
+def uniform_by_outputs(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """Draws the Wide ResNet's last kernel [in, out]: uniform within 1 / sqrt(out)."""
+    return _uniform(key, shape) / math.sqrt(shape[-1])
+
+
+def normal_init(mean: float, std: float) -> Initializer:
+    """Returns an initializer of normal numbers."""
+
+    def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+        return mean + std * jax.random.normal(_rbg(key), shape)
 
     return init

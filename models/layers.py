@@ -1,4 +1,4 @@
-"""Layers that several networks share: linear maps, normalization, dropout, attention, embeddings of the noise level."""
+"""Layers that several networks share: linear maps, dropout, attention, embeddings of the noise level."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 import rng
 from models import initializers
+from models.initializers import Initializer
+from models.normalization import GroupNorm, NormFactory
+from sde_lib import VESDE, expand
 
 Activation = Callable[[Array], Array]
 
@@ -23,7 +26,6 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 MAX_PERIOD = 10_000.0  # ratio of the slowest to the fastest sine of the timestep embedding
-GROUP_NORM_EPSILON = 1e-6
 
 
 def residual_sum(x: Array, h: Array, rescale: bool) -> Array:
@@ -40,16 +42,16 @@ class Dense(nn.Module):
 
     Attributes:
       features: output channels.
-      init_scale: scale of the kernel's initial variance; see `initializers.default_init`.
+      kernel_init: law of the initial kernel [in, out].
     """
 
     features: int
-    init_scale: float = 1.0
+    kernel_init: Initializer = initializers.default_init()
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B O"]:
         """Returns x kernel + bias."""
-        kernel = self.param("kernel", initializers.default_init(self.init_scale), (x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return jnp.tensordot(x, kernel, 1) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -57,46 +59,7 @@ class Dense(nn.Module):
 class NIN(Dense):
     """Linear map of the channels of an image ("network in network"), which starts small."""
 
-    init_scale: float = 0.1
-
-
-def num_groups(channels: int) -> int:
-    """Returns the groups of NCSN++'s group normalization: 4 channels each, but at most 32 groups.
-
-    Raises:
-      ValueError: if there is no group, or the groups do not divide the channels.
-    """
-    groups = min(channels // 4, 32)
-    if groups == 0 or channels % groups:
-        raise ValueError(
-            f"group normalization of {channels} channels: min({channels} // 4, 32) = {groups} groups do not divide "
-            "them; choose model.nf and model.ch_mult so that every level has a multiple of 4 channels, of 32 above 128"
-        )
-    return groups
-
-
-class GroupNorm(nn.Module):
-    """Group normalization (Wu & He 2018) over the pixels and the channels of a group, with scale and bias.
-
-    Statistics are E[x] and E[x²] - E[x]² as in the original networks, the latter not below 0. Sums run over pixels
-    first and over the channels of a group second, and the result is one multiplication and one addition a value.
-    """
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Normalizes x."""
-        B, _, _, C = x.shape
-        groups = num_groups(C)
-        scale = self.param("scale", nn.initializers.ones, (C,))
-        bias = self.param("bias", nn.initializers.zeros, (C,))
-
-        moments = jnp.stack([x.mean((1, 2)), (x * x).mean((1, 2))])
-        mean, mean_square = moments.reshape(2, B, groups, C // groups).mean(3)
-        variance = jnp.maximum(mean_square - mean * mean, 0.0)
-        inverse_std = jax.lax.rsqrt(variance + GROUP_NORM_EPSILON)
-        factor = jnp.repeat(inverse_std, C // groups, 1) * scale[None, :]
-        offset = bias[None, :] - jnp.repeat(mean, C // groups, 1) * factor
-        return x * factor[:, None, None, :] + offset[:, None, None, :]
+    kernel_init: Initializer = initializers.default_init(0.1)
 
 
 def drop(key: PRNGKeyArray, x: Float[Array, "B *S"], rate: float) -> Float[Array, "B *S"]:
@@ -129,20 +92,22 @@ class Attention(nn.Module):
     Attributes:
       init_scale: scale of the last layer's initial variance.
       skip_rescale: divide the residual sum by sqrt(2).
+      norm: makes the normalization.
     """
 
     init_scale: float = 0.0
     skip_rescale: bool = False
+    norm: NormFactory = GroupNorm
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Adds softmax(q kᵀ / √C) v to x."""
         B, H, W, C = x.shape
-        h = GroupNorm(name="norm")(x).reshape(B, H * W, C)
+        h = self.norm(name="norm")(x).reshape(B, H * W, C)
         q, k, v = (NIN(C, name=name)(h) for name in ("query", "key", "value"))
         weights = jax.nn.softmax(jnp.einsum("bqc,bkc->bqk", q, k) / math.sqrt(C))
         h = jnp.einsum("bqk,bkc->bqc", weights, v).reshape(B, H, W, C)
-        return residual_sum(x, NIN(C, self.init_scale, name="output")(h), self.skip_rescale)
+        return residual_sum(x, NIN(C, initializers.default_init(self.init_scale), name="output")(h), self.skip_rescale)
 
 
 def timestep_embedding(t: Float[Array, "B"], dimension: int) -> Float[Array, "B D"]:
@@ -178,3 +143,15 @@ class FourierFeatures(nn.Module):
         frequencies = self.param("frequencies", nn.initializers.normal(self.scale), (self.num_frequencies,))
         angles = 2 * jnp.pi * x[:, None] * jax.lax.stop_gradient(frequencies)[None, :]
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], 1)
+
+
+def divide_by_sigma(h: Float[Array, "B H W C"], labels: Array, levels: VESDE | None) -> Float[Array, "B H W C"]:
+    """Divides a network's output by the noise level that it was told.
+
+    Args:
+      h: output of the last layer.
+      labels: sigma itself, or the index of the level counted down from sigma_max, [B].
+      levels: the levels that the index counts; None if the label is sigma.
+    """
+    sigma = labels if levels is None else jnp.flip(levels.discrete_sigmas)[labels.astype(jnp.int32)]
+    return h / expand(sigma, h)

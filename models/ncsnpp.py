@@ -1,7 +1,7 @@
-"""NCSN++ and DDPM++: one U-Net with every option of Song et al. 2021, Appendix H.
+"""NCSN++, DDPM++ and DDPM: one U-Net with every option of Song et al. 2021, Appendix H.
 
 Parameters are named after what a layer is for: `down1_block0` is the first residual block of the second level on the
-way down. legacy.py translates the names of the 2021 code.
+way down. legacy/parameters.py translates the names of the 2021 code.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from jaxtyping import Array, Float
 
 from models.blocks import BigGANBlock, BlockOptions, Combine, DDPMBlock, Downsample, Upsample
 from models.convolution import Conv
-from models.layers import Attention, Dense, FourierFeatures, GroupNorm, residual_sum, timestep_embedding
-from sde_lib import VESDE, expand
+from models.initializers import default_init
+from models.layers import Attention, Dense, FourierFeatures, divide_by_sigma, residual_sum, timestep_embedding
+from models.normalization import num_groups, require
+from sde_lib import VESDE
 
 BLOCKS = {"biggan": BigGANBlock, "ddpm": DDPMBlock}
 
@@ -61,7 +63,7 @@ class NCSNpp(nn.Module):
       conditional: the residual blocks are told the noise level.
       centered: images come in [-1, 1]; otherwise in [0, 1].
       scale_by_sigma: divide the output by sigma.
-      noise_levels: whose discrete sigmas the labels count, if the embedding is positional and the output scaled.
+      noise_levels: whose discrete sigmas the labels count, if the output is scaled; None if the labels are sigma.
     """
 
     nf: int
@@ -95,7 +97,7 @@ class NCSNpp(nn.Module):
         skips = self._encode(x if self.centered else 2 * x - 1, embedding, train)
         h = self._middle(skips[-1], embedding, train)
         y = self._decode(h, skips, embedding, train, x.shape[-1])
-        return y / expand(self._sigma(time_cond), y) if self.scale_by_sigma else y
+        return divide_by_sigma(y, time_cond, self.noise_levels) if self.scale_by_sigma else y
 
     # The methods below are parts of __call__; they create layers, in the order of the original network.
 
@@ -110,23 +112,19 @@ class NCSNpp(nn.Module):
         h = Dense(4 * self.nf, name="embedding1")(embedding)
         return Dense(4 * self.nf, name="embedding2")(self.block.act(h))
 
-    def _sigma(self, time_cond: Array) -> Array:
-        if self.noise_levels is None:
-            return time_cond
-        return jnp.flip(self.noise_levels.discrete_sigmas)[time_cond.astype(jnp.int32)]
-
     def _block(self, features: int, name: str) -> nn.Module:
         return BLOCKS[self.block.kind](features, self.block, name=name)
 
     def _attend(self, h: Array, name: str) -> Array:
-        if h.shape[1] not in self.attn_resolutions:
-            return h
-        return Attention(self.block.init_scale, self.block.skip_rescale, name=name)(h)
+        return self._attention(name)(h) if h.shape[1] in self.attn_resolutions else h
+
+    def _attention(self, name: str) -> nn.Module:
+        return Attention(self.block.init_scale, self.block.skip_rescale, self.block.norm, name=name)
 
     def _head(self, h: Array, features: int, init_scale: float, name: str) -> Array:
         """Normalizes, activates and convolves: to an image, or to the first features of a growing output."""
-        h = self.block.act(GroupNorm(name=f"{name}_norm")(h))
-        return Conv(features, init_scale=init_scale, name=f"{name}_conv")(h)
+        h = self.block.act(self.block.norm(name=f"{name}_norm")(h))
+        return Conv(features, kernel_init=default_init(init_scale), name=f"{name}_conv")(h)
 
     def _encode(self, x: Array, embedding: Array | None, train: bool) -> list[Array]:
         h, pyramid = Conv(self.nf, name="input")(x), x
@@ -144,7 +142,7 @@ class NCSNpp(nn.Module):
 
     def _middle(self, h: Array, embedding: Array | None, train: bool) -> Array:
         h = self._block(h.shape[-1], "middle_block0")(h, embedding, train)
-        h = Attention(self.block.init_scale, self.block.skip_rescale, name="middle_attention")(h)
+        h = self._attention("middle_attention")(h)
         return self._block(h.shape[-1], "middle_block1")(h, embedding, train)
 
     def _decode(self, h: Array, skips: list[Array], embedding: Array | None, train: bool, channels: int) -> Array:
@@ -200,3 +198,62 @@ class NCSNpp(nn.Module):
         pyramid = Upsample(self.block.fir_kernel, h.shape[-1], name=name)(pyramid)
         h = residual_sum(pyramid, h, self.block.skip_rescale)
         return h, h
+
+
+def build(
+    *,
+    nf: int,
+    ch_mult: tuple[int, ...],
+    num_res_blocks: int,
+    attn_resolutions: tuple[int, ...],
+    normalization: str,
+    resblock_type: str,
+    nonlinearity: str,
+    dropout: float,
+    skip_rescale: bool,
+    init_scale: float,
+    fir_kernel: tuple[float, ...] | None,
+    resamp_with_conv: bool,
+    progressive: str,
+    progressive_input: str,
+    progressive_combine: str,
+    embedding_type: str,
+    fourier_scale: float,
+    conditional: bool,
+    centered: bool,
+    noise_levels: VESDE | None,
+) -> NCSNpp:
+    """Builds NCSN++ or DDPM++; arguments are named after the settings of `config.model`.
+
+    Raises:
+      ValueError: if the normalization is another than GroupNorm, or cannot divide the channels.
+    """
+    require(normalization, "GroupNorm")
+    doubled = progressive_input == "input_skip" and progressive_combine == "cat"
+    for width in normalized_widths(nf, ch_mult, num_res_blocks, doubled):
+        num_groups(width)
+    block = BlockOptions(
+        kind=resblock_type,
+        nonlinearity=nonlinearity,
+        dropout=dropout,
+        skip_rescale=skip_rescale,
+        init_scale=init_scale,
+        fir_kernel=fir_kernel,
+        resample_with_conv=resamp_with_conv,
+    )
+    return NCSNpp(
+        nf=nf,
+        ch_mult=ch_mult,
+        num_res_blocks=num_res_blocks,
+        attn_resolutions=attn_resolutions,
+        block=block,
+        progressive=progressive,
+        progressive_input=progressive_input,
+        progressive_combine=progressive_combine,
+        embedding_type=embedding_type,
+        fourier_scale=fourier_scale,
+        conditional=conditional,
+        centered=centered,
+        scale_by_sigma=noise_levels is not None,
+        noise_levels=None if embedding_type == "fourier" else noise_levels,
+    )

@@ -134,3 +134,11 @@ def downsample_mean(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 C"]
     # Slices and adds again: XLA's reduction over such short axes is slower.
     top, bottom = (squares[:, :, i, :, 0] + squares[:, :, i, :, 1] for i in range(FACTOR))
     return (top + bottom) / FACTOR**2
+
+
+def pool_mean(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B H W C"]:
+    """Averages over a window of size x size pixels around each pixel, an odd number; pixels outside count as 0."""
+    taps, half = np.full(size, 1 / size), size // 2
+    for axis in _SPATIAL:
+        x = _filter(x, axis, taps, (half, half))
+    return x

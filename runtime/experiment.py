@@ -24,6 +24,7 @@ import ode
 import rng
 import sde_lib
 from likelihood import build_likelihood
+from models.factory import check_labels
 from models.score import get_score_fn
 from runtime import workdir as workdirs
 from sampling import build_sampler
@@ -111,12 +112,6 @@ def _check_values(config: ConfigDict) -> None:
             raise ValueError(f"{name}={config[group][key]}; expected 1 or more")
     if not 0.0 <= config.model.ema_rate < 1.0:
         raise ValueError(f"model.ema_rate={config.model.ema_rate}; expected 0 <= rate < 1")
-    divides_by_level = config.model.scale_by_sigma and config.model.embedding_type == "positional"
-    if divides_by_level and config.training.continuous:
-        raise ValueError(
-            "model.scale_by_sigma=True with model.embedding_type='positional' takes the label for the index of a "
-            "level, which it is not with training.continuous=True; set model.embedding_type='fourier'"
-        )
     if config.eval.bpd_dataset not in ("train", "test"):
         raise ValueError(f"eval.bpd_dataset={config.eval.bpd_dataset!r} is unknown; known: test, train")
 
@@ -130,6 +125,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     _check_values(config)
     sde = sde_lib.build_sde(config)
     model = models.create_model(config)
+    check_labels(config)
     # Built here only to be checked: a bad sampler must not come to light after days of training.
     build_sampler(config, sde, (1, *datasets.image_shape(config)))
     build_likelihood(config, sde)

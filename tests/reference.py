@@ -21,7 +21,7 @@ def config_of(settings: Mapping[str, Any]) -> ConfigDict:
     config = base.get_config()
     nested = {k: v for k, v in settings.items() if isinstance(v, Mapping)}
     dotted = {f"{room}.{key}": value for room, values in nested.items() for key, value in values.items()}
-    dotted |= {key: value for key, value in settings.items() if key not in nested}
+    dotted |= {key: value for key, value in settings.items() if "." in key}
     for name, value in dotted.items():
         room, key = name.split(".")
         if key in config[room]:
@@ -29,17 +29,25 @@ def config_of(settings: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def reference_parameter(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Returns the reference value of the parameter with an original path."""
+def _to_bfloat16(value: np.ndarray) -> np.ndarray:
+    bits = value.astype(np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def reference_parameter(path: str, shape: tuple[int, ...], seed: int, fill: str = "f16") -> np.ndarray:
+    """Returns the reference value of the parameter with an original path, rounded through float16 or bfloat16."""
     generator = np.random.RandomState((zlib.crc32(path.encode()) + seed) % 2**32)
     z, name = generator.standard_normal(shape), path.split("/")[-1]
-    if name in ("scale", "gamma", "alpha"):
+    if name == "embedding":  # gamma | alpha | beta, or the first two
+        value = 0.1 * z
+        value[:, : 2 * (shape[1] // 3) if shape[1] % 3 == 0 else shape[1]] += 1
+    elif name in ("scale", "gamma", "alpha"):
         value = 1 + 0.1 * z
     elif len(shape) >= 2:
         value = z / np.sqrt(np.prod(shape[:-1]))
     else:
         value = z if name == "W" else 0.1 * z
-    return value.astype(np.float16).astype(np.float32)
+    return _to_bfloat16(value) if fill == "bf16" else value.astype(np.float16).astype(np.float32)
 
 
 class ReferenceNetwork:
@@ -47,13 +55,49 @@ class ReferenceNetwork:
 
     def __init__(self, name: str) -> None:
         with np.load(GOLDEN / "models" / f"{name}.npz") as file:
-            self.arrays = dict(file)
-        self.config = config_of(json.loads(str(self.arrays["config"])))
+            self.arrays = {
+                key: array.astype(np.float32) if array.dtype == np.float16 else array for key, array in file.items()
+            }
+        self.fill = str(self.arrays.get("fill", "f16"))
+
+    @property
+    def config(self) -> ConfigDict:
+        """Configuration of the network."""
+        return config_of(json.loads(str(self.arrays["config"])))
 
     def parameter(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
         """Returns the value of the parameter with an original path."""
-        return reference_parameter(path, shape, int(self.arrays["seed"]))
+        return reference_parameter(path, shape, int(self.arrays["seed"]), self.fill)
 
     def gradient_norms(self) -> dict[str, float]:
         """Returns the norm of the gradient of each parameter, by original path."""
         return dict(zip(self.arrays["grad_norm_paths"].tolist(), self.arrays["grad_norms"].tolist(), strict=True))
+
+
+class ReferenceLayers:
+    """The building blocks of the 2021 code: inputs and outputs of each case, and the rule of its parameters."""
+
+    def __init__(self) -> None:
+        with np.load(GOLDEN / "layers_modules.npz") as file:
+            self.arrays = {
+                key: array.astype(np.float32) if array.dtype == np.float16 else array for key, array in file.items()
+            }
+        self.seeds: dict[str, tuple[int, str]] = json.loads(str(self.arrays.pop("seeds")))
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        """Returns an array by "<case>/<name>"."""
+        return self.arrays[key]
+
+    def cases(self) -> set[str]:
+        """Returns the names of all cases."""
+        return {key.rpartition("/")[0] for key in self.arrays}
+
+    def inputs(self, case: str) -> list[Any]:
+        """Returns what the layer of a case is called with: its image, or list of images, and a second argument."""
+        names = [name for name in ("x0", "x1") if f"{case}/{name}" in self.arrays]
+        x = [self[f"{case}/{name}"] for name in names] if names else self[f"{case}/x"]
+        return [x, self[f"{case}/arg1"]] if f"{case}/arg1" in self.arrays else [x]
+
+    def parameter(self, case: str, path: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns the value of a parameter of a case, by its original path."""
+        return reference_parameter(path, shape, *self.seeds[case])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import convolution
+from models import convolution, initializers
 from models.convolution import Conv, Window, convolve, same_padding
 
 # window, size of the images, taps of the kernel
@@ -130,7 +130,7 @@ def test_same_padding_is_that_of_xla(size, taps, stride, dilation):
 
 def test_conv_layer_adds_its_bias_and_starts_as_asked():
     x = _integers(0, 1, 6, 5, 8)
-    layer = Conv(64, stride=2, dilation=1, init_scale=0.25)
+    layer = Conv(64, stride=2, dilation=1, kernel_init=initializers.default_init(0.25))
     params = layer.init(jax.random.key(0), x)["params"]
     bound = np.sqrt(3 * 0.25 / (9 * (8 + 64) / 2))
     assert 0.99 * bound < np.abs(params["kernel"]).max() <= bound

@@ -1,5 +1,7 @@
 """Resampling against the arrays of the 2021 code, zero insertion written out in numpy, and its adjoint."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from reference import GOLDEN
 
 from models import resample
+from models.convolution import Window, convolve
 
 TOLERANCE = 2e-6  # of outputs of size 1 to 10, sums of up to 100 float32 products
 KERNELS = {"k1331": (1, 3, 3, 1), "k1234": (1, 2, 3, 4), "kNone": (1, 1)}
@@ -79,3 +82,37 @@ def test_gradient_is_the_adjoint():
     for down in (lambda x: resample.downsample_fir(x, (1, 3, 3, 1)), resample.downsample_mean):
         gradient = jax.grad(lambda z, down=down: jnp.vdot(down(z), x[0]))(z)
         assert np.vdot(gradient, z) == np.vdot(down(z), x[0])
+
+
+def _upfirdn(x, kernel, up, down, padding):
+    """Inserts zeros, pads, convolves with a two-dimensional kernel and skips, per channel: through `convolve`."""
+    B, H, W, C = x.shape
+    # Zeros are inserted after the last pixel, too; a convolution turns the kernel around.
+    (top, bottom), (left, right) = padding
+    window = Window(down, ((top, bottom + up[0] - 1), (left, right + up[1] - 1)), up)
+    planes = x.transpose(0, 3, 1, 2).reshape(B * C, H, W, 1)
+    y = convolve(jnp.asarray(planes), jnp.asarray(kernel[::-1, ::-1, None, None], jnp.float32), window)
+    return y.reshape(B, C, *y.shape[1:3]).transpose(0, 2, 3, 1)
+
+
+def test_general_filters_of_the_original_are_special_cases_of_the_convolution(golden):
+    """The 2021 code had two-dimensional kernels, any factors, and channels first, which no network of it used."""
+    x, kernel = golden["x"], golden["k2d"]
+    for i in range(6):
+        a = json.loads(str(golden["meta"]))["upfirdn_args"][f"upfirdn_2d_{i}"]
+        padding = (a["pady0"], a["pady1"]), (a["padx0"], a["padx1"])
+        got = _upfirdn(x, kernel, (a["upy"], a["upx"]), (a["downy"], a["downx"]), padding)
+        _close(got, golden[f"upfirdn_2d_{i}"])
+    # p = 3 - 2: (p + 1) // 2 + 1 and p // 2 zeros when upsampling with gain 4, one and none when downsampling.
+    _close(_upfirdn(x, 4 * kernel, (2, 2), (1, 1), ((2, 0), (2, 0))), golden["upsample_2d_k2d"])
+    _close(_upfirdn(x, kernel, (1, 1), (2, 2), ((1, 0), (1, 0))), golden["downsample_2d_k2d"])
+    channels_last = lambda y: y.transpose(0, 2, 3, 1)  # noqa: E731
+    _close(resample.upsample_fir(x, (1, 3, 3, 1)), channels_last(golden["upsample_2d_k1331_nchw"]))
+    _close(resample.downsample_fir(x, (1, 3, 3, 1)), channels_last(golden["downsample_2d_k1331_nchw"]))
+
+
+def test_averages_over_a_window_count_zeros_outside():
+    x = np.random.RandomState(0).standard_normal((2, 6, 7, 3)).astype(np.float32)
+    padded = np.pad(x.astype(np.float64), ((0, 0), (2, 2), (2, 2), (0, 0)))
+    expected = sum(padded[:, i : i + 6, j : j + 7] for i in range(5) for j in range(5)) / 25
+    _close(resample.pool_mean(jnp.asarray(x), 5), expected)

@@ -1,0 +1,18 @@
+"""The noise-conditional Wide ResNet 28-10 that guides class-conditional sampling of CIFAR-10 with the VE SDE.
+
+Song et al. 2021, Appendix I.1; Fig. 13 shows its accuracy at each noise level, no table does. It classifies, so neither
+mode of main.py trains or evaluates it: models.create_model(get_config()) builds it, for the parameters of a checkpoint.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, parts
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration."""
+    config = base.get_config()
+    parts.ve(config)
+    parts.wide_resnet(config)
+    parts.cifar10(config)
+    return config

@@ -1,0 +1,21 @@
+"""NCSN++, deep, with the VE SDE on CIFAR-10: the paper's best samples.
+
+Song et al. 2021, Table 3, "NCSN++ cont. (deep, VE)": FID 2.20, IS 9.89.
+
+python main.py --config configs/ve/cifar10_ncsnpp_deep_continuous.py --mode train --workdir W
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, parts
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration."""
+    config = base.get_config()
+    parts.ve(config)
+    parts.ncsnpp(config)
+    parts.deep(config)
+    parts.cifar10(config)
+    config.model.embedding_type = "fourier"
+    return config

@@ -1,0 +1,20 @@
+"""NCSN on CelebA of 64 pixels, as Song and Ermon 2019 published it.
+
+No row of Song et al. 2021. Song and Ermon 2020, arXiv 2006.09011, Table 1, "NCSN" without denoising: FID 26.89.
+
+python main.py --config configs/ve/ncsn/celeba.py --mode train --workdir W
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, parts
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration."""
+    config = base.get_config()
+    parts.ve(config)
+    parts.ncsn(config)
+    parts.ncsn_levels(config)
+    parts.celeba(config)
+    return config

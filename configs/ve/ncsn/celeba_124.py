@@ -1,0 +1,20 @@
+"""NCSN with the noise levels of Techniques 1, 2 and 4 (Song and Ermon 2020, arXiv 2006.09011) on CelebA of 64 pixels.
+
+No row of the paper.
+
+python main.py --config configs/ve/ncsn/celeba_124.py --mode train --workdir W
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, parts
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration."""
+    config = base.get_config()
+    parts.ve(config)
+    parts.ncsn(config)
+    parts.celeba_levels(config)
+    parts.celeba(config)
+    return config

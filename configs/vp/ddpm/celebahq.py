@@ -1,0 +1,20 @@
+"""DDPM on CelebA-HQ of 256 pixels.
+
+Samples in Figs. 3 and 6 of Song et al. 2021; no number published.
+
+python main.py --config configs/vp/ddpm/celebahq.py --mode train --workdir W
+with --config.data.tfrecords_path FILE, the images in the layout of progressive GANs
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, parts
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration."""
+    config = base.get_config()
+    parts.ddpm_chain(config)
+    parts.ddpm_256(config)
+    parts.celebahq(config)
+    return config

@@ -1,0 +1,152 @@
+"""NCSN (Song & Ermon 2019) and NCSNv2 (Song & Ermon 2020): RefineNets of three depths, given as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from models.layers import divide_by_sigma
+from models.normalization import DDPM_GROUPS, NORMS, num_groups, require
+from models.refinenet import RefineBlock, RefineConv, RefineOptions, ResidualBlock
+from sde_lib import VESDE
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Widths are in multiples of the channels of the first layer.
+
+    Attributes:
+      stages: (width, dilation) of each stage of two residual blocks; every stage but the first halves the image, or
+        dilates its convolutions if the dilation is more than 1.
+      decoder: width of each refine block, from the last stage back to the first.
+    """
+
+    stages: tuple[tuple[int, int], ...]
+    decoder: tuple[int, ...]
+
+    @property
+    def num_halvings(self) -> int:
+        """Times that the image is halved."""
+        return sum(dilation == 1 for _, dilation in self.stages[1:])
+
+
+# By the resolution, in pixels, that each was made for; all run at any resolution that can be halved often enough.
+LAYOUTS = {
+    64: Layout(((1, 1), (2, 1), (2, 2), (2, 4)), (2, 2, 2, 1)),
+    128: Layout(((1, 1), (2, 1), (2, 1), (4, 2), (4, 4)), (4, 2, 2, 1, 1)),
+    256: Layout(((1, 1), (2, 1), (2, 1), (2, 1), (4, 2), (4, 4)), (4, 2, 2, 2, 1, 1)),
+}
+
+
+class NCSNv2(nn.Module):
+    """RefineNet that returns the score; NCSN if its normalization is conditioned on the label.
+
+    Attributes:
+      nf: channels of the first layer.
+      layout: widths and dilations.
+      options: what the blocks have in common.
+      centered: images come in [-1, 1]; otherwise in [0, 1].
+      noise_levels: divide the output by the sigma that the label counts; None: do not.
+    """
+
+    nf: int
+    layout: Layout
+    options: RefineOptions
+    centered: bool = False
+    noise_levels: VESDE | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], time_cond: Float[Array, "B"], train: bool = False
+    ) -> Float[Array, "B H W C"]:
+        """Evaluates the network.
+
+        Args:
+          x: noisy images, in the range that `centered` tells.
+          time_cond: index of the noise level, counted from the largest sigma.
+          train: makes no difference; these networks have no dropout.
+        """
+        h = RefineConv(self.nf, name="input")(x if self.centered else 2 * x - 1)
+        maps = []
+        for i, (width, dilation) in enumerate(self.layout.stages):
+            first = ResidualBlock(width * self.nf, self.options, i > 0, dilation, name=f"stage{i}_block0")
+            second = ResidualBlock(width * self.nf, self.options, dilation=dilation, name=f"stage{i}_block1")
+            h = second(first(h, time_cond), time_cond)
+            maps.append(h)
+        h = maps.pop()
+        joined = [h]
+        for i, width in enumerate(self.layout.decoder):
+            block = RefineBlock(
+                width * self.nf, self.options, is_last=i == len(self.layout.decoder) - 1, name=f"refine{i}"
+            )
+            h = block(joined, time_cond)
+            joined = [maps.pop(), h] if maps else []
+        h = self.options.act(self.options.normalize(h, time_cond, "output_norm"))
+        h = RefineConv(x.shape[-1], name="output")(h)
+        return h if self.noise_levels is None else divide_by_sigma(h, time_cond, self.noise_levels)
+
+
+def _check_size(image_size: tuple[int, int], layout: Layout) -> None:
+    factor = 2**layout.num_halvings
+    if any(size % factor for size in image_size):
+        raise ValueError(
+            f"images of {image_size[0]}x{image_size[1]} pixels (data.image_size, data.image_width) cannot be halved "
+            f"{layout.num_halvings} times, as this network does; choose multiples of {factor}"
+        )
+
+
+def _build_v2(
+    *,
+    nf: int,
+    image_size: tuple[int, int],
+    normalization: str,
+    nonlinearity: str,
+    interpolation: str,
+    centered: bool,
+    noise_levels: VESDE | None,
+    resolution: int,
+) -> NCSNv2:
+    layout = LAYOUTS[resolution]
+    _check_size(image_size, layout)
+    if normalization == "GroupNorm":
+        for width, _ in layout.stages:
+            num_groups(width * nf, DDPM_GROUPS)
+    options = RefineOptions(nonlinearity, interpolation, NORMS[normalization])
+    return NCSNv2(nf, layout, options, centered, noise_levels)
+
+
+def build_v2(resolution: int) -> Callable[..., NCSNv2]:
+    """Returns the builder of the NCSNv2 made for a resolution of 64, 128 or 256 pixels.
+
+    Its arguments are named after the settings of `config.model`; it raises ValueError if images of the configured size
+    cannot be halved often enough, or group normalization cannot divide the channels.
+    """
+    return functools.partial(_build_v2, resolution=resolution)
+
+
+def build_ncsn(
+    *,
+    nf: int,
+    image_size: tuple[int, int],
+    normalization: str,
+    nonlinearity: str,
+    interpolation: str,
+    num_scales: int,
+    centered: bool,
+    noise_levels: VESDE | None,
+) -> NCSNv2:
+    """Builds NCSN: the smallest layout, with every normalization conditioned on one of `num_scales` labels.
+
+    Arguments are named after the settings of `config.model`.
+
+    Raises:
+      ValueError: if the images cannot be halved, or the normalization has no form that depends on a label.
+    """
+    require(normalization, "InstanceNorm++")
+    _check_size(image_size, LAYOUTS[64])
+    options = RefineOptions(nonlinearity, interpolation, num_classes=num_scales)
+    return NCSNv2(nf, LAYOUTS[64], options, centered, noise_levels)

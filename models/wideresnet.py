@@ -1,0 +1,182 @@
+"""Wide ResNet (Zagoruyko & Komodakis 2016) that classifies noisy images and is told the noise level.
+
+What guides class-conditional generation in Song et al. 2021, Appendix I.1: log p_t(y | x) and its gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from models import initializers, resample
+from models.convolution import Conv
+from models.layers import Dense, FourierFeatures
+from models.normalization import GroupNorm
+
+BASE_WIDTHS = (16, 32, 64)  # channels of the three groups, times the multiplier
+NUM_FREQUENCIES, FOURIER_SCALE = 128, 16.0
+EMBEDDING_WIDTH = 512
+EPSILON = 1e-5  # of the group normalization
+
+# Means and standard deviations of CIFAR-10's channels in [0, 1], by which images are normalized outside the network.
+CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
+CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
+
+LogitFn = Callable[[Float[Array, "B H W C"], Float[Array, "B"]], Float[Array, "B K"]]
+
+_Conv = functools.partial(Conv, kernel_init=initializers.kaiming_normal, bias_init=None)
+_Dense = functools.partial(Dense, kernel_init=initializers.lecun_normal)
+
+
+def _norm_relu(x: Array, name: str) -> Array:
+    return jax.nn.relu(GroupNorm(epsilon=EPSILON, name=name)(x))
+
+
+class WideBlock(nn.Module):
+    """Two convolutions after normalization, the first told the noise level, and a shortcut without parameters.
+
+    Attributes:
+      features: output channels.
+      stride: of the first convolution.
+      is_first: of the network: its shortcut starts after the normalization.
+    """
+
+    features: int
+    stride: int = 1
+    is_first: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"]) -> Float[Array, "B P Q O"]:
+        """Returns the features of x at the noise level `embedding`."""
+        h = _norm_relu(x, "norm1")
+        shortcut = h if self.is_first else x
+        h = _Conv(self.features, stride=self.stride, name="conv1")(h)
+        h = h + _Dense(self.features, name="embedding")(jax.nn.swish(embedding))[:, None, None, :]
+        h = _Conv(self.features, name="conv2")(_norm_relu(h, "norm2"))
+        if self.stride > 1:
+            shortcut = resample.downsample_mean(shortcut)
+        added = self.features - shortcut.shape[-1]
+        return h + jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (0, added)))
+
+
+class WideGroup(nn.Module):
+    """Blocks of one width, of which the first may halve the image.
+
+    Attributes:
+      num_blocks: of the group.
+      features: output channels.
+      stride: of the first block.
+      is_first: of the network.
+    """
+
+    num_blocks: int
+    features: int
+    stride: int = 1
+    is_first: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"]) -> Float[Array, "B P Q O"]:
+        """Returns the features of x at the noise level `embedding`."""
+        for i in range(self.num_blocks):
+            stride, is_first = (self.stride, self.is_first) if i == 0 else (1, False)
+            x = WideBlock(self.features, stride, is_first, name=f"block{i}")(x, embedding)
+        return x
+
+
+class WideResNet(nn.Module):
+    """Noise-conditional classifier.
+
+    Attributes:
+      blocks_per_group: blocks of each of the three groups.
+      channel_multiplier: width, in multiples of 16, 32 and 64 channels.
+      num_classes: classes that it tells apart.
+    """
+
+    blocks_per_group: int
+    channel_multiplier: int
+    num_classes: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], sigmas: Float[Array, "B"], train: bool = False
+    ) -> Float[Array, "B K"]:
+        """Returns the logits of the classes.
+
+        Args:
+          x: noisy images, normalized by the channels' mean and standard deviation.
+          sigmas: noise levels.
+          train: makes no difference; the network has no dropout.
+        """
+        mean, std = x.mean((1, 2, 3), keepdims=True), x.std((1, 2, 3), keepdims=True)
+        x = (x - mean) / jnp.maximum(std, 1 / math.sqrt(math.prod(x.shape[1:])))
+        embedding = FourierFeatures(NUM_FREQUENCIES, FOURIER_SCALE, name="fourier")(jnp.log(sigmas))
+        embedding = _Dense(EMBEDDING_WIDTH, name="embedding1")(embedding)
+        embedding = _Dense(EMBEDDING_WIDTH, name="embedding2")(jax.nn.swish(embedding))
+        h = _Conv(BASE_WIDTHS[0], name="input")(x)
+        for i, width in enumerate(BASE_WIDTHS):
+            group = WideGroup(
+                self.blocks_per_group, width * self.channel_multiplier, min(i + 1, 2), i == 0, name=f"group{i}"
+            )
+            h = group(h, embedding)
+        h = _norm_relu(h, "output_norm").mean((1, 2))
+        return Dense(self.num_classes, kernel_init=initializers.uniform_by_outputs, name="output")(h)
+
+
+def build(
+    *, image_size: tuple[int, int], blocks_per_group: int, channel_multiplier: int, num_classes: int
+) -> WideResNet:
+    """Builds the classifier; arguments are named after the settings of `config.model`.
+
+    Raises:
+      ValueError: if there are no classes, or the image cannot be halved twice.
+    """
+    if num_classes < 2:
+        raise ValueError(f"model.num_classes={num_classes}: a classifier needs 2 or more; set the data set's number")
+    if any(size % 4 for size in image_size):
+        raise ValueError(
+            f"images of {image_size[0]}x{image_size[1]} pixels (data.image_size, data.image_width) cannot be halved "
+            "twice, as the classifier does; choose multiples of 4"
+        )
+    return WideResNet(blocks_per_group, channel_multiplier, num_classes)
+
+
+def make_logit_fn(
+    model: nn.Module,
+    params: Mapping[str, Any],
+    *,
+    mean: tuple[float, ...] = CIFAR10_MEAN,
+    std: tuple[float, ...] = CIFAR10_STD,
+) -> LogitFn:
+    """Returns (x, sigma) -> logits of noisy images in [0, 1], with the channels' normalization.
+
+    Args:
+      model: classifier called as model(x, sigmas).
+      params: its parameters.
+      mean: of each channel in the training data.
+      std: of each channel.
+    """
+
+    def logit_fn(x: Float[Array, "B H W C"], sigmas: Float[Array, "B"]) -> Float[Array, "B K"]:
+        normalized = (x - jnp.asarray(mean)[None, None, None, :]) / jnp.asarray(std)[None, None, None, :]
+        return cast(Array, model.apply({"params": params}, normalized, sigmas))
+
+    return logit_fn
+
+
+def make_classifier_grad_fn(
+    logit_fn: LogitFn,
+) -> Callable[[Float[Array, "B H W C"], Float[Array, "B"], Int[Array, "B"]], Float[Array, "B H W C"]]:
+    """Returns (x, sigma, labels) -> grad_x log p(label | x), what is added to the score (Eq. 14)."""
+
+    def log_probability(x: Array, sigmas: Array, labels: Array) -> Array:
+        log_probabilities = jax.nn.log_softmax(logit_fn(x, sigmas))
+        return jnp.take_along_axis(log_probabilities, labels[:, None], 1).sum()
+
+    return jax.grad(log_probability)
