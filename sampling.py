@@ -25,13 +25,21 @@ from sde_lib import SDE, VESDE, VPSDE, ReverseSDE, ScoreFn, expand
 StepResult = tuple[Float[Array, "B ..."], Float[Array, "B ..."]]
 Predictor = Callable[[PRNGKeyArray, Array, Array, ReverseSDE], StepResult]
 Corrector = Callable[[PRNGKeyArray, Array, Array, ReverseSDE], StepResult]
+# (key, x, x_mean, t) -> (x, x_mean): what controllable generation does to the result of a step.
+StepTransform = Callable[[PRNGKeyArray, Array, Array, Array], StepResult]
+
+_TRANSFORM_STREAM = 2**32 - 1  # number of the draw from which step transforms derive theirs; no step comes so far
 
 
 class Sampler(Protocol):
     """What `build_sampler` returns."""
 
     def __call__(
-        self, key: PRNGKeyArray, score_fn: ScoreFn, x_init: Float[Array, "B ..."] | None = None
+        self,
+        key: PRNGKeyArray,
+        score_fn: ScoreFn,
+        x_init: Float[Array, "B ..."] | None = None,
+        transform: StepTransform | None = None,
     ) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
         """Draws samples.
 
@@ -39,6 +47,7 @@ class Sampler(Protocol):
           key: one key, from which example i of the global batch derives its own, or one key for each example.
           score_fn: score(x, t); any function.
           x_init: state at t = T; drawn from the prior if it is not given.
+          transform: applied after the correctors and after the predictor at each time; by a method that has steps.
 
         Returns:
           Samples in the network's range, and the number of evaluations of `score_fn`, each for the whole batch.
@@ -180,10 +189,16 @@ def _prepare(
     return key, x_init
 
 
+def _unchanged(key: PRNGKeyArray, x: Array, x_mean: Array, t: Array) -> StepResult:
+    del key, t
+    return x, x_mean
+
+
 def _sample_pc(
     key: PRNGKeyArray,
     score_fn: ScoreFn,
     x_init: Float[Array, "B ..."] | None = None,
+    transform: StepTransform | None = None,
     *,
     sde: SDE,
     shape: tuple[int, ...],
@@ -197,13 +212,17 @@ def _sample_pc(
     key, x = _prepare(key, x_init, sde, shape)
     times = sde.sampling_times()
     reverse_sde = sde.reverse(score_fn, probability_flow)
+    transform = transform or _unchanged
+    key_transform = rng.fold_in(key, _TRANSFORM_STREAM)
 
     def update(i: Int[Array, ""], state: StepResult) -> StepResult:
         x, t = state[0], jnp.full(shape[:1], times[i])
         draw_key = lambda j: rng.fold_in(key, i * (num_corrections + 1) + j)  # noqa: E731 - of the step's j-th draw
         correct = lambda j, x: corrector(draw_key(j), x, t, reverse_sde)[0]  # noqa: E731
         x = jax.lax.fori_loop(0, num_corrections, correct, x)
-        return predictor(draw_key(num_corrections), x, t, reverse_sde)
+        x, _ = transform(rng.fold_in(key_transform, 2 * i), x, x, t)
+        x, x_mean = predictor(draw_key(num_corrections), x, t, reverse_sde)
+        return transform(rng.fold_in(key_transform, 2 * i + 1), x, x_mean, t)
 
     x, x_mean = jax.lax.fori_loop(0, sde.N, update, (x, x))
     num_predictions = 0 if predictor is no_step else 1
@@ -214,6 +233,7 @@ def _sample_ode(
     key: PRNGKeyArray,
     score_fn: ScoreFn,
     x_init: Float[Array, "B ..."] | None = None,
+    transform: StepTransform | None = None,
     *,
     sde: SDE,
     shape: tuple[int, ...],
@@ -222,6 +242,8 @@ def _sample_ode(
     atol: float,
 ) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
     """Integrates the probability-flow ODE (Eq. 13) from T to eps, each example with its own steps."""
+    if transform is not None:
+        raise ValueError("sampling.method='ode' has no steps that a transform could change; set sampling.method='pc'")
     _, x = _prepare(key, x_init, sde, shape)
     flow = sde.reverse(score_fn, probability_flow=True)
 
@@ -261,6 +283,11 @@ def _check_pairing(settings: ConfigDict, sde: SDE) -> None:
             raise ValueError(
                 f"sampling.predictor='ancestral_sampling' needs the Markov chain of SMLD or DDPM (training.sde 'vesde' "
                 f"or 'vpsde'); {type(sde).__name__} has none: use 'reverse_diffusion' or 'euler_maruyama'"
+            )
+        if isinstance(sde, VPSDE) and sde.beta_max == sde.N:
+            raise ValueError(
+                f"sampling.predictor='ancestral_sampling' divides by sqrt(1 - beta_i), which is 0 in the first of "
+                f"N={sde.N} steps; use more steps (sampling.num_steps)"
             )
         if settings.probability_flow:
             raise ValueError(

@@ -248,7 +248,7 @@ class _LinearBetaSDE(SDE):
         return self.beta_min + t * (self.beta_max - self.beta_min)
 
     def log_mean_coeff(self, t: Float[Array, "B"]) -> Float[Array, "B"]:
-        """Returns log m(t) = -1/2 ∫ beta = -1/4 t^2 (beta_max - beta_min) - 1/2 t beta_min (Appendix B)."""
+        """Returns log m(t) = -1/2 ∫ beta = -1/4 t^2 (beta_max - beta_min) - 1/2 t beta_min (Appendix C)."""
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
 
     def mean_coeff(self, t: Float[Array, "B"]) -> Float[Array, "B"]:
@@ -299,11 +299,11 @@ class VPSDE(_LinearBetaSDE):
         return np.cumprod(1 - self._betas())
 
     def check_steps(self) -> None:
-        """Raises ValueError if beta_i would reach 1, where DDPM's chain is not defined."""
-        if self.beta_max >= self.N:
+        """Raises ValueError if beta_i would exceed 1, where DDPM's chain is not defined."""
+        if self.beta_max > self.N:
             raise ValueError(
                 f"the discretization of VPSDE (DDPM) in N={self.N} steps has beta_i up to beta_max / N = "
-                f"{self.beta_max / self.N:.3g}, expected less than 1; use more than {self.beta_max:g} steps "
+                f"{self.beta_max / self.N:.3g}, expected at most 1; use at least {math.ceil(self.beta_max)} steps "
                 "(sampling.num_steps), or the predictor euler_maruyama without a corrector"
             )
 

@@ -12,7 +12,7 @@ FLOORS = (
     {"sde_lib", "ode"},
     {"models"},
     {"losses", "sampling", "likelihood", "legacy", "metrics", "plots", "sources"},
-    {"checkpoints", "datasets", "evaluation", "report"},
+    {"checkpoints", "controllable_generation", "datasets", "evaluation", "report"},
     {"runtime"},
     {"run_lib"},
     {"main"},
