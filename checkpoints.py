@@ -105,6 +105,16 @@ class Checkpoints:
         if number not in manager.all_steps():
             _save(manager, number, state)
 
+    def save_snapshot(self, number: int, state: TrainState) -> None:
+        """Writes a state as snapshot `number`, whatever its step is: one that another program took.
+
+        Raises:
+          CheckpointError: if there is such a snapshot.
+        """
+        if number in self._snapshots.all_steps():
+            raise CheckpointError(f"checkpoint {number} is in {self.directory} already; it was not overwritten")
+        _save(self._snapshots, number, state)
+
     def wait(self) -> None:
         """Returns when everything saved so far is on disk; raises what failed in the background."""
         self._snapshots.wait_until_finished()
@@ -126,14 +136,14 @@ class Checkpoints:
         candidates = [(number * self._snapshot_freq, self._snapshots, number) for number in self._snapshots.all_steps()]
         candidates += [(step, self._resumable, step) for step in self._resumable.all_steps()]
         damaged = []
-        for step, manager, number in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
+        for _, manager, number in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
             try:
                 state = _restore(manager, number, self._template)
             except CheckpointError as error:
                 damaged.append(str(error))
                 logging.warning("%s; using the one before it", error)
                 continue
-            logging.info("restored step %d from %s", step, manager.directory)
+            logging.info("restored step %d from %s", int(state.step), manager.directory)
             return state
         if damaged:
             raise CheckpointError("no checkpoint of this workdir can be read: " + "; ".join(damaged))

@@ -2,6 +2,7 @@
 
 python main.py --config configs/vp/digits_ddpmpp_continuous.py --mode train --workdir runs/digits
 python main.py --config configs/vp/digits_ddpmpp_continuous.py --mode eval --workdir runs/digits
+python main.py --config configs/ve/cifar10_ncsnpp.py --mode import --checkpoint checkpoint_26 --workdir runs/cifar10
 """
 
 from __future__ import annotations
@@ -36,8 +37,15 @@ MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Experiment; --config.group.key=value changes one value.")
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
-flags.DEFINE_enum("mode", None, ["train", "eval"], "Train a network, or evaluate its checkpoints.")
+flags.DEFINE_enum(
+    "mode",
+    None,
+    ["train", "eval", "import", "export"],
+    "Train a network, evaluate its checkpoints, or exchange one with the 2021 code.",
+)
 flags.DEFINE_string("eval_folder", "eval", "Folder of the evaluation, inside the workdir.")
+flags.DEFINE_string("checkpoint", None, "File of score_sde or score_sde_pytorch: to import, or to export to.")
+flags.DEFINE_bool("dry_run", False, "Of an import: print where every tensor would go, and write nothing.")
 flags.mark_flags_as_required(["config", "workdir", "mode"])
 
 
@@ -84,13 +92,30 @@ def set_up_log_file(workdir: Path) -> None:
     logging.get_absl_logger().addHandler(handler)
 
 
+def prepare(workdir: Path) -> None:
+    """Checks the flags and the workdir that a mode needs, and starts its log file."""
+    if FLAGS.mode in ("import", "export") and not FLAGS.checkpoint:
+        raise ValueError(f"--mode {FLAGS.mode} needs --checkpoint FILE")
+    if FLAGS.mode == "import":
+        return  # makes its workdir when all has been checked
+    if FLAGS.mode == "train":
+        workdirs.check_writable(workdir)
+    else:
+        workdirs.check_trained(workdir)
+    set_up_log_file(workdir)
+
+
 def run(workdir: Path) -> None:
     """Dispatches on --mode."""
     config = FLAGS.config.lock()
     if FLAGS.mode == "train":
         run_lib.train(config, workdir)
-    else:
+    elif FLAGS.mode == "eval":
         run_lib.evaluate(config, workdir, FLAGS.eval_folder)
+    elif FLAGS.mode == "export":
+        run_lib.export_checkpoint(config, workdir, FLAGS.checkpoint)
+    elif not run_lib.import_checkpoint(config, FLAGS.checkpoint, workdir, dry_run=FLAGS.dry_run):
+        sys.exit(EXIT_FAILED)
 
 
 def fail(error: BaseException, workdir: Path) -> NoReturn:
@@ -110,9 +135,7 @@ def main(argv: Sequence[str]) -> None:
     set_up_console()
     set_up_jax()
     try:
-        check = workdirs.check_writable if FLAGS.mode == "train" else workdirs.check_trained
-        check(workdir)
-        set_up_log_file(workdir)
+        prepare(workdir)
         run(workdir)
     except USER_ERRORS as error:
         fail(error, workdir)

@@ -10,12 +10,14 @@ from ml_collections import ConfigDict
 import datasets
 import distributed
 from checkpoints import Checkpoints
-from runtime import eval_loop, train_loop
+from models.factory import require_score_network
+from runtime import eval_loop, importing, smoke, train_loop
 from runtime import workdir as workdirs
 from runtime.experiment import build_experiment, describe
+from runtime.importing import export_checkpoint, import_checkpoint
 from runtime.progress import TrainingProgress
 
-__all__ = ["build_experiment", "evaluate", "train"]
+__all__ = ["build_experiment", "evaluate", "export_checkpoint", "import_checkpoint", "train"]
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -28,10 +30,12 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       workdir: folder of the run; made if need be.
 
     Raises:
-      ValueError: if a setting is wrong.
+      ValueError: if a setting is wrong, or does not go with the step to resume from.
       WorkdirError: if the workdir cannot be written or holds another experiment.
       CheckpointError: if the workdir has checkpoints, but all are damaged.
     """
+    config = smoke.shrink(config) if config.training.smoke else config
+    require_score_network(config)
     train_loop.check_schedule(config)
     experiment = build_experiment(config)
     source = datasets.build_source(config, "train")
@@ -43,6 +47,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         workdir, snapshot_freq=config.training.snapshot_freq, template=experiment.state_template()
     ) as checkpoints:
         state = checkpoints.restore_newest() or experiment.init_state()
+        importing.check_first_step(config, int(state.step))
         if distributed.is_main_process():
             workdirs.record_config(workdir, config)
         steps = train_loop.num_steps(config)
@@ -68,6 +73,8 @@ def evaluate(config: ConfigDict, workdir: str | Path, eval_folder: str = "eval")
       WorkdirError: if the workdir holds another experiment, or the folder results of other settings.
       CheckpointError: if a checkpoint is missing or damaged.
     """
+    config = smoke.shrink(config) if config.training.smoke else config
+    require_score_network(config)
     eval_loop.check_evaluation(config)
     experiment = build_experiment(config)
     workdirs.check_same_experiment(workdir, config)

@@ -1,13 +1,24 @@
-"""Translation of the 2021 code's parameters: names, shapes, there and back."""
+"""What the 2021 programs wrote: names and shapes of parameters, there and back; files that are not to be trusted."""
+
+import contextlib
+import pickle
+import struct
+import tracemalloc
+import zipfile
 
 import jax
 import jax.numpy as jnp
+import legacy_writers
+import msgpack
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from reference import ReferenceNetwork, config_of
 
 import legacy
+from legacy.msgpack_file import read_msgpack, write_msgpack
+from legacy.torch_file import read_torch
+from legacy.torch_names import match_torch_parameters, plain_name
 from models import create_model
 
 # Its names are counted over both kinds of resampling layer, and over images and features.
@@ -87,3 +98,227 @@ def test_missing_and_unknown_parameters_are_named(config, flat):
 def test_wrong_shape_is_named(config, flat):
     with pytest.raises(ValueError, match=r"Conv_0/bias has shape \(5,\), .* has \(8,\) there; check config"):
         legacy.params_from_score_sde(config, flat | {"Conv_0/bias": np.zeros(5)})
+
+
+# --- names in PyTorch ------------------------------------------------------------------------------------------------
+
+
+def torch_names(settings):
+    config = config_of(settings)
+    leaves = legacy.match_parameters(config)
+    return {
+        "/".join(leaf.path): torch for leaf, torch in zip(leaves, match_torch_parameters(config, leaves), strict=True)
+    }
+
+
+def test_pytorch_counts_layers_as_its_constructor_makes_them():
+    """By hand: two linear maps, the first convolution, one block a level, the pyramids; see SETTINGS."""
+    names = {path: leaf.name for path, leaf in torch_names(SETTINGS).items()}
+    assert names["embedding1/kernel"] == "all_modules.0.weight"
+    assert names["input/bias"] == "all_modules.2.bias"
+    assert names["down0_resample/conv/kernel"] == "all_modules.4.Conv2d_0.weight"
+    assert names["down0_pyramid/conv/kernel"] == "all_modules.5.Conv2d_0.weight"
+    assert names["down1_block0/shortcut/kernel"] == "all_modules.6.NIN_0.W"
+    assert names["down1_attention0/output/bias"] == "all_modules.7.NIN_3.b"
+    assert names["up1_pyramid_norm/scale"] == "all_modules.14.weight"
+    assert names["up1_resample/conv/bias"] == "all_modules.16.Conv2d_0.bias"
+    assert names["up0_pyramid/conv/bias"] == "all_modules.19.Conv2d_0.bias"
+    assert names["output_conv/kernel"] == "all_modules.21.weight"
+    assert len(set(names.values())) == len(names)
+
+
+def test_pytorch_counts_layers_without_parameters():
+    """Resampling alone has none; that of the output comes before the head of its level."""
+    skips = {
+        "model.resblock_type": "biggan",
+        "model.progressive": "output_skip",
+        "model.progressive_input": "input_skip",
+    }
+    names = {path: leaf.name for path, leaf in torch_names(SETTINGS | skips).items()}
+    assert names["down0_resample/conv1/kernel"] == "all_modules.4.Conv_0.weight"
+    assert names["down0_pyramid_combine/conv/kernel"] == "all_modules.6.Conv_0.weight"
+    assert names["up1_pyramid_norm/scale"] == "all_modules.15.weight"
+    assert names["up1_resample/conv1/kernel"] == "all_modules.17.Conv_0.weight"
+    assert names["up0_block0/conv1/kernel"] == "all_modules.18.Conv_0.weight"
+    assert names["up0_pyramid_norm/scale"] == "all_modules.21.weight"
+    assert names["up0_pyramid_conv/bias"] == "all_modules.22.bias"
+
+
+def test_pytorch_counts_the_layers_of_ddpm():
+    plain = {"model.name": "ddpm", "model.nf": 32, "model.fir": False}
+    plain |= {"model.progressive": "none", "model.progressive_input": "none", "model.scale_by_sigma": False}
+    names = {path: leaf.name for path, leaf in torch_names(SETTINGS | plain).items()}
+    assert names["embedding2/kernel"] == "all_modules.1.weight"
+    assert names["down0_block0/embedding/bias"] == "all_modules.3.Dense_0.bias"
+    assert names["down0_resample/conv/kernel"] == "all_modules.4.Conv_0.weight"
+    assert names["down1_attention0/norm/scale"] == "all_modules.6.GroupNorm_0.weight"
+    assert names["middle_block1/conv2/kernel"] == "all_modules.9.Conv_1.weight"
+    assert names["up1_resample/conv/bias"] == "all_modules.13.Conv_0.bias"
+    assert names["up0_block1/shortcut/kernel"] == "all_modules.15.NIN_0.W"
+    assert names["output_norm/scale"] == "all_modules.16.weight"
+    assert names["output_conv/kernel"] == "all_modules.17.weight"
+
+
+def test_names_of_other_versions_and_wrappers_are_understood():
+    assert plain_name("module.all_modules.6.Conv.weight") == "all_modules.6.Conv_0.weight"
+    assert plain_name("all_modules.6.Conv_0.weight") == "all_modules.6.Conv_0.weight"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model.name": "ncsnv2_64", "model.normalization": "InstanceNorm++"}, "'ncsnv2_64' is not supported for PyT"),
+        ({"model.name": "ddpm", "model.nf": 32, "model.conditional": False}, "set model.conditional=True"),
+    ],
+)
+def test_networks_that_pytorch_computes_otherwise_are_refused(settings, message):
+    config = config_of(SETTINGS | settings)
+    with pytest.raises(ValueError, match=message):
+        match_torch_parameters(config, [])
+
+
+# --- files that are not to be trusted --------------------------------------------------------------------------------
+
+
+def array(shape, dtype, content):
+    return msgpack.packb({"x": msgpack.ExtType(1, msgpack.packb((shape, dtype, content)))})
+
+
+GOOD = legacy_writers.pack({"x": np.arange(6, dtype=np.float32).reshape(2, 3)})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GOOD[:-1], "incomplete input"),
+        (GOOD + b"x", "unpack"),
+        (b"no checkpoint", "unpack"),
+        (b"", "incomplete input"),
+        (msgpack.packb([1, 2]), "does not hold a map"),
+        (msgpack.packb({1: 2}), "int is not allowed for map key"),
+        (msgpack.packb({b"a": 2}), "a name that is no text"),
+        (b"\x81\xa1x" * 5000, "StackError"),
+        (array((2**40, 2**40), "float32", b"1234"), "does not have that many bytes"),
+        (array((-1,), "float32", b"1234"), "is not the shape of an array"),
+        (array((1,), "object", b"12345678"), "type 'object' are not supported"),
+        (array((1,), "float32", 1234), "does not have that many bytes"),
+        (msgpack.packb({"x": msgpack.ExtType(1, msgpack.packb([1]))}), r"not \(shape, type, values\)"),
+        (msgpack.packb({"x": msgpack.ExtType(9, b"")}), "extension type 9 is unknown"),
+        (msgpack.packb({"x": {"__msgpack_chunked_array__": True, "shape": [2]}}), "in chunks is not complete"),
+    ],
+)
+def test_a_damaged_msgpack_file_is_refused(tmp_path, content, message):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match=f"file is damaged or no msgpack file of Flax: .*{message}"):
+        read_msgpack(tmp_path / "file")
+
+
+def test_arrays_in_chunks_are_joined(tmp_path):
+    values = np.arange(6, dtype=np.float32)
+    for wrap in (list, lambda items: {str(i): item for i, item in enumerate(items)}):
+        chunks = {"__msgpack_chunked_array__": True, "shape": wrap([2, 3]), "chunks": wrap([values[:4], values[4:]])}
+        (tmp_path / "file").write_bytes(legacy_writers.pack({"x": chunks}))
+        np.testing.assert_array_equal(read_msgpack(tmp_path / "file")["x"], values.reshape(2, 3))
+
+
+def test_msgpack_is_written_as_it_was_read(tmp_path):
+    (tmp_path / "file").write_bytes(GOOD)
+    write_msgpack(tmp_path / "copy", read_msgpack(tmp_path / "file"))
+    assert (tmp_path / "copy").read_bytes() == GOOD
+
+
+WRITERS = [legacy_writers.write_zip, legacy_writers.write_legacy]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_tensors_are_read_without_pytorch(tmp_path, write):
+    state = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": [np.float64(2) * np.ones(2), 7, "text", None]}
+    write(tmp_path / "file", state)
+    read = read_torch(tmp_path / "file")
+    np.testing.assert_array_equal(read["a"], state["a"])
+    np.testing.assert_array_equal(read["b"][0], state["b"][0])
+    assert (read["a"].dtype, read["b"][1:]) == (np.float32, [7, "text", None])
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize(("module", "name"), [("os", "system"), ("builtins", "eval"), ("numpy", "load")])
+def test_code_in_a_pickle_is_not_run(tmp_path, write, module, name):
+    function = legacy_writers.Global(module, name)
+    write(tmp_path / "file.pth", {"model": legacy_writers.Call(function, f"touch {tmp_path}/executed")})
+    with pytest.raises(ValueError, match=rf"file.pth cannot be read .* asks for {module}.{name}, .* it was not run"):
+        read_torch(tmp_path / "file.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+STORAGE = legacy_writers.Storage("FloatStorage", "0", 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "offset", "message"),
+    [
+        ((5,), (1,), 0, "larger than its values"),
+        ((2, 2), (3, 1), 0, "larger than its values"),
+        ((4,), (1,), 1, "larger than its values"),
+        ((2**30, 2**30), (0, 0), 0, "larger than its values"),
+        ((2,), (-1,), 3, "are not counts"),
+        ((2,), (1,), -2, "are not counts"),
+        ((2,), (1, 1), 0, "has no shape"),
+        ((2,), (1.5,), 0, "are not counts"),
+    ],
+)
+def test_a_tensor_cannot_reach_beyond_its_values(tmp_path, size, stride, offset, message):
+    rebuild = legacy_writers.Global("torch._utils", "_rebuild_tensor_v2")
+    state = {"first": np.zeros(4, np.float32), "x": legacy_writers.Call(rebuild, STORAGE, offset, size, stride)}
+    legacy_writers.write_zip(tmp_path / "file", state)
+    with pytest.raises(ValueError, match=message):
+        read_torch(tmp_path / "file")
+
+
+@pytest.mark.parametrize("size", [5, 2**60, -1, "4"])
+def test_declared_sizes_are_not_believed(tmp_path, size):
+    rebuild = legacy_writers.Global("torch._utils", "_rebuild_tensor_v2")
+    for write, view in zip(WRITERS, [(), (None,)], strict=True):
+        storage = STORAGE._replace(size=size, view=view, key="7")
+        write(tmp_path / "file", {"x": legacy_writers.Call(rebuild, storage, 0, (1,), (1,))})
+        with pytest.raises(ValueError, match="file cannot be read as a checkpoint of PyTorch"):
+            read_torch(tmp_path / "file")
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_truncated_pytorch_file_is_refused(tmp_path, write):
+    write(tmp_path / "file", {"x": np.arange(400, dtype=np.float32)})
+    content = (tmp_path / "file").read_bytes()
+    for length in (4, 30, 200, len(content) // 2, len(content) - 1):
+        (tmp_path / "file").write_bytes(content[:length])
+        with pytest.raises(ValueError, match="file cannot be read as a checkpoint of PyTorch"):
+            read_torch(tmp_path / "file")
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    content, _ = legacy_writers.dump({"x": np.zeros(4, np.float32)})
+    for name, compression in (("data.pkl", zipfile.ZIP_DEFLATED), ("data/0", zipfile.ZIP_DEFLATED)):
+        with zipfile.ZipFile(tmp_path / "file", "w") as archive:
+            for member, data in (("data.pkl", content), ("data/0", bytes(16))):
+                kind = compression if member == name else zipfile.ZIP_STORED
+                archive.writestr(f"archive/{member}", data, compress_type=kind)
+        with pytest.raises(ValueError, match=r"pickle is compressed|the size of archive/data/0 is not what"):
+            read_torch(tmp_path / "file")
+
+
+def test_a_pickle_cannot_ask_for_memory(tmp_path):
+    """Python's own reader in C makes a memo as long as the largest index, and a byte array as large as it is told."""
+    for instruction in (b"r" + struct.pack("<I", 2**24), b"\x96" + struct.pack("<q", 2**28)):
+        content = b"\x80\x02}" + instruction + b"."
+        with zipfile.ZipFile(tmp_path / "file", "w") as archive:
+            archive.writestr("archive/data.pkl", content)
+        tracemalloc.start()
+        with contextlib.suppress(ValueError):
+            read_torch(tmp_path / "file")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
+
+
+def test_a_plain_pickle_is_no_checkpoint(tmp_path):
+    (tmp_path / "file").write_bytes(pickle.dumps({"x": 1}, protocol=2) * 3)
+    with pytest.raises(ValueError, match="file cannot be read as a checkpoint of PyTorch: it is not a file"):
+        read_torch(tmp_path / "file")
