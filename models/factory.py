@@ -175,24 +175,19 @@ def require_score_network(config: ConfigDict) -> None:
         )
 
 
-def check_labels(config: ConfigDict) -> None:
+def check_labels(config: ConfigDict, model: nn.Module) -> None:
     """Checks that training labels noise levels as the network expects.
 
+    Args:
+      config: reads `training.continuous`.
+      model: network; its `counts_levels`, if it has that, says that it takes its label for the index of a level.
+
     Raises:
-      ValueError: if the network takes its label for the index of a level in continuous time.
+      ValueError: if there are no levels to count in continuous time.
     """
-    name = config.model.name
-    if name not in SCORE_NETWORKS:
-        return  # a classifier is told sigma
-    counts_levels = name != "ncsnpp" or config.model.embedding_type == "positional"
-    if config.training.continuous and config.model.scale_by_sigma and counts_levels:
+    if config.training.continuous and getattr(model, "counts_levels", False):
         raise ValueError(
-            "model.scale_by_sigma=True takes the label for the index of a level, which it is not with "
-            "training.continuous=True; set training.continuous=False, or for model.name='ncsnpp' "
-            "model.embedding_type='fourier'"
-        )
-    if config.training.continuous and name == "ncsn":
-        raise ValueError(
-            "model.name='ncsn' takes the label for the index of a level; set training.continuous=False, or "
-            "model.name='ncsnv2_64', which needs no label"
+            "this network takes the label for the index of a level (model.scale_by_sigma=True, or "
+            "model.name='ncsn'), which it is not with training.continuous=True; set training.continuous=False, or "
+            "for model.name='ncsnpp' model.embedding_type='fourier'"
         )

@@ -81,6 +81,11 @@ class NCSNpp(nn.Module):
     scale_by_sigma: bool = False
     noise_levels: VESDE | None = None
 
+    @property
+    def counts_levels(self) -> bool:
+        """Says whether the label is taken for the index of a noise level."""
+        return self.noise_levels is not None
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], time_cond: Float[Array, "B"], train: bool = False

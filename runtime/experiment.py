@@ -125,7 +125,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     _check_values(config)
     sde = sde_lib.build_sde(config)
     model = models.create_model(config)
-    check_labels(config)
+    check_labels(config, model)
     # Built here only to be checked: a bad sampler must not come to light after days of training.
     build_sampler(config, sde, (1, *datasets.image_shape(config)))
     build_likelihood(config, sde)

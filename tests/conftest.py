@@ -12,6 +12,9 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
 
 
+SLOWEST = ("test_end_to_end.py", "test_smoke.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Runs the slowest file first, so that the other worker does all the rest meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
+    """Runs the slowest files first, one on each worker, so that none is left to run alone at the end."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))

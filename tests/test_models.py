@@ -317,24 +317,52 @@ def test_widths_are_checked_where_the_network_normalizes(combine, kind):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    "settings",
     [
-        ({"model.name": "ddpm", "model.scale_by_sigma": True}, "takes the label for the index of a level"),
-        ({"model.name": "ncsnv2_64", "model.scale_by_sigma": True}, "set training.continuous=False"),
-        ({"model.scale_by_sigma": True}, "for model.name='ncsnpp' model.embedding_type='fourier'"),
-        (NCSN, "model.name='ncsn' takes the label for the index of a level"),
+        {"model.name": "ddpm", "model.scale_by_sigma": True, "model.nf": 32},
+        {"model.name": "ncsnv2_64", "model.scale_by_sigma": True, "model.normalization": "InstanceNorm++"},
+        {"model.scale_by_sigma": True},
+        NCSN,
     ],
     ids=str,
 )
-def test_labels_that_training_does_not_give_are_refused(settings, message):
-    config = config_of({"training.continuous": True} | settings)
-    with pytest.raises(ValueError, match=message):
-        factory.check_labels(config)
+def test_labels_that_training_does_not_give_are_refused(settings):
+    config = config_of(SMALL | settings)
+    config.training.continuous = False
+    factory.check_labels(config, create_model(config))
+    config.training.continuous = True
+    with pytest.raises(ValueError, match=r"takes the label for the index of a level .* set training.continuous=False"):
+        factory.check_labels(config, create_model(config))
+
+
+def test_a_network_that_is_told_sigma_needs_no_levels():
+    config = config_of(SMALL | {"model.scale_by_sigma": True, "model.embedding_type": "fourier"})
+    config.training.continuous = True
+    factory.check_labels(config, create_model(config))
+
+
+class Constant(nn.Module):
+    """A network of one's own: the same image for every input."""
+
+    nf: int
+
+    @nn.compact
+    def __call__(self, x, time_cond, train=False):
+        return x * 0 + self.param("value", nn.initializers.constant(self.nf), ())
+
+
+def test_a_new_network_is_one_function_and_one_line(monkeypatch):
+    monkeypatch.setitem(factory.NETWORKS, "constant", lambda *, nf: Constant(nf))
+    config = config_of(SMALL | {"model.name": "constant"})
+    model = create_model(config)
+    factory.check_labels(config, model)
+    x = jnp.ones((2, 8, 8, 1))
+    np.testing.assert_array_equal(model.init_with_output(jax.random.key(0), x, jnp.ones(2))[0], 8 * np.ones(x.shape))
 
 
 def test_a_classifier_is_no_score_network():
-    config = config_of({"training.continuous": True} | CLASSIFIER)
-    factory.check_labels(config)  # it is told sigma in any case
+    config = config_of({"training.continuous": True, "data.image_size": 8} | CLASSIFIER)
+    factory.check_labels(config, create_model(config))  # it is told sigma in any case
     with pytest.raises(ValueError, match=r"'wideresnet_noise_conditional' is a classifier, .*networks: ddpm, ncsn, "):
         factory.require_score_network(config)
 

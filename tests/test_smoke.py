@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 import test_configs
 from PIL import Image
@@ -38,7 +39,6 @@ FAMILIES = [
     "vp/ddpm/cifar10",
     "subvp/cifar10_ddpm_continuous",
     "ve/ncsn/cifar10_124",
-    "ve/ncsnv2/celeba",
     "ve/ncsnv2/bedroom",
 ]
 
@@ -93,11 +93,9 @@ def states(workdir, config):
         return experiment.init_state(), checkpoints.restore_newest(), last
 
 
-def largest_change(before, after):
-    """The largest change of a parameter, and the share of the parameter arrays that changed."""
-    pairs = zip(*map(jax.tree.leaves, (before.params, after.params)), strict=True)
-    changes = np.array([np.abs(a - b).max() for a, b in pairs])
-    return changes.max(), (changes > 0).mean()
+def changes(before, after):
+    """The largest change of each parameter array."""
+    return [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (before.params, after.params)), strict=True)]
 
 
 @pytest.fixture
@@ -130,12 +128,13 @@ def test_a_smoke_run_trains_two_steps(leaf, tmp_path, quick_compilation):
     # Adam's first steps are as long as the learning rate, whatever the gradient; warm-up makes the first one 0.
     initial, first, last = states(tmp_path, small)
     assert [int(state.step) for state in (initial, first, last)] == [0, 1, 2]
-    change, share = largest_change(initial, first)
-    expected = (0.0, 0.0) if small.optim.warmup else (small.optim.lr, 1.0)
-    assert (change, share) == pytest.approx(expected, rel=0.1)
-    change, share = largest_change(first, last)
-    assert 0.5 * small.optim.lr < change < 1.5 * small.optim.lr
-    assert share > 0.8  # gradients behind a convolution that starts at 1e-10 are too small to move a scale of 1
+    assert max(changes(initial, first)) == pytest.approx(0.0 if small.optim.warmup else small.optim.lr, rel=0.1)
+    second = changes(first, last)
+    assert 0.5 * small.optim.lr < max(second) < 1.5 * small.optim.lr
+    # What stays has no gradient, or one of 1e-13 behind a convolution that starts at 1e-10: Adam's step is then too
+    # small to move a number near 1.
+    gradients = [np.abs(mean).max() for mean in jax.tree.leaves(optax.tree.get(last.opt_state, "mu"))]
+    assert all(gradient < 1e-11 for gradient, change in zip(gradients, second, strict=True) if change == 0)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """The noise-conditional Wide ResNet 28-10 that guides class-conditional sampling of CIFAR-10 with the VE SDE.
 
-Song et al. 2021, Appendix I.1; Fig. 13 shows its accuracy at each noise level, no table does. It classifies, so neither
-mode of main.py trains or evaluates it: models.create_model(get_config()) builds it, for the parameters of a checkpoint.
+Song et al. 2021, Appendix I.1; Fig. 13 shows its accuracy at each noise level, no table does. It cannot be trained here
+yet; a checkpoint of the 2021 code comes in by
+
+python main.py --config configs/classifier/cifar10_wideresnet.py --mode import --checkpoint FILE --workdir W
 """
 
 from ml_collections import ConfigDict
