@@ -32,7 +32,7 @@ class CheckpointError(RuntimeError):
 
 def _checksums(tree: Any) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).data) for path, leaf in leaves}
 
 
 def _save(manager: ocp.CheckpointManager, number: int, state: TrainState) -> None:

@@ -7,7 +7,6 @@ python main.py --config configs/ve/cifar10_ncsnpp.py --mode import --checkpoint 
 
 from __future__ import annotations
 
-import logging as standard_logging
 import os
 import sys
 import traceback
@@ -16,19 +15,18 @@ from pathlib import Path
 from typing import NoReturn
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-import distributed
 import run_lib
 from checkpoints import CheckpointError
 from ode import SolverError
+from runtime import logs
 from runtime import workdir as workdirs
 from runtime.train_loop import DivergedError
 
 # What a user can mend: told in one sentence. Anything else is our fault and ends with its traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, workdirs.WorkdirError, CheckpointError, SolverError, DivergedError)
-LOG_FILE = "stdout.txt"
 EXIT_FAILED = 1
 EXIT_BAD_FLAG = 2
 DEFAULT_CACHE = "~/.cache/score_sde/xla"  # $JAX_COMPILATION_CACHE_DIR replaces it
@@ -68,30 +66,6 @@ def set_up_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
 
 
-def _is_worth_showing(record: standard_logging.LogRecord) -> bool:
-    """Drops what libraries report of their inner steps (Orbax: dozens of lines for a checkpoint)."""
-    return record.levelno >= standard_logging.WARNING or "site-packages" not in record.pathname
-
-
-def set_up_console() -> None:
-    """Makes the log on the console short; to be called before JAX looks for devices, which it reports at length."""
-    logging.set_verbosity(logging.INFO)
-    console = logging.get_absl_handler()
-    console.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    console.addFilter(_is_worth_showing)
-
-
-def set_up_log_file(workdir: Path) -> None:
-    """Logs to stdout.txt in the workdir too; only errors are logged on all processes but the first."""
-    if not distributed.is_main_process():
-        logging.set_verbosity(logging.ERROR)
-        return
-    handler = standard_logging.FileHandler(workdir / LOG_FILE)
-    handler.setFormatter(standard_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handler.addFilter(_is_worth_showing)
-    logging.get_absl_logger().addHandler(handler)
-
-
 def prepare(workdir: Path) -> None:
     """Checks the flags and the workdir that a mode needs, and starts its log file."""
     if FLAGS.mode in ("import", "export") and not FLAGS.checkpoint:
@@ -102,7 +76,7 @@ def prepare(workdir: Path) -> None:
         workdirs.check_writable(workdir)
     else:
         workdirs.check_trained(workdir)
-    set_up_log_file(workdir)
+    logs.set_up_file(workdir)
 
 
 def run(workdir: Path) -> None:
@@ -121,8 +95,8 @@ def run(workdir: Path) -> None:
 def fail(error: BaseException, workdir: Path) -> NoReturn:
     """Ends the program with the error in one sentence; its traceback goes to stdout.txt, if there is one."""
     print(f"score_sde: {error}", file=sys.stderr)
-    if (workdir / LOG_FILE).exists():
-        with (workdir / LOG_FILE).open("a") as file:
+    if (workdir / logs.FILE).exists():
+        with (workdir / logs.FILE).open("a") as file:
             traceback.print_exception(error, file=file)
     sys.exit(EXIT_FAILED)
 
@@ -132,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; every setting is a flag, such as --workdir DIR")
     workdir = Path(FLAGS.workdir)
-    set_up_console()
+    logs.set_up_console()
     set_up_jax()
     try:
         prepare(workdir)

@@ -11,7 +11,7 @@ import datasets
 import distributed
 from checkpoints import Checkpoints
 from models.factory import require_score_network
-from runtime import eval_loop, importing, smoke, train_loop
+from runtime import eval_loop, smoke, train_loop
 from runtime import workdir as workdirs
 from runtime.experiment import build_experiment, describe
 from runtime.importing import export_checkpoint, import_checkpoint
@@ -47,7 +47,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         workdir, snapshot_freq=config.training.snapshot_freq, template=experiment.state_template()
     ) as checkpoints:
         state = checkpoints.restore_newest() or experiment.init_state()
-        importing.check_first_step(config, int(state.step))
+        train_loop.check_first_step(config, int(state.step))
         if distributed.is_main_process():
             workdirs.record_config(workdir, config)
         steps = train_loop.num_steps(config)

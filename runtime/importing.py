@@ -18,6 +18,7 @@ from checkpoints import CheckpointError, Checkpoints
 from losses import TrainState
 from runtime import workdir as workdirs
 from runtime.experiment import Experiment, build_experiment
+from runtime.train_loop import check_first_step
 
 NUM_NAMED = 3  # tensors that a sentence names
 
@@ -86,20 +87,6 @@ def _check_place(config: ConfigDict, workdir: Path, number: int) -> None:
     taken = workdir / "checkpoints" / str(number)
     if taken.exists():
         raise CheckpointError(f"{taken} exists; nothing was overwritten: choose a new --workdir")
-
-
-def check_first_step(config: ConfigDict, step: int) -> None:
-    """Checks that a training that goes on from `step` comes by the steps at which something is due.
-
-    Raises:
-      ValueError: naming a value of training.n_jitted_steps with which it would.
-    """
-    steps = config.training.n_jitted_steps
-    if step % steps:
-        raise ValueError(
-            f"step {step} of the newest checkpoint is not a multiple of training.n_jitted_steps={steps}, so that no "
-            f"snapshot would ever be due; set training.n_jitted_steps={math.gcd(step, steps)}"
-        )
 
 
 def _warn_of_differences(config: ConfigDict, source: legacy.LegacyCheckpoint) -> None:

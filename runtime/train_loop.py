@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,20 @@ def check_schedule(config: ConfigDict) -> None:
     if num_steps(config) == 0:
         raise ValueError(f"training.n_iters={config.training.n_iters} is less than training.n_jitted_steps={steps}")
     distributed.check_batch_size("training.batch_size", config.training.batch_size)
+
+
+def check_first_step(config: ConfigDict, step: int) -> None:
+    """Checks that a training that goes on from `step` comes by the steps at which something is due.
+
+    Raises:
+      ValueError: naming a value of training.n_jitted_steps with which it would.
+    """
+    steps = config.training.n_jitted_steps
+    if step % steps:
+        raise ValueError(
+            f"step {step} of the newest checkpoint is not a multiple of training.n_jitted_steps={steps}, so that no "
+            f"snapshot would ever be due; set training.n_jitted_steps={math.gcd(step, steps)}"
+        )
 
 
 def _grid_size(config: ConfigDict) -> int:

@@ -16,7 +16,7 @@ import legacy
 import run_lib
 from checkpoints import CheckpointError, Checkpoints
 from configs.classifier import cifar10_wideresnet
-from runtime import importing
+from runtime import importing, train_loop
 from runtime.experiment import build_experiment
 from runtime.workdir import WorkdirError
 
@@ -246,10 +246,10 @@ def test_other_rates_and_an_odd_step_are_told(checkpoint, tmp_path, caplog):
 
 
 def test_training_from_a_step_at_which_nothing_is_due_is_refused(config):
-    importing.check_first_step(config, 38)
+    train_loop.check_first_step(config, 38)
     odd = tiny.make_config(training__n_jitted_steps=4)
     with pytest.raises(ValueError, match=r"step 38 .* of training.n_jitted_steps=4, .*; set training.n_jitted_steps=2"):
-        importing.check_first_step(odd, 38)
+        train_loop.check_first_step(odd, 38)
 
 
 # --- score_sde_pytorch -----------------------------------------------------------------------------------------------

@@ -106,6 +106,24 @@ def test_classifier_equals_the_original():
         assert (_example_max(got - golden[name]) < 1e-5 * _example_max(golden[name])).all(), name
 
 
+def test_classifier_does_not_blow_up_flat_images():
+    """Standardization divides by the standard deviation, but by no less than 1 / sqrt(number of values)."""
+    model = wideresnet.build(image_size=(8, 8), blocks_per_group=1, channel_multiplier=1, num_classes=10)
+    noise = np.random.RandomState(0).standard_normal((1, 8, 8, 3))
+    noise = (noise - noise.mean()) / noise.std()
+    x = jnp.asarray(np.concatenate([5 + 1e-3 * noise, 5 + 0.5 * noise]), jnp.float32)
+    seen = {}
+
+    def note(call, args, kwargs, context):
+        seen.setdefault(context.module.name, args[0] if args else None)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        model.init(jax.random.key(0), x, jnp.ones(2))
+    expected = np.concatenate([1e-3 * np.sqrt(192) * noise, noise])
+    np.testing.assert_allclose(seen["input"], expected, rtol=1e-3, atol=1e-4)  # 5 + 1e-3 has four digits of it left
+
+
 def test_fourier_frequencies_are_not_trained():
     network = ReferenceNetwork("ncsnpp_ve_cifar10_continuous")
     assert network.gradient_norms()["GaussianFourierProjection_0/W"] == 0

@@ -32,10 +32,9 @@ SHRUNK = {
     *("eval." + key for key in ("begin_ckpt", "end_ckpt", "batch_size", "num_samples")),
     *("eval." + key for key in ("enable_bpd", "enable_sampling")),
 }
+# DDPM++ is trained in the test below and in test_end_to_end.py.
 FAMILIES = [
     "ve/church_ncsnpp_continuous",
-    "ve/cifar10_ncsnpp",
-    "vp/cifar10_ddpmpp_continuous",
     "vp/ddpm/cifar10",
     "subvp/cifar10_ddpm_continuous",
     "ve/ncsn/cifar10_124",
