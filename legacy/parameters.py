@@ -172,10 +172,11 @@ def params_from_score_sde(config: ConfigDict, flat: Mapping[str, Any]) -> dict[s
 
     Args:
       config: describes the network that the parameters are of.
-      flat: the original's parameters, {slash-joined path: array}.
+      flat: the original's parameters, {slash-joined path: array}; arrays that `jax.eval_shape` or `jax.jit` traces, and
+        `jax.ShapeDtypeStruct`s, will do.
 
     Returns:
-      The tree of parameters, numpy arrays in their original precision.
+      The tree of parameters, numpy arrays in their original precision, or what they were if they are abstract.
 
     Raises:
       ValueError: if parameters are missing, left over, or of another shape, naming them.
@@ -184,25 +185,34 @@ def params_from_score_sde(config: ConfigDict, flat: Mapping[str, Any]) -> dict[s
     _check_names({leaf.original for leaf in leaves}, set(flat))
     params = {}
     for leaf in leaves:
-        value = np.asarray(flat[leaf.original])
-        if value.shape not in (leaf.shape, leaf.original_shape):
+        value = flat[leaf.original]
+        if np.shape(value) not in (leaf.shape, leaf.original_shape):
             raise ValueError(
-                f"{leaf.original} has shape {value.shape}, but the network of this configuration has "
+                f"{leaf.original} has shape {np.shape(value)}, but the network of this configuration has "
                 f"{leaf.original_shape} there; check config.model and config.data against the checkpoint's"
             )
-        params[leaf.path] = value.reshape(leaf.shape)
+        params[leaf.path] = _reshape(value, leaf.shape)
     return unflatten_dict(params)
 
 
-def params_to_score_sde(config: ConfigDict, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def params_to_score_sde(config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
     """Translates parameters of `create_model(config)` to those of the 2021 code; undoes `params_from_score_sde`.
+
+    Returns:
+      {slash-joined path: array}, numpy arrays, or what they were if they are abstract.
 
     Raises:
       ValueError: if `params` is not the tree of this network.
     """
     leaves, flat = match_parameters(config), flatten_dict(dict(params))
     _check_names({"/".join(leaf.path) for leaf in leaves}, {"/".join(path) for path in flat})
-    return {leaf.original: np.asarray(flat[leaf.path]).reshape(leaf.original_shape) for leaf in leaves}
+    return {leaf.original: _reshape(flat[leaf.path], leaf.original_shape) for leaf in leaves}
+
+
+def _reshape(value: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, value.dtype)
+    return (value if isinstance(value, jax.core.Tracer) else np.asarray(value)).reshape(shape)
 
 
 def _check_names(expected: set[str], got: set[str]) -> None:

@@ -49,6 +49,19 @@ def test_there_and_back_is_the_identity(config, flat):
         assert back[path].shape == value.shape
 
 
+def test_shapes_are_translated_without_values(config, flat):
+    """As for the trees of full-size networks: nothing is computed, and nothing as large is held."""
+    abstract = {path: jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in flat.items()}
+    translate = lambda flat: legacy.params_from_score_sde(config, flat)  # noqa: E731
+    ours, expected = translate(abstract), translate(flat)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), ours) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), expected
+    )
+    assert jax.eval_shape(translate, abstract) == ours
+    back = lambda params: legacy.params_to_score_sde(config, params)  # noqa: E731
+    assert back(ours) == jax.eval_shape(back, ours) == abstract
+
+
 def test_names_follow_the_order_of_calls(config):
     originals = {"/".join(leaf.path): leaf.original for leaf in legacy.match_parameters(config)}
     assert originals["input/kernel"] == "Conv_0/kernel"
