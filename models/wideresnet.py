@@ -121,10 +121,9 @@ class WideResNet(nn.Module):
         embedding = _Dense(EMBEDDING_WIDTH, name="embedding2")(jax.nn.swish(embedding))
         h = _Conv(BASE_WIDTHS[0], name="input")(x)
         for i, width in enumerate(BASE_WIDTHS):
-            group = WideGroup(
-                self.blocks_per_group, width * self.channel_multiplier, min(i + 1, 2), i == 0, name=f"group{i}"
-            )
-            h = group(h, embedding)
+            stride, is_first = (1, True) if i == 0 else (2, False)
+            features = width * self.channel_multiplier
+            h = WideGroup(self.blocks_per_group, features, stride, is_first, name=f"group{i}")(h, embedding)
         h = _norm_relu(h, "output_norm").mean((1, 2))
         return Dense(self.num_classes, kernel_init=initializers.uniform_by_outputs, name="output")(h)
 
