@@ -74,6 +74,12 @@ def device_count() -> int:
     return jax.device_count()
 
 
+def round_up(batch_size: int) -> int:
+    """Returns the least batch size, of at least the given one, that the devices of all hosts divide."""
+    devices = device_count()
+    return -(-batch_size // devices) * devices
+
+
 def host_share(array: np.ndarray) -> np.ndarray:
     """Returns the part of a global batch, split along its first axis, that this host works on."""
     share = len(array) // jax.process_count()

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from models import blocks, create_model, layers, normalization, refinenet, wideresnet
 from models.convolution import Conv
 from models.ddpm import DDPM
+from models.factory import image_size
 
 Path = tuple[str, ...]
 
@@ -117,8 +118,7 @@ def trace_network(config: ConfigDict) -> tuple[dict[Path, nn.Module], dict[str, 
 
 
 def _network_inputs(config: ConfigDict) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    data = config.data
-    shape = (1, data.image_size, data.image_width or data.image_size, data.num_channels)
+    shape = (1, *image_size(config), config.data.num_channels)
     return jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
 
 

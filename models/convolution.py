@@ -173,6 +173,4 @@ class Conv(nn.Module):
         y = convolve(x, kernel, window)
         if self.bias_init is None:
             return y
-        bias_init = self.bias_init
-        bias = self.param("bias", lambda key: bias_init(key, shape))
-        return y + bias[None, None, None, :]
+        return y + self.param("bias", self.bias_init, shape)[None, None, None, :]

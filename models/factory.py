@@ -2,7 +2,7 @@
 
 A network's module has a function `build` with plain keyword arguments. Each is named after a setting, and `READERS`
 says how a setting is read and checked, before anything is traced or compiled. A new network is a file with such a
-function and a line in `NETWORKS`.
+function and a line in `SCORE_NETWORKS`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def _noise_levels(config: ConfigDict) -> VESDE | None:
     return VESDE(model.sigma_min, model.sigma_max, model.num_scales) if model.scale_by_sigma else None
 
 
-def _image_size(config: ConfigDict) -> tuple[int, int]:
+def image_size(config: ConfigDict) -> tuple[int, int]:
+    """Returns height and width of the configured images, in pixels."""
     return config.data.image_size, config.data.image_width or config.data.image_size
 
 
@@ -108,7 +109,7 @@ READERS: dict[str, Callable[[ConfigDict], Any]] = {
     "embedding_type": _embedding_type,
     "fir_kernel": _fir_kernel,
     "fourier_scale": lambda config: config.model.fourier_scale,
-    "image_size": _image_size,
+    "image_size": image_size,
     "init_scale": _init_scale,
     "interpolation": lambda config: _one_of(config, "interpolation", ("bilinear", "nearest")),
     "nf": lambda config: _at_least(config, "nf", 4),

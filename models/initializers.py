@@ -50,25 +50,14 @@ def default_init(scale: float = 1.0) -> Initializer:
     return init
 
 
-def ncsn_init(scale: float = 1.0) -> Initializer:
-    """Returns the initializer of NCSN's kernels [..., in, out]: uniform with variance scale / (3 fan in).
-
-    PyTorch's default, which NCSN was published with. A scale of 0 stands for 1e-10.
-    """
-
-    def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-        return math.sqrt((scale or SMALLEST_SCALE) / _fan_in(shape)) * _uniform(key, shape)
-
-    return init
+def ncsn_init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """Draws NCSN's kernels [..., in, out]: uniform with variance 1 / (3 fan in), PyTorch's default."""
+    return _uniform(key, shape) / math.sqrt(_fan_in(shape))
 
 
-def ncsn_bias(scale: float = 1.0) -> BiasInitializer:
-    """Returns the initializer of NCSN's biases: the law of their kernel."""
-
-    def init(key: PRNGKeyArray, kernel_shape: tuple[int, ...]) -> Array:
-        return math.sqrt((scale or SMALLEST_SCALE) / _fan_in(kernel_shape)) * _uniform(key, kernel_shape[-1:])
-
-    return init
+def ncsn_bias(key: PRNGKeyArray, kernel_shape: tuple[int, ...]) -> Array:
+    """Draws NCSN's biases, by the law of their kernel."""
+    return _uniform(key, kernel_shape[-1:]) / math.sqrt(_fan_in(kernel_shape))
 
 
 def zero_bias(key: PRNGKeyArray, kernel_shape: tuple[int, ...]) -> Array:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from models.layers import divide_by_sigma
 from models.normalization import DDPM_GROUPS, NORMS, num_groups, require
 from models.refinenet import RefineBlock, RefineConv, RefineOptions, ResidualBlock
+from models.resample import require_halvings
 from sde_lib import VESDE
 
 
@@ -95,15 +96,6 @@ class NCSNv2(nn.Module):
         return h if self.noise_levels is None else divide_by_sigma(h, time_cond, self.noise_levels)
 
 
-def _check_size(image_size: tuple[int, int], layout: Layout) -> None:
-    factor = 2**layout.num_halvings
-    if any(size % factor for size in image_size):
-        raise ValueError(
-            f"images of {image_size[0]}x{image_size[1]} pixels (data.image_size, data.image_width) cannot be halved "
-            f"{layout.num_halvings} times, as this network does; choose multiples of {factor}"
-        )
-
-
 def _build_v2(
     *,
     nf: int,
@@ -116,7 +108,7 @@ def _build_v2(
     resolution: int,
 ) -> NCSNv2:
     layout = LAYOUTS[resolution]
-    _check_size(image_size, layout)
+    require_halvings(image_size, layout.num_halvings)
     if normalization == "GroupNorm":
         for width, _ in layout.stages:
             num_groups(width * nf, DDPM_GROUPS)
@@ -152,6 +144,6 @@ def build_ncsn(
       ValueError: if the images cannot be halved, or the normalization has no form that depends on a label.
     """
     require(normalization, "InstanceNorm++")
-    _check_size(image_size, LAYOUTS[64])
+    require_halvings(image_size, LAYOUTS[64].num_halvings)
     options = RefineOptions(nonlinearity, interpolation, num_classes=num_scales)
     return NCSNv2(nf, LAYOUTS[64], options, centered, noise_levels)

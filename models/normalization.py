@@ -19,6 +19,7 @@ NormFactory = Callable[..., nn.Module]  # (name=...) -> module of x, as the netw
 
 GROUP_NORM_EPSILON = 1e-6
 INSTANCE_NORM_EPSILON = 1e-5
+_near_one = initializers.normal_init(1.0, 0.02)  # law of initial scales, as NCSN's
 DDPM_GROUPS = 32  # groups of DDPM's group normalization, whatever the channels
 
 
@@ -100,7 +101,7 @@ class VarianceNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Normalizes x."""
-        scale = self.param("scale", initializers.normal_init(1.0, 0.02), x.shape[-1:])
+        scale = self.param("scale", _near_one, x.shape[-1:])
         return x * jax.lax.rsqrt(x.var((1, 2), keepdims=True) + INSTANCE_NORM_EPSILON) * scale[None, None, None, :]
 
 
@@ -116,8 +117,8 @@ class InstanceNormPlus(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Normalizes x."""
-        alpha = self.param("alpha", initializers.normal_init(1.0, 0.02), x.shape[-1:])
-        gamma = self.param("gamma", initializers.normal_init(1.0, 0.02), x.shape[-1:])
+        alpha = self.param("alpha", _near_one, x.shape[-1:])
+        gamma = self.param("gamma", _near_one, x.shape[-1:])
         h, means = _instance_norm_plus(x)
         h = (h + means * alpha[None, None, None, :]) * gamma[None, None, None, :]
         if not self.use_bias:
@@ -142,7 +143,7 @@ class ConditionalInstanceNormPlus(nn.Module):
         C, num_parts = x.shape[-1], 3 if self.use_bias else 2
 
         def init(key: Array, shape: tuple[int, ...]) -> Array:
-            scales = initializers.normal_init(1.0, 0.02)(key, (shape[0], 2 * C))
+            scales = _near_one(key, (shape[0], 2 * C))
             return jnp.concatenate([scales, jnp.zeros((shape[0], shape[1] - 2 * C))], 1)
 
         embedding = self.param("embedding", init, (self.num_classes, num_parts * C))

@@ -22,8 +22,8 @@ POOL_SIZE = 5  # of chained residual pooling, in pixels
 NUM_STAGES = 2  # convolutions of a residual unit, and poolings of a chain
 
 # A convolution of these networks: kernel and bias by NCSN's law. The others have Flax's default kernel, or no bias.
-RefineConv = functools.partial(Conv, kernel_init=initializers.ncsn_init(), bias_init=initializers.ncsn_bias())
-BiaslessConv = functools.partial(Conv, kernel_init=initializers.ncsn_init(), bias_init=None)
+RefineConv = functools.partial(Conv, kernel_init=initializers.ncsn_init, bias_init=initializers.ncsn_bias)
+BiaslessConv = functools.partial(Conv, kernel_init=initializers.ncsn_init, bias_init=None)
 
 
 @dataclasses.dataclass(frozen=True)

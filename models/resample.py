@@ -21,6 +21,21 @@ FACTOR = 2
 _SPATIAL = (1, 2)
 
 
+def require_halvings(image_size: Pair, num_halvings: int) -> None:
+    """Checks that images can be halved as often as a network does.
+
+    Raises:
+      ValueError: if they cannot.
+    """
+    factor = FACTOR**num_halvings
+    if any(size % factor for size in image_size):
+        times = "twice" if num_halvings == 2 else f"{num_halvings} times"
+        raise ValueError(
+            f"images of {image_size[0]}x{image_size[1]} pixels (data.image_size, data.image_width) cannot be halved "
+            f"{times}, as this network does; choose multiples of {factor}"
+        )
+
+
 def _taps(kernel: Sequence[float], gain: float) -> np.ndarray:
     """Returns the flipped taps of one axis, whose sum is `gain`."""
     taps = np.asarray(kernel, np.float64)[::-1]

@@ -138,11 +138,7 @@ def build(
     """
     if num_classes < 2:
         raise ValueError(f"model.num_classes={num_classes}: a classifier needs 2 or more; set the data set's number")
-    if any(size % 4 for size in image_size):
-        raise ValueError(
-            f"images of {image_size[0]}x{image_size[1]} pixels (data.image_size, data.image_width) cannot be halved "
-            "twice, as the classifier does; choose multiples of 4"
-        )
+    resample.require_halvings(image_size, len(BASE_WIDTHS) - 1)
     return WideResNet(blocks_per_group, channel_multiplier, num_classes)
 
 

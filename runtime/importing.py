@@ -99,11 +99,10 @@ def _warn_of_differences(config: ConfigDict, source: legacy.LegacyCheckpoint) ->
                 "--config.%s=%.6g to go on as the original would",
                 *(key, value, config[group][name], key, value),
             )
-    if source.step % config.training.n_jitted_steps:
-        try:
-            check_first_step(config, source.step)
-        except ValueError as error:
-            logging.warning("to train further: %s", error)
+    try:
+        check_first_step(config, source.step)
+    except ValueError as error:
+        logging.warning("to train further: %s", error)
 
 
 # --- in and out ------------------------------------------------------------------------------------------------------

@@ -17,12 +17,6 @@ FEWEST_STEPS = 8  # of the sampler
 TOLERANCE = 1e-2  # of the ODE solvers
 
 
-def _multiple_of_devices(smallest: int) -> int:
-    """Returns the least batch size of at least `smallest` that the devices divide."""
-    devices = distributed.device_count()
-    return -(-smallest // devices) * devices
-
-
 def _data() -> dict[str, Any]:
     """Returns the settings of the embedded digits."""
     digits = {"dataset": "digits", "image_size": 8, "image_width": 0, "num_channels": 1, "num_levels": 17}
@@ -45,11 +39,11 @@ def _training() -> dict[str, Any]:
     """Returns a schedule of two steps: a state to resume from after the first, a snapshot after the second."""
     schedule = {"n_iters": 2, "n_jitted_steps": 1, "log_freq": 1, "eval_freq": 2}
     schedule |= {"snapshot_freq": 2, "snapshot_freq_for_preemption": 1, "snapshot_sampling": True}
-    return schedule | {"batch_size": _multiple_of_devices(IMAGES), "snapshot_num_samples": IMAGES}
+    return schedule | {"batch_size": distributed.round_up(IMAGES), "snapshot_num_samples": IMAGES}
 
 
 def _sampling(config: ConfigDict) -> dict[str, Any]:
-    """Returns a sampler of few steps; the discretization of the VP SDE needs more of them than beta_max."""
+    """Returns a sampler of few steps; ancestral sampling of the VP SDE needs more of them than beta_max."""
     steps = max(FEWEST_STEPS, int(config.model.beta_max) + 1)
     steps = min(steps, config.sampling.num_steps or config.model.num_scales)
     return {"num_steps": steps, "n_steps_each": 1, "rtol": TOLERANCE, "atol": TOLERANCE}
@@ -57,7 +51,7 @@ def _sampling(config: ConfigDict) -> dict[str, Any]:
 
 def _eval() -> dict[str, Any]:
     """Returns an evaluation of the only snapshot: the loss of the test images."""
-    batch_size = _multiple_of_devices(TEST_IMAGES)
+    batch_size = distributed.round_up(TEST_IMAGES)
     only_loss = {"enable_loss": True, "enable_bpd": False, "enable_sampling": False}
     return {"begin_ckpt": 1, "end_ckpt": 1, "batch_size": batch_size, "num_samples": IMAGES} | only_loss
 

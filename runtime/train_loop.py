@@ -75,8 +75,7 @@ def check_first_step(config: ConfigDict, step: int) -> None:
 
 def _grid_size(config: ConfigDict) -> int:
     """Returns the samples of a snapshot's grid, rounded up so that the devices divide them."""
-    devices = distributed.device_count()
-    return -(-config.training.snapshot_num_samples // devices) * devices
+    return distributed.round_up(config.training.snapshot_num_samples)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ def test_initializer_has_the_original_law(row):
 
 
 LAWS = {  # standard deviation and largest value for a kernel [3, 3, 32, 64]; None: unbounded
-    "ncsn_init": (initializers.ncsn_init(), np.sqrt(1 / 3 / 288), np.sqrt(1 / 288)),
+    "ncsn_init": (initializers.ncsn_init, np.sqrt(1 / 3 / 288), np.sqrt(1 / 288)),
     "lecun_normal": (initializers.lecun_normal, np.sqrt(1 / 288), 2 * np.sqrt(1 / 288) / 0.87962566103423978),
     "kaiming_normal": (initializers.kaiming_normal, np.sqrt(2 / 576), None),
     "uniform_by_outputs": (initializers.uniform_by_outputs, np.sqrt(1 / 3 / 64), 1 / 8),
@@ -53,7 +53,7 @@ def test_other_initializers_have_their_laws(name):
 
 
 def test_biases_follow_the_law_of_their_kernel():
-    bias = initializers.ncsn_bias()(jax.random.key(0), (3, 3, 32, 4000))
+    bias = initializers.ncsn_bias(jax.random.key(0), (3, 3, 32, 4000))
     bound = np.sqrt(1 / 288)
     assert bias.shape == (4000,)
     assert 0.99 * bound < np.abs(bias).max() <= bound * (1 + 1e-6)
