@@ -12,6 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
+import checks
 import ode
 import rng
 from sde_lib import SDE, ScoreFn
@@ -120,11 +121,9 @@ def build_likelihood(config: ConfigDict, sde: SDE, *, eps: float = LIKELIHOOD_EP
       ValueError: if the trace's name is unknown or a number out of range.
     """
     settings = config.likelihood
-    if settings.trace not in TRACES:
-        raise ValueError(f"likelihood.trace={settings.trace!r} is unknown; known: {', '.join(TRACES)}")
+    checks.one_of("likelihood.trace", settings.trace, TRACES)
     for name in ("num_probes", "rtol", "atol"):
-        if not settings[name] > 0:
-            raise ValueError(f"likelihood.{name}={settings[name]}: expected a positive number")
+        checks.positive(f"likelihood.{name}", settings[name])
     if not 0 < eps < sde.T:
         raise ValueError(f"eps={eps}: expected a time between 0 and T={sde.T}")
     draw_probes = TRACES[settings.trace]

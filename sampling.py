@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
+import checks
 import distributed
 import ode
 import rng
@@ -263,16 +264,6 @@ def _sample_ode(
 # ------------------------------------------------------------------------------------------------- builders
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(sorted(known))}")
-
-
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}={value}: expected a positive number")
-
-
 def _check_pairing(settings: ConfigDict, sde: SDE) -> None:
     """Refuses pairings that are not defined, with the reason."""
     predictor, corrector = settings.predictor, settings.corrector
@@ -300,16 +291,16 @@ def _check_pairing(settings: ConfigDict, sde: SDE) -> None:
 
 def _build_pc(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
     settings = config.sampling
-    _one_of("sampling.predictor", settings.predictor, tuple(PREDICTORS))
-    _one_of("sampling.corrector", settings.corrector, CORRECTORS)
-    _one_of("sampling.langevin_norm", settings.langevin_norm, ("batch", "sample"))
+    checks.one_of("sampling.predictor", settings.predictor, PREDICTORS)
+    checks.one_of("sampling.corrector", settings.corrector, CORRECTORS)
+    checks.one_of("sampling.langevin_norm", settings.langevin_norm, ("batch", "sample"))
     if settings.num_steps < 0:
         raise ValueError(f"sampling.num_steps={settings.num_steps}: expected 0 (model.num_scales) or more")
     sde = sde.with_steps(settings.num_steps or config.model.num_scales)
     _check_pairing(settings, sde)
     if settings.corrector != "none":
-        _positive("sampling.snr", settings.snr)
-        _positive("sampling.n_steps_each", settings.n_steps_each)
+        checks.positive("sampling.snr", settings.snr)
+        checks.positive("sampling.n_steps_each", settings.n_steps_each)
     return functools.partial(
         _sample_pc,
         sde=sde,
@@ -324,8 +315,8 @@ def _build_pc(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
 
 def _build_ode(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
     settings = config.sampling
-    _positive("sampling.rtol", settings.rtol)
-    _positive("sampling.atol", settings.atol)
+    checks.positive("sampling.rtol", settings.rtol)
+    checks.positive("sampling.atol", settings.atol)
     if settings.noise_removal:
         sde.check_steps()
     return functools.partial(
@@ -357,7 +348,7 @@ def build_sampler(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampl
     Raises:
       ValueError: if a name is unknown, a number out of range, or the pairing is not defined; the message says why.
     """
-    _one_of("sampling.method", config.sampling.method, tuple(METHODS))
+    checks.one_of("sampling.method", config.sampling.method, METHODS)
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"shape={shape}: expected a batch axis and at least one more, none of them empty")
     return METHODS[config.sampling.method](config, sde, tuple(shape))

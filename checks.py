@@ -1,0 +1,23 @@
+"""Checks of settings: a wrong value ends in one sentence that names it, what was expected and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+def one_of(name: str, value: str, known: Collection[str]) -> None:
+    """Raises a ValueError if a setting's value is none of the known ones, which it lists."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(sorted(known))}")
+
+
+def positive(name: str, value: float) -> None:
+    """Raises a ValueError if a setting is not above 0."""
+    if not value > 0:
+        raise ValueError(f"{name}={value}: expected a positive number")
+
+
+def not_negative(name: str, value: float) -> None:
+    """Raises a ValueError if a setting is below 0."""
+    if not value >= 0:
+        raise ValueError(f"{name}={value}: expected 0 or more")
