@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 import datasets
 import distributed
-import files
 import ode
 import plots
 from checkpoints import Checkpoints
@@ -38,10 +34,9 @@ from report import (
     save_report,
     write_report,
 )
-from runtime import workdir as workdirs
+from runtime import results
 from runtime.experiment import Experiment, build_bpd_program, build_loss_program, build_sampling_program
 from runtime.progress import track
-from runtime.workdir import WorkdirError
 
 NUM_SHOWN = 100  # samples in the picture
 # Results in a folder are used again only if all of these, and the parameters, are what they were.
@@ -58,7 +53,6 @@ SETTINGS = (
     "eval.batch_size",
     "eval.bpd_dataset",
 )
-SETTINGS_FILE = "settings.json"
 
 
 def check_evaluation(config: ConfigDict) -> None:
@@ -126,52 +120,6 @@ class Evaluator:
         return build_bpd_program(self.experiment)
 
 
-# --- results on disk -------------------------------------------------------------------------------------------------
-
-
-def _cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Returns the arrays of an .npz file, computing and writing it, whole or not at all, if it is not there."""
-    if path.exists():
-        try:
-            return files.read_npz(path)
-        except ValueError as error:
-            logging.warning("%s; computing it again", error)
-    arrays = compute()
-    if distributed.is_main_process():
-        files.write_atomically(path, lambda file: np.savez(file, **arrays))
-    return {name: np.asarray(array) for name, array in arrays.items()}
-
-
-def _open_results(folder: Path, config: ConfigDict, state: TrainState) -> None:
-    """Makes the folder of a checkpoint's results, or checks that what it holds was made with the same settings.
-
-    Raises:
-      WorkdirError: naming what differs.
-    """
-    given = {key: value for key, value in workdirs.flatten(config).items() if key.startswith(SETTINGS)}
-    given["params_crc32"] = functools.reduce(
-        lambda crc, leaf: zlib.crc32(leaf, crc), jax.tree.leaves(state.params_ema), 0
-    )
-    path = folder / SETTINGS_FILE
-    if not path.exists():
-        if distributed.is_main_process():
-            files.write_json(path, given)
-        return
-    stored = json.loads(path.read_text())
-    differing = [key for key in sorted(stored.keys() | given.keys()) if stored.get(key) != given.get(key)]
-    if differing:
-        listed = "; ".join(f"{key}: {stored.get(key)!r} there, {given.get(key)!r} now" for key in differing)
-        raise WorkdirError(f"{folder} holds results of other settings ({listed}); choose a new --eval_folder")
-
-
-def _batches(source: datasets.Source, batch_size: int) -> Iterator[tuple[int, np.ndarray, int]]:
-    """Yields (round, indices int[batch_size], how many of them count); the last batch is filled up with image 0."""
-    for start in range(0, len(source), batch_size):
-        indices = np.arange(start, min(start + batch_size, len(source)))
-        padded = np.concatenate([indices, np.zeros(batch_size - len(indices), indices.dtype)])
-        yield start // batch_size, padded, len(indices)
-
-
 # --- measurements ----------------------------------------------------------------------------------------------------
 
 
@@ -179,14 +127,14 @@ def measure_loss(evaluator: Evaluator, params: Any, folder: Path) -> np.ndarray:
     """Measures the loss of every test image, float32[N]."""
 
     def compute() -> dict[str, np.ndarray]:
-        batches = list(_batches(evaluator.test, evaluator.config.eval.batch_size))
+        batches = list(results.batches(evaluator.test, evaluator.config.eval.batch_size))
         losses = [
             evaluator.loss(params, evaluator.test.images(indices), indices)[:count]
             for _, indices, count in track(batches, "loss")
         ]
         return {"loss": np.concatenate(losses)}
 
-    return _cached(folder / "loss.npz", compute)["loss"]
+    return results.cached(folder / "loss.npz", compute)["loss"]
 
 
 def draw_samples(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, Any]:
@@ -203,7 +151,7 @@ def draw_samples(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, A
         return {"samples": levels, "nfe": nfe, "seconds": time.monotonic() - start}
 
     rounds = [
-        _cached(folder / f"samples_{index}.npz", functools.partial(compute, index))
+        results.cached(folder / f"samples_{index}.npz", functools.partial(compute, index))
         for index in track(range(-(-wanted // size)), "samples")
     ]
     return {
@@ -224,7 +172,7 @@ def measure_bpd(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, np
     rounds = [
         (draw, *batch)
         for draw in range(config.eval.bpd_num_draws)
-        for batch in _batches(source, config.eval.batch_size)
+        for batch in results.batches(source, config.eval.batch_size)
     ]
 
     def compute(draw: int, indices: np.ndarray, count: int) -> dict[str, np.ndarray]:
@@ -232,11 +180,11 @@ def measure_bpd(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, np
         ode.require_solved(result["bpd"], "bits/dim")
         return {name: array[:count] for name, array in result.items()}
 
-    results = [
-        _cached(folder / f"bpd_{draw}_{index}.npz", functools.partial(compute, draw, indices, count))
+    of_rounds = [
+        results.cached(folder / f"bpd_{draw}_{index}.npz", functools.partial(compute, draw, indices, count))
         for draw, index, indices, count in track(rounds, "bits/dim")
     ]
-    joined = {name: np.concatenate([result[name] for result in results]) for name in ("bpd", "stderr", "nfe")}
+    joined = {name: np.concatenate([result[name] for result in of_rounds]) for name in ("bpd", "stderr", "nfe")}
     return {name: array.reshape(config.eval.bpd_num_draws, len(source)) for name, array in joined.items()}
 
 
@@ -279,15 +227,15 @@ class RealFeatures:
         return cls(extractor, extractor(train_levels)[0], extractor(test_levels))
 
 
-def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, results: Path) -> dict[str, Any]:
+def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, folder: Path) -> dict[str, Any]:
     """Draws samples and measures them; returns the report's fields about them."""
-    drawn = draw_samples(evaluator, params, results)
+    drawn = draw_samples(evaluator, params, folder)
     levels, extractor = drawn["samples"], real.extractor
     num_levels = evaluator.experiment.scaler.num_levels
     shown = levels[:NUM_SHOWN], evaluator.train.images(np.arange(min(NUM_SHOWN, len(evaluator.train))))
     if distributed.is_main_process():
-        plots.save_png(results / "samples.png", plots.grid_of_levels(shown[0], num_levels))
-        plots.save_png(results / "samples_beside_real.png", plots.samples_beside_real(*shown, num_levels))
+        plots.save_png(folder / "samples.png", plots.grid_of_levels(shown[0], num_levels))
+        plots.save_png(folder / "samples_beside_real.png", plots.samples_beside_real(*shown, num_levels))
     return {
         "metrics": sample_metrics(extractor(levels), train=real.train, test=real.test),
         "sampler": SamplerInfo(
@@ -295,12 +243,12 @@ def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, result
         ),
         "features": FeatureInfo(extractor.name, extractor.hash, extractor.accuracy),
         "reference": ReferenceInfo("train", len(real.train), content_hash(real.train)),
-        "files": {"grid": f"{results.name}/samples.png", "real": f"{results.name}/samples_beside_real.png"},
+        "files": {"grid": f"{folder.name}/samples.png", "real": f"{folder.name}/samples_beside_real.png"},
     }
 
 
-def _bpd_metrics(evaluator: Evaluator, params: Any, results: Path) -> tuple[Metric, ...]:
-    config, measured = evaluator.config, measure_bpd(evaluator, params, results)
+def _bpd_metrics(evaluator: Evaluator, params: Any, folder: Path) -> tuple[Metric, ...]:
+    config, measured = evaluator.config, measure_bpd(evaluator, params, folder)
     draws, settings = config.eval.bpd_num_draws, config.likelihood
     note = (
         f"{config.eval.bpd_dataset} split, {draws} uniform dequantization draw(s), trace {settings.trace} with "
@@ -316,14 +264,14 @@ def evaluate_checkpoint(
     evaluator: Evaluator, state: TrainState, number: int, real: RealFeatures | None, folder: Path
 ) -> Report:
     """Measures what the configuration enables of one checkpoint, using what is on disk already."""
-    config, results = evaluator.config, folder / f"ckpt_{number}"
-    _open_results(results, config, state)
+    config, of_checkpoint = evaluator.config, folder / f"ckpt_{number}"
+    results.open_folder(of_checkpoint, config, SETTINGS, state.params_ema)
     params = distributed.replicate(state.params_ema)
-    fields: dict[str, Any] = _sampling_part(evaluator, params, real, results) if real else {"metrics": ()}
+    fields: dict[str, Any] = _sampling_part(evaluator, params, real, of_checkpoint) if real else {"metrics": ()}
     if config.eval.enable_bpd:
-        fields["metrics"] += _bpd_metrics(evaluator, params, results)
+        fields["metrics"] += _bpd_metrics(evaluator, params, of_checkpoint)
     if config.eval.enable_loss:
-        fields["metrics"] += (mean_metric("loss", measure_loss(evaluator, params, results)),)
+        fields["metrics"] += (mean_metric("loss", measure_loss(evaluator, params, of_checkpoint)),)
     data = DataInfo(config.data.dataset, len(evaluator.train), len(evaluator.test), config.data.num_levels)
     checkpoint = CheckpointInfo(number, int(state.step), ema=True)
     return Report(checkpoint=checkpoint, seed=config.seed, data=data, **fields)

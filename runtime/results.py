@@ -1,0 +1,70 @@
+"""Results on disk that a killed run picks up again, and that results of other settings are never mixed with."""
+
+from __future__ import annotations
+
+import functools
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+import datasets
+import distributed
+import files
+from runtime import workdir as workdirs
+from runtime.workdir import WorkdirError
+
+SETTINGS_FILE = "settings.json"
+
+
+def cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz file, computing and writing it, whole or not at all, if it is not there."""
+    if path.exists():
+        try:
+            return files.read_npz(path)
+        except ValueError as error:
+            logging.warning("%s; computing it again", error)
+    arrays = compute()
+    if distributed.is_main_process():
+        files.write_atomically(path, lambda file: np.savez(file, **arrays))
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def open_folder(folder: Path, config: ConfigDict, names: tuple[str, ...], params: Any) -> None:
+    """Makes a folder of results, or checks that what it holds was made with the same settings and parameters.
+
+    Args:
+      folder: of the results; its settings.json says what they depend on.
+      config: experiment configuration.
+      names: beginnings of the keys that the results depend on.
+      params: of the network, numpy arrays.
+
+    Raises:
+      WorkdirError: naming what differs.
+    """
+    given = {key: value for key, value in workdirs.flatten(config).items() if key.startswith(names)}
+    given["params_crc32"] = functools.reduce(lambda crc, leaf: zlib.crc32(leaf, crc), jax.tree.leaves(params), 0)
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        if distributed.is_main_process():
+            files.write_json(path, given)
+        return
+    stored = json.loads(path.read_text())
+    differing = [key for key in sorted(stored.keys() | given.keys()) if stored.get(key) != given.get(key)]
+    if differing:
+        listed = "; ".join(f"{key}: {stored.get(key)!r} there, {given.get(key)!r} now" for key in differing)
+        raise WorkdirError(f"{folder} holds results of other settings ({listed}); choose a new --eval_folder")
+
+
+def batches(source: datasets.Source, batch_size: int) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Yields (round, indices int[batch_size], how many of them count); the last batch is filled up with image 0."""
+    for start in range(0, len(source), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(source)))
+        padded = np.concatenate([indices, np.zeros(batch_size - len(indices), indices.dtype)])
+        yield start // batch_size, padded, len(indices)
