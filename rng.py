@@ -23,10 +23,10 @@ def example_keys(key: PRNGKeyArray, num_examples: int) -> PRNGKeyArray:
 
 
 def fold_in(key: PRNGKeyArray, data: int | Array) -> PRNGKeyArray:
-    """Folds the same integer into one key, or into each key of a vector."""
+    """Folds an integer into one key, or into each key of a vector: the same one, or int[B] one for each."""
     if key.ndim == 0:
         return jax.random.fold_in(key, data)
-    return jax.vmap(jax.random.fold_in, (0, None))(key, data)
+    return jax.vmap(jax.random.fold_in, (0, 0 if jnp.ndim(data) else None))(key, data)
 
 
 def split(key: PRNGKeyArray, num: int = 2) -> tuple[PRNGKeyArray, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,41 +17,16 @@ from ml_collections import ConfigDict
 
 import checks
 import distributed
-import ode
 import rng
 from sde_lib import SDE, VESDE, VPSDE, ReverseSDE, ScoreFn, expand
+from solvers import SOLVERS
+from solvers.interface import TRANSFORM_STREAM, Sampler, StepResult, StepTransform, prepare, unchanged
 
-# x and x_mean, both float[B, ...]: the new state, and the same before the step's noise was added.
-StepResult = tuple[Float[Array, "B ..."], Float[Array, "B ..."]]
+__all__ = ["CORRECTORS", "METHODS", "PREDICTORS", "Sampler", "StepResult", "StepTransform", "build_sampler"]
+
+
 Predictor = Callable[[PRNGKeyArray, Array, Array, ReverseSDE], StepResult]
 Corrector = Callable[[PRNGKeyArray, Array, Array, ReverseSDE], StepResult]
-# (key, x, x_mean, t) -> (x, x_mean): what controllable generation does to the result of a step.
-StepTransform = Callable[[PRNGKeyArray, Array, Array, Array], StepResult]
-
-_TRANSFORM_STREAM = 2**32 - 1  # number of the draw from which step transforms derive theirs; no step comes so far
-
-
-class Sampler(Protocol):
-    """What `build_sampler` returns."""
-
-    def __call__(
-        self,
-        key: PRNGKeyArray,
-        score_fn: ScoreFn,
-        x_init: Float[Array, "B ..."] | None = None,
-        transform: StepTransform | None = None,
-    ) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
-        """Draws samples.
-
-        Args:
-          key: one key, from which example i of the global batch derives its own, or one key for each example.
-          score_fn: score(x, t); any function.
-          x_init: state at t = T; drawn from the prior if it is not given.
-          transform: applied after the correctors and after the predictor at each time; by a method that has steps.
-
-        Returns:
-          Samples in the network's range, and the number of evaluations of `score_fn`, each for the whole batch.
-        """
 
 
 # ----------------------------------------------------------------------------------------------- predictors
@@ -178,23 +152,6 @@ CORRECTORS = ("ald", "langevin", "none")
 # ------------------------------------------------------------------------------------------------- samplers
 
 
-def _prepare(
-    key: PRNGKeyArray, x_init: Float[Array, "B ..."] | None, sde: SDE, shape: tuple[int, ...]
-) -> tuple[PRNGKeyArray, Float[Array, "B ..."]]:
-    """Returns a key for each example, for what follows, and the state at t = T."""
-    key_prior, key = rng.split(rng.example_keys(key, shape[0]))
-    if x_init is None:
-        return key, sde.prior_sampling(key_prior, shape)
-    if x_init.shape != shape:
-        raise ValueError(f"x_init has shape {x_init.shape}; this sampler was built for {shape}")
-    return key, x_init
-
-
-def _unchanged(key: PRNGKeyArray, x: Array, x_mean: Array, t: Array) -> StepResult:
-    del key, t
-    return x, x_mean
-
-
 def _sample_pc(
     key: PRNGKeyArray,
     score_fn: ScoreFn,
@@ -206,59 +163,36 @@ def _sample_pc(
     predictor: Predictor,
     corrector: Corrector,
     num_corrections: int,
+    corrector_first: bool,
     probability_flow: bool,
     noise_removal: bool,
 ) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
-    """Runs corrector then predictor at each of the N times linspace(T, eps, N) (Algorithm 1)."""
-    key, x = _prepare(key, x_init, sde, shape)
+    """Runs corrector and predictor in turn along the N times linspace(T, eps, N).
+
+    With `corrector_first` the state is corrected at each time before it is taken to the next, as the 2021 code does.
+    Algorithm 1 starts with the predictor, and corrects at the time where that arrived: the same but for the correction
+    at t = T, where samples of the prior need none.
+    """
+    key, x = prepare(key, x_init, sde, shape)
     times = sde.sampling_times()
     reverse_sde = sde.reverse(score_fn, probability_flow)
-    transform = transform or _unchanged
-    key_transform = rng.fold_in(key, _TRANSFORM_STREAM)
+    transform = transform or unchanged
+    key_transform = rng.fold_in(key, TRANSFORM_STREAM)
 
     def update(i: Int[Array, ""], state: StepResult) -> StepResult:
         x, t = state[0], jnp.full(shape[:1], times[i])
         draw_key = lambda j: rng.fold_in(key, i * (num_corrections + 1) + j)  # noqa: E731 - of the step's j-th draw
         correct = lambda j, x: corrector(draw_key(j), x, t, reverse_sde)[0]  # noqa: E731
-        x = jax.lax.fori_loop(0, num_corrections, correct, x)
+        num_here = num_corrections if corrector_first else jnp.where(i > 0, num_corrections, 0)
+        x = jax.lax.fori_loop(0, num_here, correct, x)
         x, _ = transform(rng.fold_in(key_transform, 2 * i), x, x, t)
         x, x_mean = predictor(draw_key(num_corrections), x, t, reverse_sde)
         return transform(rng.fold_in(key_transform, 2 * i + 1), x, x_mean, t)
 
     x, x_mean = jax.lax.fori_loop(0, sde.N, update, (x, x))
-    num_predictions = 0 if predictor is no_step else 1
-    return x_mean if noise_removal else x, jnp.asarray(sde.N * (num_corrections + num_predictions), jnp.int32)
-
-
-def _sample_ode(
-    key: PRNGKeyArray,
-    score_fn: ScoreFn,
-    x_init: Float[Array, "B ..."] | None = None,
-    transform: StepTransform | None = None,
-    *,
-    sde: SDE,
-    shape: tuple[int, ...],
-    noise_removal: bool,
-    rtol: float,
-    atol: float,
-) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
-    """Integrates the probability-flow ODE (Eq. 13) from T to eps, each example with its own steps."""
-    if transform is not None:
-        raise ValueError("sampling.method='ode' has no steps that a transform could change; set sampling.method='pc'")
-    _, x = _prepare(key, x_init, sde, shape)
-    flow = sde.reverse(score_fn, probability_flow=True)
-
-    def drift(t: Float[Array, "B"], y: Float[Array, "B F"]) -> Float[Array, "B F"]:
-        return flow.sde(y.reshape(shape), t)[0].reshape(y.shape)
-
-    flat = x.reshape(shape[0], math.prod(shape[1:]))
-    solution = ode.integrate(drift, flat, t0=sde.T, t1=sde.sampling_eps, rtol=rtol, atol=atol)
-    x = solution.y.reshape(shape)
-    if not noise_removal:
-        return x, solution.nfe
-    # As the original: one reverse-diffusion step without its noise.
-    denoised = x - sde.reverse(score_fn).discretize(x, jnp.full(shape[:1], sde.sampling_eps))[0]
-    return denoised, solution.nfe + 1
+    num_predictions = 0 if predictor is no_step else sde.N
+    nfe = num_predictions + num_corrections * (sde.N if corrector_first else sde.N - 1)
+    return x_mean if noise_removal else x, jnp.asarray(nfe, jnp.int32)
 
 
 # ------------------------------------------------------------------------------------------------- builders
@@ -294,6 +228,7 @@ def _build_pc(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
     checks.one_of("sampling.predictor", settings.predictor, PREDICTORS)
     checks.one_of("sampling.corrector", settings.corrector, CORRECTORS)
     checks.one_of("sampling.langevin_norm", settings.langevin_norm, ("batch", "sample"))
+    checks.one_of("sampling.pc_order", settings.pc_order, ("corrector_first", "predictor_first"))
     if settings.num_steps < 0:
         raise ValueError(f"sampling.num_steps={settings.num_steps}: expected 0 (model.num_scales) or more")
     sde = sde.with_steps(settings.num_steps or config.model.num_scales)
@@ -308,28 +243,13 @@ def _build_pc(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
         predictor=PREDICTORS[settings.predictor],
         corrector=_build_corrector(settings),
         num_corrections=0 if settings.corrector == "none" else settings.n_steps_each,
+        corrector_first=settings.pc_order == "corrector_first",
         probability_flow=settings.probability_flow,
         noise_removal=settings.noise_removal,
     )
 
 
-def _build_ode(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
-    settings = config.sampling
-    checks.positive("sampling.rtol", settings.rtol)
-    checks.positive("sampling.atol", settings.atol)
-    if settings.noise_removal:
-        sde.check_steps()
-    return functools.partial(
-        _sample_ode,
-        sde=sde,
-        shape=shape,
-        noise_removal=settings.noise_removal,
-        rtol=settings.rtol,
-        atol=settings.atol,
-    )
-
-
-METHODS: dict[str, Callable[[ConfigDict, SDE, tuple[int, ...]], Sampler]] = {"ode": _build_ode, "pc": _build_pc}
+METHODS: dict[str, Callable[[ConfigDict, SDE, tuple[int, ...]], Sampler]] = {"pc": _build_pc, **SOLVERS}
 
 
 def build_sampler(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:

@@ -103,17 +103,31 @@ def _optim() -> ConfigDict:
 def _sampling() -> ConfigDict:
     return ConfigDict(
         {
-            "method": "pc",  # "pc" (predictor-corrector) or "ode" (adaptive Runge-Kutta)
+            "method": "pc",  # "pc" (predictor-corrector), "ode", "adaptive_sde", or one of solvers.FIXED_GRID
+            "num_steps": 0,  # steps of "pc" and of few-step solvers; 0: model.num_scales
+            "noise_removal": True,  # end without noise: on the last step's mean, or on the data predicted at the end
+            # "pc"
             "predictor": "euler_maruyama",  # "euler_maruyama", "reverse_diffusion", "ancestral_sampling" or "none"
             "corrector": "none",  # "langevin", "ald" or "none"
-            "num_steps": 0,  # times at which the SDE is discretized; 0: model.num_scales
+            "pc_order": "corrector_first",  # as the 2021 code; "predictor_first": as Algorithm 1 of the paper
             "n_steps_each": 1,  # corrector steps at each time
-            "noise_removal": True,  # return the mean of the last step, without its noise
             "probability_flow": False,  # the predictor follows the probability-flow ODE
             "snr": 0.16,  # signal-to-noise ratio that sets the corrector's step size
             "langevin_norm": "batch",  # norms that set it: "batch" mean (the paper's) or each "sample" its own
+            # few-step solvers
+            "time_grid": "log_snr",  # times of their steps: even in "uniform" t, "quadratic", "log_snr" or "karras"
+            "solver_order": 0,  # "deis", "unipc" (its p), 1 to 3: predictions that a step uses; 0: the method's own
+            "eta": 0.0,  # "ddim": share of fresh noise, 0: the ODE, 1: ancestral sampling
+            "s_churn": 0.0,  # "heun": noise added over the run, S_churn of Karras et al. 2022; 0: none
+            "s_tmin": 0.0,  # "heun": smallest sigma = std / mean_coeff at which noise is added
+            "s_tmax": 0.0,  # "heun": largest; 0: no bound
+            "s_noise": 1.0,  # "heun": standard deviation of the noise added
+            # adaptive solvers
             "rtol": 1e-5,  # "ode": relative tolerance of a step
             "atol": 1e-5,  # "ode": absolute tolerance of a step, in units of the network's range
+            "step_control": "sample",  # "ode": steps of each "sample", or of the "batch" as SciPy's
+            "adaptive_levels": 1.0,  # "adaptive_sde": absolute tolerance of a step, in grey levels of 256
+            "adaptive_rtol": 0.02,  # "adaptive_sde": relative tolerance of a step
         }
     )
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -72,3 +73,48 @@ def make_discrete_score_fn(sde, c):
         return score_of_kernel(x, jnp.ones_like(t), sde.discrete_sigmas[::-1][i], c)
 
     return score_fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """A mixture of isotropic Gaussians, whose score and density are known under every SDE.
+
+    Attributes:
+      means: of the components, [K, D].
+      weights: of the components, [K].
+      std: of every component.
+    """
+
+    means: np.ndarray
+    weights: np.ndarray
+    std: float
+
+    def _terms(self, x, mean_coeff, std):
+        """Differences to the means [B, K, D], log of each component's share [B, K], variance [B]."""
+        variance = (mean_coeff * self.std) ** 2 + std**2
+        difference = mean_coeff[:, None, None] * self.means[None] - x.reshape(len(x), 1, -1)
+        log_density = -jnp.sum(difference**2, axis=-1) / (2 * variance[:, None])
+        return difference, np.log(self.weights)[None] + log_density, variance
+
+    def score_fn(self, sde):
+        def score(x, t):
+            difference, log_share, variance = self._terms(x, sde.mean_coeff(t), sde.std(t))
+            share = jax.nn.softmax(log_share, axis=1)
+            return (jnp.sum(share[..., None] * difference, axis=1) / variance[:, None]).reshape(x.shape)
+
+        return score
+
+    def log_density(self, x, mean_coeff=1.0, std=0.0):
+        """log p_t(x), by default of the data themselves."""
+        ones = jnp.ones(len(x))
+        _, log_share, variance = self._terms(x, mean_coeff * ones, std * ones)
+        num_dims = self.means.shape[1]
+        return jax.nn.logsumexp(log_share, axis=1) - num_dims / 2 * jnp.log(2 * np.pi * variance)
+
+    def second_moment(self, mean_coeff=1.0, std=0.0):
+        """E |x|^2 at a time."""
+        variance = (mean_coeff * self.std) ** 2 + std**2
+        return mean_coeff**2 * np.sum(self.weights * np.sum(self.means**2, axis=1)) + self.means.shape[1] * variance
+
+
+TRIANGLE = Mixture(np.array([[1.0, 0.5], [-1.0, 0.3], [0.2, -1.0]]), np.array([0.5, 0.3, 0.2]), 0.4)

@@ -47,6 +47,22 @@ def test_each_example_takes_its_own_steps():
     assert alone.nfe < together.nfe  # the slow example needs fewer steps than the fast one
 
 
+def test_steps_of_the_batch_are_scipys():
+    """One norm over the batch: as many evaluations as SciPy, fewer than the slowest example alone needs."""
+    start = jnp.array([[1.0, 0.5], [-0.3, 2.0], [0.1, 0.0]])
+    batch, each = (solve(start, step_control=control) for control in ("batch", "sample"))
+    rates = np.asarray(RATES, np.float64)[:, None]
+
+    def field(t, y):
+        y = y.reshape(3, 2)
+        return np.concatenate([y[:, 1:], -np.sin(y[:, :1]) + rates * np.sin(rates * t)], axis=1).ravel()
+
+    theirs = scipy.integrate.solve_ivp(field, (0, 3), np.asarray(start).ravel(), rtol=1e-6, atol=1e-6)
+    assert 0.9 < int(batch.nfe) / theirs.nfev < 1.1
+    assert batch.nfe < each.nfe
+    np.testing.assert_allclose(batch.y, each.y, atol=2e-5)
+
+
 def test_global_error_is_of_order_five():
     """The error of a step is held at the tolerance, so five digits more cost 10^(5/5) times the evaluations."""
     with jax.enable_x64(True):

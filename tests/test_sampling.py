@@ -296,6 +296,28 @@ def test_a_sample_depends_on_its_own_key_alone(method):
         np.testing.assert_allclose(alone(keys[i : i + 1])[0], together[i], rtol=1e-5, atol=1e-6)
 
 
+def test_predictor_first_leaves_out_the_correction_of_the_prior_alone():
+    """Algorithm 1: predict, then correct where that arrived; written out with the steps of this module."""
+    sde, config = VPSDE(), make_config(predictor="reverse_diffusion", corrector="langevin", num_steps=25)
+    config.sampling.update(pc_order="predictor_first", n_steps_each=2)
+    keys, reverse = rng.example_keys(jax.random.key(1), 4), sde.with_steps(25).reverse(make_score_fn(sde))
+    x, nfe = sample(config, sde, (4, 2, 2, 1), keys)
+    assert nfe == 25 + 24 * 2
+    correct = sampling._build_corrector(config.sampling)
+
+    @jax.jit
+    def written_out(keys):
+        key_prior, key = rng.split(keys)
+        x, times = sde.prior_sampling(key_prior, (4, 2, 2, 1)), sde.with_steps(25).sampling_times()
+        for i in range(25):
+            x, x_mean = sampling.reverse_diffusion(rng.fold_in(key, 3 * i + 2), x, jnp.full(4, times[i]), reverse)
+            for j in range(2 if i < 24 else 0):
+                x, _ = correct(rng.fold_in(key, 3 * (i + 1) + j), x, jnp.full(4, times[i + 1]), reverse)
+        return x_mean
+
+    np.testing.assert_allclose(x, written_out(keys), rtol=2e-4, atol=2e-5)
+
+
 def test_batch_norm_of_langevin_couples_the_batch():
     config = make_config(predictor="none", corrector="langevin", num_steps=30)
     keys = rng.example_keys(jax.random.key(7), 2)
@@ -318,9 +340,10 @@ x = np.linspace(-1, 1, 16, dtype=np.float32).reshape(8, 2, 1, 1)
 
 def run(key, x, num):
     results = []
-    for method in ("pc", "ode"):
+    for method, step_control in [*((method, "sample") for method in sampling.METHODS), ("ode", "batch")]:
         config = base.get_config()
         config.sampling.update(method=method, predictor="reverse_diffusion", corrector="langevin", num_steps=30)
+        config.sampling.update(eta=1.0, s_churn=5.0, adaptive_levels=8.0, step_control=step_control)
         # Tighter, and rounding would decide in places whether a step is accepted: float32 has 7 digits.
         config.sampling.update(rtol=1e-3, atol=1e-3)
         config.likelihood.update(rtol=1e-3, atol=1e-3)
@@ -349,7 +372,7 @@ def test_four_devices_give_the_samples_and_likelihoods_of_one():
 @pytest.mark.parametrize(
     ("sde", "settings", "message"),
     [
-        (VPSDE(), {"method": "pcc"}, "sampling.method='pcc' is unknown; known: ode, pc"),
+        (VPSDE(), {"method": "pcc"}, "sampling.method='pcc' is unknown; known: adaptive_sde, ddim, deis, dpmpp_2m"),
         (VPSDE(), {"predictor": "eulr"}, "sampling.predictor='eulr' is unknown; known: ancestral_sampling, euler_mar"),
         (VPSDE(), {"corrector": "mala"}, "sampling.corrector='mala' is unknown; known: ald, langevin, none"),
         (VPSDE(), {"langevin_norm": "all"}, "sampling.langevin_norm='all' is unknown; known: batch, sample"),

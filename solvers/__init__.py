@@ -1,0 +1,109 @@
+"""Few-step and adaptive solvers for the probability-flow ODE and the reverse SDE, for any SDE with a Gaussian kernel.
+
+Each uses an SDE through its mean_coeff(t) and std(t) alone (the adaptive ones through its drift and diffusion), so that
+VE, VP, sub-VP and any new SDE have all of them. `SOLVERS` lists them by the name that `config.sampling.method` gives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+import checks
+from noise_levels import NoiseLevels, noise_levels, time_grid
+from sde_lib import SDE
+from solvers import fixed_grid, multistep, runge_kutta
+from solvers.adaptive import sample_adaptive_sde, sample_ode
+from solvers.fixed_grid import Solver
+from solvers.interface import Sampler, StepResult, StepTransform
+
+__all__ = ["FIXED_GRID", "SOLVERS", "Sampler", "Solver", "StepResult", "StepTransform"]
+
+GREY_LEVELS = 256  # that `sampling.adaptive_levels` counts in, whatever the data's number of levels is
+DEFAULT_ORDER = {"deis": 3, "unipc": 2}
+MAX_ORDER = 3  # the first steps, which know fewer predictions, would outweigh what a higher order gains
+
+
+def _order(settings: ConfigDict) -> int:
+    order = settings.solver_order or DEFAULT_ORDER[settings.method]
+    if not 1 <= order <= MAX_ORDER:
+        raise ValueError(f"sampling.solver_order={order}: expected 1 to {MAX_ORDER}, or 0 for the method's own")
+    return int(order)
+
+
+def _heun(settings: ConfigDict, sde: SDE, levels: NoiseLevels) -> Solver:
+    for name in ("s_churn", "s_tmin", "s_tmax", "s_noise"):
+        checks.not_negative(f"sampling.{name}", settings[name])
+    return runge_kutta.heun(
+        levels,
+        sde,
+        s_churn=settings.s_churn,
+        s_tmin=settings.s_tmin,
+        s_tmax=settings.s_tmax or float("inf"),
+        s_noise=settings.s_noise,
+    )
+
+
+FIXED_GRID: dict[str, Callable[[ConfigDict, SDE, NoiseLevels], Solver]] = {
+    "ddim": lambda settings, sde, levels: multistep.ddim(levels, eta=settings.eta),
+    "deis": lambda settings, sde, levels: multistep.deis(levels, sde, order=_order(settings)),
+    "dpmpp_2m": lambda settings, sde, levels: multistep.dpmpp_2m(levels),
+    "dpmpp_3m": lambda settings, sde, levels: multistep.dpmpp_3m(levels),
+    "dpmpp_sde": lambda settings, sde, levels: multistep.dpmpp_sde(levels),
+    "heun": _heun,
+    "rk4": lambda settings, sde, levels: runge_kutta.rk4(levels, sde),
+    "stochastic_heun": lambda settings, sde, levels: runge_kutta.stochastic_heun(levels),
+    "unipc": lambda settings, sde, levels: multistep.unipc(levels, order=_order(settings)),
+}
+
+
+def _build_fixed_grid(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
+    settings = config.sampling
+    checks.not_negative("sampling.num_steps", settings.num_steps)
+    levels = noise_levels(sde, time_grid(sde, settings.num_steps or config.model.num_scales, settings.time_grid))
+    solver = FIXED_GRID[settings.method](settings, sde, levels)
+    return functools.partial(
+        fixed_grid.sample, solver=solver, levels=levels, sde=sde, shape=shape, noise_removal=settings.noise_removal
+    )
+
+
+def _build_ode(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
+    settings = config.sampling
+    checks.positive("sampling.rtol", settings.rtol)
+    checks.positive("sampling.atol", settings.atol)
+    checks.one_of("sampling.step_control", settings.step_control, ("batch", "sample"))
+    if settings.noise_removal:
+        sde.check_steps()
+    return functools.partial(
+        sample_ode,
+        sde=sde,
+        shape=shape,
+        noise_removal=settings.noise_removal,
+        rtol=settings.rtol,
+        atol=settings.atol,
+        step_control=settings.step_control,
+    )
+
+
+def _build_adaptive_sde(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
+    settings = config.sampling
+    checks.positive("sampling.adaptive_levels", settings.adaptive_levels)
+    checks.not_negative("sampling.adaptive_rtol", settings.adaptive_rtol)
+    width = 2.0 if config.data.centered else 1.0  # of the network's range
+    return functools.partial(
+        sample_adaptive_sde,
+        sde=sde,
+        shape=shape,
+        noise_removal=settings.noise_removal,
+        rtol=settings.adaptive_rtol,
+        atol=settings.adaptive_levels * width / GREY_LEVELS,
+    )
+
+
+SOLVERS: dict[str, Callable[[ConfigDict, SDE, tuple[int, ...]], Sampler]] = {
+    **dict.fromkeys(FIXED_GRID, _build_fixed_grid),
+    "adaptive_sde": _build_adaptive_sde,
+    "ode": _build_ode,
+}

@@ -1,0 +1,148 @@
+"""Solvers that choose their own steps: Runge-Kutta for the probability-flow ODE, and one for the reverse SDE."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+import ode
+import rng
+from sde_lib import SDE, ReverseSDE, ScoreFn, expand
+from solvers.interface import StepTransform, prepare, refuse_transform
+
+FIRST_STEP = 0.01  # of `adaptive_sde`, in units of t (Jolicoeur-Martineau et al. 2021, Algorithm 1)
+SAFETY = 0.9  # theta there
+EXPONENT = 0.9  # r there
+
+
+def sample_ode(
+    key: PRNGKeyArray,
+    score_fn: ScoreFn,
+    x_init: Float[Array, "B ..."] | None = None,
+    transform: StepTransform | None = None,
+    *,
+    sde: SDE,
+    shape: tuple[int, ...],
+    noise_removal: bool,
+    rtol: float,
+    atol: float,
+    step_control: str,
+) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
+    """Integrates the probability-flow ODE (Eq. 13) from T to eps with Dormand and Prince's method."""
+    refuse_transform("ode", transform)
+    _, x = prepare(key, x_init, sde, shape)
+    flow = sde.reverse(score_fn, probability_flow=True)
+
+    def drift(t: Float[Array, "B"], y: Float[Array, "B F"]) -> Float[Array, "B F"]:
+        return flow.sde(y.reshape(shape), t)[0].reshape(y.shape)
+
+    flat = x.reshape(shape[0], math.prod(shape[1:]))
+    solution = ode.integrate(
+        drift, flat, t0=sde.T, t1=sde.sampling_eps, rtol=rtol, atol=atol, step_control=step_control
+    )
+    x = solution.y.reshape(shape)
+    if not noise_removal:
+        return x, solution.nfe
+    # As the original: one reverse-diffusion step without its noise.
+    denoised = x - sde.reverse(score_fn).discretize(x, jnp.full(shape[:1], sde.sampling_eps))[0]
+    return denoised, solution.nfe + 1
+
+
+class _State(NamedTuple):
+    """Where the examples of a batch are in `sample_adaptive_sde`, each at a time and with a step of its own."""
+
+    x: Float[Array, "B ..."]
+    x_before: Float[Array, "B ..."]  # first-order state of the last accepted step
+    t: Float[Array, "B"]
+    step: Float[Array, "B"]
+    num_accepted: Int[Array, "B"]
+    num_attempts: Int[Array, ""]
+
+
+def _improved_step(
+    reverse_sde: ReverseSDE, x: Float[Array, "B ..."], t: Float[Array, "B"], step: Float[Array, "B"], z: Array
+) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
+    """Returns the step -`step` of Euler-Maruyama, and that of the stochastic improved Euler method with its noise."""
+    drift, diffusion = reverse_sde.sde(x, t)
+    euler = x - expand(step, x) * drift + expand(jnp.sqrt(step) * diffusion, x) * z
+    drift, diffusion = reverse_sde.sde(euler, t - step)
+    other = x - expand(step, x) * drift + expand(jnp.sqrt(step) * diffusion, x) * z
+    return euler, (euler + other) / 2
+
+
+def _advance(state: _State, key: PRNGKeyArray, reverse_sde: ReverseSDE, *, rtol: float, atol: float) -> _State:
+    """Attempts a step for every example that has not arrived, and accepts it where its error is within tolerance."""
+    end = reverse_sde.forward.sampling_eps
+    # A rejected step keeps its noise: drawing anew would favour small noise.
+    z = rng.normal(rng.fold_in(key, state.num_accepted), state.x.shape)
+    euler, improved = _improved_step(reverse_sde, state.x, state.t, state.step, z)
+    scale = jnp.maximum(atol, rtol * jnp.maximum(jnp.abs(euler), jnp.abs(state.x_before)))
+    error = jnp.sqrt(jnp.mean(jnp.square((euler - improved) / scale), axis=tuple(range(1, euler.ndim))))
+    is_accepted = (error <= 1) & (state.t > end)
+    # The last step ends at eps to the bit, so that it is the last.
+    t = jnp.where(is_accepted, jnp.where(state.step >= state.t - end, end, state.t - state.step), state.t)
+    step = jnp.minimum(SAFETY * state.step * jnp.maximum(error, 1e-6) ** -EXPONENT, t - end)
+    choose = lambda new, old: jnp.where(expand(is_accepted, old), new, old)  # noqa: E731
+    return _State(
+        x=choose(improved, state.x),
+        x_before=choose(euler, state.x_before),
+        t=t,
+        step=step,
+        num_accepted=state.num_accepted + is_accepted,
+        num_attempts=state.num_attempts + 1,
+    )
+
+
+def sample_adaptive_sde(
+    key: PRNGKeyArray,
+    score_fn: ScoreFn,
+    x_init: Float[Array, "B ..."] | None = None,
+    transform: StepTransform | None = None,
+    *,
+    sde: SDE,
+    shape: tuple[int, ...],
+    noise_removal: bool,
+    rtol: float,
+    atol: float,
+) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
+    """Solves the reverse SDE with a step size for each example (Jolicoeur-Martineau et al. 2021, Algorithm 1).
+
+    Two evaluations an attempt: Euler-Maruyama and, as the result, the stochastic improved Euler method; their distance
+    is the error. Ends on Tweedie's formula with `noise_removal`. A sample is NaN if its attempts ran out.
+
+    Args:
+      key: one key, or one for each example.
+      score_fn: score(x, t).
+      x_init: state at t = T.
+      transform: refused, as each example has times of its own.
+      sde: forward SDE.
+      shape: of a batch, (B, ...).
+      noise_removal: return the predicted data.
+      rtol: error of a step relative to the values, epsilon_rel.
+      atol: absolute error of a step in units of the network's range, epsilon_abs.
+    """
+    refuse_transform("adaptive_sde", transform)
+    key, x = prepare(key, x_init, sde, shape)
+    reverse_sde, end = sde.reverse(score_fn), sde.sampling_eps
+
+    def goes_on(state: _State) -> Bool[Array, ""]:
+        return jnp.any(state.t > end) & (state.num_attempts < ode.MAX_STEPS)
+
+    start = _State(
+        x=x,
+        x_before=x,
+        t=jnp.full(shape[:1], sde.T),
+        step=jnp.full(shape[:1], min(FIRST_STEP, sde.T - end)),
+        num_accepted=jnp.zeros(shape[:1], jnp.int32),
+        num_attempts=jnp.zeros((), jnp.int32),
+    )
+    state = jax.lax.while_loop(goes_on, lambda state: _advance(state, key, reverse_sde, rtol=rtol, atol=atol), start)
+    x = jnp.where(expand(state.t > end, x), jnp.nan, state.x)
+    if noise_removal:
+        m, s = sde.mean_coeff(jnp.full(shape[:1], end)), sde.std(jnp.full(shape[:1], end))
+        x = (x + expand(s**2, x) * score_fn(x, jnp.full(shape[:1], end))) / expand(m, x)
+    return x, 2 * state.num_attempts + noise_removal
