@@ -11,13 +11,13 @@ import datasets
 import distributed
 from checkpoints import Checkpoints
 from models.factory import require_score_network
-from runtime import eval_loop, smoke, train_loop
+from runtime import encoding, eval_loop, smoke, train_loop
 from runtime import workdir as workdirs
 from runtime.experiment import build_experiment, describe
 from runtime.importing import export_checkpoint, import_checkpoint
 from runtime.progress import TrainingProgress
 
-__all__ = ["build_experiment", "evaluate", "export_checkpoint", "import_checkpoint", "train"]
+__all__ = ["build_experiment", "encode", "evaluate", "export_checkpoint", "import_checkpoint", "train"]
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -80,3 +80,47 @@ def evaluate(config: ConfigDict, workdir: str | Path, eval_folder: str = "eval")
     workdirs.check_same_experiment(workdir, config)
     describe(experiment)
     eval_loop.evaluate_checkpoints(experiment, Path(workdir), Path(workdir) / eval_folder)
+
+
+def encode(
+    config: ConfigDict,
+    workdir: str | Path,
+    output: str = "encode",
+    *,
+    snapshot: int = 0,
+    num_images: int = 16,
+    images: str | Path | None = None,
+) -> None:
+    """Encodes images through the probability-flow ODE, decodes them again, and what lies between and around them.
+
+    Writes latents.npz, three pictures and encode.json, the summary, once everything is computed; results of the same
+    settings are replaced.
+
+    Args:
+      config: experiment configuration.
+      workdir: folder of a training run.
+      output: folder of the results, inside the workdir.
+      snapshot: number of the checkpoint; 0 for the newest.
+      num_images: images, the first ones of the test split or of the file.
+      images: .npz file of levels, uint8[N, H, W, C] by the name "samples" or "images", in place of the test split.
+
+    Raises:
+      ValueError: if a setting is wrong, or there are not so many images of the right kind.
+      FileNotFoundError: if the file of images is missing.
+      WorkdirError: if the workdir holds another experiment, or the folder results of other settings.
+      CheckpointError: if the checkpoint is missing or damaged.
+      SolverError: if an integration failed.
+    """
+    config = smoke.shrink(config) if config.training.smoke else config
+    require_score_network(config)
+    experiment = build_experiment(config)
+    workdirs.check_same_experiment(workdir, config)
+    describe(experiment)
+    encoding.encode_images(
+        experiment,
+        Path(workdir),
+        Path(workdir) / output,
+        snapshot=snapshot,
+        num_images=num_images,
+        images=Path(images) if images else None,
+    )

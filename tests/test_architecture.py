@@ -12,7 +12,7 @@ FLOORS = (
     {"sde_lib", "ode"},
     {"noise_levels"},
     {"models", "solvers"},
-    {"losses", "sampling", "likelihood", "legacy", "metrics", "plots", "sources"},
+    {"losses", "sampling", "likelihood", "latents", "legacy", "metrics", "plots", "sources"},
     {"checkpoints", "controllable_generation", "datasets", "evaluation", "report"},
     {"runtime"},
     {"run_lib"},

@@ -80,6 +80,23 @@ def test_levels_survive_the_round_trip(centered, dequantize):
     np.testing.assert_array_equal(scaler.to_levels(jnp.full((1, 1, 1, 1), 9.0)), 255)
 
 
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("dequantize", [True, False])
+@pytest.mark.parametrize("num_levels", [2, 17, 256])
+def test_the_middle_of_a_level_is_half_a_level_from_the_next(centered, dequantize, num_levels):
+    """So that it maps back to its level, and still does when it is moved by 0.49 levels."""
+    scaler = datasets.Scaler(num_levels, centered, dequantize)
+    levels = jnp.arange(num_levels, dtype=jnp.uint8).reshape(1, num_levels, 1, 1)
+    x = scaler.middle(levels)
+    assert x.dtype == jnp.float32
+    np.testing.assert_allclose(np.diff(x.ravel()), scaler.level_width, rtol=1e-4)
+    for shift in (-0.49, 0.0, 0.49):
+        np.testing.assert_array_equal(scaler.to_levels(x + shift * scaler.level_width), levels)
+    margin = scaler.level_width / 2 if dequantize else 0.0
+    assert float(x.min()) == pytest.approx((-1.0 if centered else 0.0) + margin)
+    assert float(x.max()) == pytest.approx(1.0 - margin)
+
+
 def test_dequantization_matches_the_2021_code():
     """(u + 255 v) / 256 for v in [0, 1], with the same u for the same example whatever its batch."""
     scaler = datasets.Scaler(num_levels=256, centered=False, dequantize=True)
