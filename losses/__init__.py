@@ -1,10 +1,10 @@
-"""Training objectives (`objectives`), the optimizer (`optimizer`), and the train and eval steps (`steps`).
+"""Training objectives (`objectives`) at times drawn from a density (`times`), the optimizer, and the train step.
 
 A loss is `(key, params, x, train) -> float[B]`, one value for each image; the steps average it over the global batch.
 """
 
 from losses.objectives import (
-    TRAINING_EPS,
+    OBJECTIVES,
     LossFn,
     Params,
     build_loss,
@@ -14,10 +14,13 @@ from losses.objectives import (
 )
 from losses.optimizer import ADAM_BETA2, build_optimizer, make_optimizer
 from losses.steps import TrainState, init_state, make_train_step, make_train_steps, update_ema
+from losses.times import TRAINING_EPS, DrawTimes, make_importance_times, make_uniform_times
 
 __all__ = [
     "ADAM_BETA2",
+    "OBJECTIVES",
     "TRAINING_EPS",
+    "DrawTimes",
     "LossFn",
     "Params",
     "TrainState",
@@ -26,9 +29,11 @@ __all__ = [
     "init_state",
     "make_continuous_loss",
     "make_ddpm_loss",
+    "make_importance_times",
     "make_optimizer",
     "make_smld_loss",
     "make_train_step",
     "make_train_steps",
+    "make_uniform_times",
     "update_ema",
 ]
