@@ -4,6 +4,7 @@
 
 Draws (t, z) many times for every test image, without dropout and with the averaged parameters of a checkpoint, and
 prints the mean of the loss and its variance over (t, z), the mean over the images, with their standard errors.
+`--config.training.objective=sliced_vr` measures that objective, whose loss depends on its direction v as well.
 
 The variance with uniform t comes from a few draws near eps, so that its direct estimate is poor. It is therefore also
 computed from importance-sampled t: with p their density and w = 1 / (p (T - eps)), the mean of w h(t, z)² under p is
@@ -69,6 +70,7 @@ def moments(experiment: Experiment, params: Any, draw_times: losses.DrawTimes) -
         experiment.model,
         reduce_mean=config.training.reduce_mean,
         likelihood_weighting=True,
+        objective=config.training.objective,
         draw_times=draw_times,
     )
     source = datasets.build_source(config, "test")
