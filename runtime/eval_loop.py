@@ -48,6 +48,8 @@ SETTINGS = (
     "training.continuous",
     "training.reduce_mean",
     "training.likelihood_weighting",
+    "training.importance_sampling",
+    "training.objective",
     "sampling.",
     "likelihood.",
     "eval.batch_size",

@@ -1,0 +1,39 @@
+"""Training objectives (`objectives`) at times drawn from a density (`times`), the optimizer, and the train step.
+
+A loss is `(key, params, x, train) -> float[B]`, one value for each image; the steps average it over the global batch.
+"""
+
+from losses.objectives import (
+    OBJECTIVES,
+    LossFn,
+    Params,
+    build_loss,
+    make_continuous_loss,
+    make_ddpm_loss,
+    make_smld_loss,
+)
+from losses.optimizer import ADAM_BETA2, build_optimizer, make_optimizer
+from losses.steps import TrainState, init_state, make_train_step, make_train_steps, update_ema
+from losses.times import TRAINING_EPS, DrawTimes, make_importance_times, make_uniform_times
+
+__all__ = [
+    "ADAM_BETA2",
+    "OBJECTIVES",
+    "TRAINING_EPS",
+    "DrawTimes",
+    "LossFn",
+    "Params",
+    "TrainState",
+    "build_loss",
+    "build_optimizer",
+    "init_state",
+    "make_continuous_loss",
+    "make_ddpm_loss",
+    "make_importance_times",
+    "make_optimizer",
+    "make_smld_loss",
+    "make_train_step",
+    "make_train_steps",
+    "make_uniform_times",
+    "update_ema",
+]
