@@ -272,6 +272,7 @@ def metric_figure(
 CURVE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 CURVE_MARKERS = "os^Dv<>PX*"
 TICKS = (1.0, 2.0, 5.0)  # of each decade
+CLEARANCE = 1.25  # factor between the costs at the edge and the frame
 
 
 def _draw_floor(axes: Any, floor: tuple[float | None, float | None], label: str) -> None:
@@ -301,6 +302,15 @@ def _label_ticks(axis: Any, locator: Any) -> None:
     axis.set_major_locator(locator)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _scale_cost(axes: Any, values: Sequence[float]) -> None:
+    """Makes the axis logarithmic, a little wider than the values, of which there may be only one."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_xscale("log")
+    axes.set_xlim(min(values) / CLEARANCE, max(values) * CLEARANCE)
+    _label_ticks(axes.xaxis, LogLocator(subs=TICKS))
 
 
 def _scale_quality(axes: Any, values: Sequence[float], noise: float) -> None:
@@ -340,7 +350,6 @@ def tradeoff_figure(
     if not any(curves.values()):
         raise ValueError("there is no point to draw; expected one result or more")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(11.0, 8.6), dpi=110, layout="constrained")
     panels = figure.subplots(len(qualities), len(costs), squeeze=False, sharex="col", sharey="row")
@@ -349,8 +358,7 @@ def tradeoff_figure(
         values = [point[quality][0] for point in points if point[quality][0] is not None]
         for column, (cost, cost_label) in enumerate(costs.items()):
             axes = panels[row][column]
-            axes.set_xscale("log")
-            _label_ticks(axes.xaxis, LogLocator(subs=TICKS))
+            _scale_cost(axes, [point[cost] for point in points])
             _draw_floor(axes, floors[quality], floor_label)
             _draw_curves(axes, curves, cost, quality)
             axes.grid(alpha=0.3, which="both", linewidth=0.5)

@@ -219,6 +219,11 @@ class TestTradeoffFigure:
         assert looks[0] == looks[1] == looks[2] == looks[3]
         assert len(set(looks[0])) == 14
 
+    def test_one_point_has_room_around_it(self):
+        axes = self.draw({"one": [{"nfe": 100, "seconds": 10.0, "fd": (1.0, 0.1), "kid": (0.1, 0.01)}]})[0, 0]
+        assert axes.get_xlim() == (80, 125)
+        assert plots.figure_bytes(axes.figure)
+
     def test_needs_a_point(self):
         with pytest.raises(ValueError, match="there is no point to draw"):
             self.draw({"fast": []})
