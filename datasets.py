@@ -162,7 +162,7 @@ class Scaler:
         return (2.0 if self.centered else 1.0) / (self.num_levels if self.dequantize else self.num_levels - 1)
 
     def middle(self, levels: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Maps levels to the network's range without noise: to the middle of their interval, or to their point."""
+        """Maps levels to the network's range without noise: each to the middle of the values that round to it."""
         y = levels.astype(jnp.float32)
         return self.center((y + 0.5) / self.num_levels if self.dequantize else y / (self.num_levels - 1))
 
@@ -176,16 +176,6 @@ class Scaler:
         if not self.dequantize:
             return self.middle(levels)
         return self.center((levels.astype(jnp.float32) + rng.uniform(key, levels.shape)) / self.num_levels)
-
-    @property
-    def level_width(self) -> float:
-        """Distance of two neighbouring levels in the network's range."""
-        return (2.0 if self.centered else 1.0) / (self.num_levels if self.dequantize else self.num_levels - 1)
-
-    def middle(self, levels: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Maps levels to the network's range without noise: each to the middle of the values that round to it."""
-        y = levels.astype(jnp.float32)
-        return self.center((y + 0.5) / self.num_levels if self.dequantize else y / (self.num_levels - 1))
 
     def to_levels(self, x: Float[Array, "B H W C"]) -> UInt8[Array, "B H W C"]:
         """Maps samples of the network to the nearest level, clipping what lies outside the range."""

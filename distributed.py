@@ -7,6 +7,8 @@ would be on a single device, so that the same functions run in tests and on a po
 
 from __future__ import annotations
 
+import os
+import platform
 import signal
 from collections.abc import Callable
 from types import FrameType
@@ -47,7 +49,7 @@ def mean(tree: PyTree) -> PyTree:
 
 def pmap(
     fn: Callable[..., Any], *, donate_argnums: tuple[int, ...] = (), in_axes: int | tuple[int | None, ...] = 0
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
     """Maps `fn` over the leading device axis of its arguments, with collectives along `AXIS`."""
     return jax.pmap(fn, axis_name=AXIS, donate_argnums=donate_argnums, in_axes=in_axes)
 
@@ -116,6 +118,19 @@ def gather(array: Array) -> np.ndarray:
     if jax.process_count() == 1:
         return local
     return np.asarray(multihost_utils.process_allgather(local, tiled=True))
+
+
+def describe_devices() -> dict[str, Any]:
+    """Returns what computes, for reports: platform and kind of the devices, how many there are, and CPUs of a host."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cpus": os.cpu_count(),
+        "architecture": platform.machine(),
+    }
 
 
 def is_main_process() -> bool:

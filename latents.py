@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 import checks
-import ode
 from sde_lib import SDE, ScoreFn
+from solvers.adaptive import integrate_flow
 
 # Norm of the sum of two unit vectors below which they are opposite: half-way the direction is rounding error alone.
 _OPPOSITE = 1e-6
@@ -58,14 +58,8 @@ class Codec:
     def _integrate(
         self, score_fn: ScoreFn, x: Float[Array, "B ..."], *, t0: float, t1: float
     ) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
-        flow = self.sde.reverse(score_fn, probability_flow=True)
-
-        def drift(t: Float[Array, "B"], y: Float[Array, "B F"]) -> Float[Array, "B F"]:
-            return flow.sde(y.reshape(x.shape), t)[0].reshape(y.shape)
-
-        flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-        solution = ode.integrate(drift, flat, t0=t0, t1=t1, rtol=self.rtol, atol=self.atol)
-        return solution.y.reshape(x.shape), solution.nfe
+        solution = integrate_flow(score_fn, x, sde=self.sde, t0=t0, t1=t1, rtol=self.rtol, atol=self.atol)
+        return solution.y, solution.nfe
 
 
 def build_codec(config: ConfigDict, sde: SDE) -> Codec:

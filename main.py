@@ -1,7 +1,8 @@
-"""Trains and evaluates score-based generative models of images.
+"""Trains score-based generative models of images, draws from them and evaluates them.
 
 python main.py --config configs/vp/digits_ddpmpp_continuous.py --mode train --workdir runs/digits
 python main.py --config configs/vp/digits_ddpmpp_continuous.py --mode eval --workdir runs/digits
+python main.py --config configs/vp/digits_ddpmpp_continuous.py --mode sample --workdir runs/digits
 python main.py --config configs/ve/cifar10_ncsnpp.py --mode import --checkpoint checkpoint_26 --workdir runs/cifar10
 """
 
@@ -15,48 +16,33 @@ from pathlib import Path
 from typing import NoReturn
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
+from absl import app
 
 import run_lib
 from checkpoints import CheckpointError
 from ode import SolverError
-from runtime import logs
+from runtime import command_line, logs
 from runtime import workdir as workdirs
+from runtime.command_line import FLAGS, Mode
 from runtime.train_loop import DivergedError
 
 # What a user can mend: told in one sentence. Anything else is our fault and ends with its traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, workdirs.WorkdirError, CheckpointError, SolverError, DivergedError)
 EXIT_FAILED = 1
-EXIT_BAD_FLAG = 2
 DEFAULT_CACHE = "~/.cache/score_sde/xla"  # $JAX_COMPILATION_CACHE_DIR replaces it
 MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
 
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Experiment; --config.group.key=value changes one value.")
-flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
-flags.DEFINE_enum(
-    "mode",
-    None,
-    ["train", "eval", "import", "export"],
-    "Train a network, evaluate its checkpoints, or exchange one with the 2021 code.",
-)
-flags.DEFINE_string("eval_folder", "eval", "Folder of the evaluation, inside the workdir.")
-flags.DEFINE_string("checkpoint", None, "File of score_sde or score_sde_pytorch: to import, or to export to.")
-flags.DEFINE_bool("dry_run", False, "Of an import: print where every tensor would go, and write nothing.")
-flags.mark_flags_as_required(["config", "workdir", "mode"])
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; a misspelt configuration key ends the program with the nearest right one."""
-    try:
-        return FLAGS(argv)
-    except (AttributeError, KeyError, TypeError) as error:
-        message = str(error.args[0] if error.args else error).replace("\n", " ")
-    except flags.Error as error:
-        message = str(error)
-    print(f"{argv[0]}: {message}", file=sys.stderr)
-    sys.exit(EXIT_BAD_FLAG)
+# Every value of --mode. The keywords of a function of run_lib are the flags of the same names.
+MODES = {
+    "train": Mode(run_lib.train, ignored=("eval_folder",)),  # which scripts of the 2021 code give always
+    "eval": Mode(run_lib.evaluate, flags=("eval_folder",)),
+    "sample": Mode(run_lib.sample, flags=("output", "snapshot", "num_images", "png")),
+    "compare_samplers": Mode(run_lib.compare_samplers, flags=("output", "samplers", "snapshot", "num_images")),
+    "encode": Mode(run_lib.encode, flags=("output", "snapshot", "num_images", "images")),
+    "import": Mode(run_lib.import_checkpoint, flags=("checkpoint", "dry_run"), needed=("checkpoint",)),
+    "export": Mode(run_lib.export_checkpoint, flags=("checkpoint",), needed=("checkpoint",)),
+}
+command_line.define_flags(MODES)
 
 
 def set_up_jax() -> None:
@@ -68,8 +54,7 @@ def set_up_jax() -> None:
 
 def prepare(workdir: Path) -> None:
     """Checks the flags and the workdir that a mode needs, and starts its log file."""
-    if FLAGS.mode in ("import", "export") and not FLAGS.checkpoint:
-        raise ValueError(f"--mode {FLAGS.mode} needs --checkpoint FILE")
+    command_line.check_flags(FLAGS.mode, MODES[FLAGS.mode])
     if FLAGS.mode == "import":
         return  # makes its workdir when all has been checked
     if FLAGS.mode == "train":
@@ -80,15 +65,10 @@ def prepare(workdir: Path) -> None:
 
 
 def run(workdir: Path) -> None:
-    """Dispatches on --mode."""
-    config = FLAGS.config.lock()
-    if FLAGS.mode == "train":
-        run_lib.train(config, workdir)
-    elif FLAGS.mode == "eval":
-        run_lib.evaluate(config, workdir, FLAGS.eval_folder)
-    elif FLAGS.mode == "export":
-        run_lib.export_checkpoint(config, workdir, FLAGS.checkpoint)
-    elif not run_lib.import_checkpoint(config, FLAGS.checkpoint, workdir, dry_run=FLAGS.dry_run):
+    """Runs the mode with its flags; a mode that returns False has said why it failed."""
+    mode = MODES[FLAGS.mode]
+    settings = {name: FLAGS[name].value for name in mode.flags}
+    if mode.run(config=FLAGS.config.lock(), workdir=workdir, **settings) is False:
         sys.exit(EXIT_FAILED)
 
 
@@ -116,4 +96,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)

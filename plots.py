@@ -154,15 +154,15 @@ def samples_beside_real(
     return side_by_side({caption: grid_of_levels(levels, num_levels) for caption, levels in grids.items()})
 
 
-def png_bytes(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """Encodes an RGB image as PNG, which loses nothing."""
+def png_bytes(image: UInt8[np.ndarray, "h w C"]) -> bytes:
+    """Encodes an RGB image, or a grey one of 1 channel, as PNG, which loses nothing."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def save_png(path: str | Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Writes an RGB image as PNG, whole or not at all; the folder is made if need be."""
+def save_png(path: str | Path, image: UInt8[np.ndarray, "h w C"]) -> None:
+    """Writes an RGB or grey image as PNG, whole or not at all; the folder is made if need be."""
     write_bytes(path, png_bytes(image))
 
 
@@ -265,6 +265,108 @@ def metric_figure(
     if level is not None:
         axes.axhline(level, linestyle="--", color="black", linewidth=1.0, label=level_label)
     axes.legend()
+    return figure
+
+
+# Okabe and Ito's colours, which most colour-blind people tell apart; black is the floor's. Markers say the same again.
+CURVE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+CURVE_MARKERS = "os^Dv<>PX*"
+TICKS = (1.0, 2.0, 5.0)  # of each decade
+CLEARANCE = 1.25  # factor between the costs at the edge and the frame
+
+
+def _draw_floor(axes: Any, floor: tuple[float | None, float | None], label: str) -> None:
+    value, stderr = floor
+    if value is not None:
+        axes.axhline(value, linestyle="--", color="black", linewidth=1.0, label=label)
+        axes.axhspan(value - (stderr or 0.0), value + (stderr or 0.0), color="black", alpha=0.08, linewidth=0)
+
+
+def _draw_curves(axes: Any, curves: Mapping[str, Sequence[Mapping[str, Any]]], cost: str, quality: str) -> None:
+    for index, (label, points) in enumerate(curves.items()):
+        present = [(point[cost], *point[quality]) for point in points if point[quality][0] is not None]
+        rows = [(x, y, stderr or 0.0) for x, y, stderr in present]
+        if rows:
+            x, y, bars = zip(*rows, strict=True)
+            style = {
+                "color": CURVE_COLORS[index % len(CURVE_COLORS)],
+                "marker": CURVE_MARKERS[index % len(CURVE_MARKERS)],
+                "linestyle": ("-", ":")[index // len(CURVE_COLORS) % 2],
+            }
+            axes.errorbar(x, y, yerr=bars, label=label, capsize=3, linewidth=1.2, markersize=6, alpha=0.9, **style)
+
+
+def _label_ticks(axis: Any, locator: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _scale_cost(axes: Any, values: Sequence[float]) -> None:
+    """Makes the axis logarithmic, a little wider than the values, of which there may be only one."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_xscale("log")
+    axes.set_xlim(min(values) / CLEARANCE, max(values) * CLEARANCE)
+    _label_ticks(axes.xaxis, LogLocator(subs=TICKS))
+
+
+def _scale_quality(axes: Any, values: Sequence[float], noise: float) -> None:
+    """Makes the axis logarithmic or, if a value is not positive, linear below the power of ten above the noise."""
+    from matplotlib.ticker import LogLocator, SymmetricalLogLocator
+
+    if all(value > 0 for value in values):
+        axes.set_yscale("log", nonpositive="clip")
+        _label_ticks(axes.yaxis, LogLocator(subs=TICKS))
+    else:
+        threshold = 10.0 ** math.ceil(math.log10(max(noise, 1e-12)))
+        axes.set_yscale("symlog", linthresh=threshold)
+        _label_ticks(axes.yaxis, SymmetricalLogLocator(linthresh=threshold, base=10.0, subs=TICKS))
+
+
+def tradeoff_figure(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    costs: Mapping[str, str],
+    qualities: Mapping[str, str],
+    floors: Mapping[str, tuple[float | None, float | None]],
+    floor_label: str,
+) -> Figure:
+    """Draws qualities against costs, one panel for each pair: a row for a quality, a column for a cost.
+
+    Args:
+      curves: label -> points, joined in their order; a point holds each cost by name and each quality by name as
+        (value, standard error), None where it is not known.
+      costs: name -> label of its axis, which is logarithmic.
+      qualities: name -> label of its axis.
+      floors: name of a quality -> (value, standard error), drawn as a dashed line in a band.
+      floor_label: what the line is.
+
+    Raises:
+      ValueError: if there is no point.
+    """
+    if not any(curves.values()):
+        raise ValueError("there is no point to draw; expected one result or more")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.0, 8.6), dpi=110, layout="constrained")
+    panels = figure.subplots(len(qualities), len(costs), squeeze=False, sharex="col", sharey="row")
+    points = [point for of_curve in curves.values() for point in of_curve]
+    for row, (quality, quality_label) in enumerate(qualities.items()):
+        values = [point[quality][0] for point in points if point[quality][0] is not None]
+        for column, (cost, cost_label) in enumerate(costs.items()):
+            axes = panels[row][column]
+            _scale_cost(axes, [point[cost] for point in points])
+            _draw_floor(axes, floors[quality], floor_label)
+            _draw_curves(axes, curves, cost, quality)
+            axes.grid(alpha=0.3, which="both", linewidth=0.5)
+            axes.set_xlabel(cost_label if row == len(qualities) - 1 else "")
+            axes.set_ylabel(quality_label if column == 0 else "")
+        _scale_quality(panels[row][0], values, noise=floors[quality][1] or 0.0)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
     return figure
 
 

@@ -11,13 +11,22 @@ import datasets
 import distributed
 from checkpoints import Checkpoints
 from models.factory import require_score_network
-from runtime import encoding, eval_loop, smoke, train_loop
+from runtime import compare, encoding, eval_loop, sample_run, smoke, train_loop
 from runtime import workdir as workdirs
-from runtime.experiment import build_experiment, describe
+from runtime.experiment import Experiment, build_experiment, describe
 from runtime.importing import export_checkpoint, import_checkpoint
 from runtime.progress import TrainingProgress
 
-__all__ = ["build_experiment", "encode", "evaluate", "export_checkpoint", "import_checkpoint", "train"]
+__all__ = [
+    "build_experiment",
+    "compare_samplers",
+    "encode",
+    "evaluate",
+    "export_checkpoint",
+    "import_checkpoint",
+    "sample",
+    "train",
+]
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -58,6 +67,16 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     logging.info("trained %d steps; checkpoints and samples are in %s", steps, workdir)
 
 
+def _open(config: ConfigDict, workdir: str | Path) -> Experiment:
+    """Builds the experiment of a workdir that holds a training run of it."""
+    config = smoke.shrink(config) if config.training.smoke else config
+    require_score_network(config)
+    experiment = build_experiment(config)
+    workdirs.check_same_experiment(workdir, config)
+    describe(experiment)
+    return experiment
+
+
 def evaluate(config: ConfigDict, workdir: str | Path, eval_folder: str = "eval") -> None:
     """Evaluates the checkpoints eval.begin_ckpt .. eval.end_ckpt and writes the report.
 
@@ -73,23 +92,93 @@ def evaluate(config: ConfigDict, workdir: str | Path, eval_folder: str = "eval")
       WorkdirError: if the workdir holds another experiment, or the folder results of other settings.
       CheckpointError: if a checkpoint is missing or damaged.
     """
-    config = smoke.shrink(config) if config.training.smoke else config
-    require_score_network(config)
-    eval_loop.check_evaluation(config)
-    experiment = build_experiment(config)
-    workdirs.check_same_experiment(workdir, config)
-    describe(experiment)
+    experiment = _open(config, workdir)
+    eval_loop.check_evaluation(experiment.config)
     eval_loop.evaluate_checkpoints(experiment, Path(workdir), Path(workdir) / eval_folder)
+
+
+def sample(
+    config: ConfigDict,
+    workdir: str | Path,
+    output: str = "",
+    *,
+    snapshot: int = 0,
+    num_images: int = 0,
+    png: bool = False,
+) -> Path:
+    """Draws samples of a checkpoint with the configured sampler; no data set is needed.
+
+    Writes samples.npz, samples.png and settings.json. What an earlier, killed run has drawn is used again.
+
+    Args:
+      config: experiment configuration.
+      workdir: folder of a training run.
+      output: folder of the samples, inside the workdir; empty: "samples/ckpt_<number>_<method>_<steps>".
+      snapshot: number of the checkpoint; 0: the newest.
+      num_images: samples to draw; 0: 64.
+      png: write png/00000.png and so on, one sample each, too.
+
+    Returns:
+      The folder of the samples.
+
+    Raises:
+      ValueError: if a setting is wrong.
+      WorkdirError: if the workdir holds another experiment, or the folder samples of other settings.
+      CheckpointError: if the checkpoint is missing or damaged.
+    """
+    return sample_run.write_samples(
+        _open(config, workdir), Path(workdir), output=output, snapshot=snapshot, num_images=num_images, png=png
+    )
+
+
+def compare_samplers(
+    config: ConfigDict,
+    workdir: str | Path,
+    output: str = "",
+    *,
+    samplers: str = "",
+    snapshot: int = 0,
+    num_images: int = 0,
+) -> Path:
+    """Measures the samples of several samplers of one checkpoint: FD and KID against network evaluations and seconds.
+
+    Writes samplers.json, samplers.md and samplers.png after each sampler; what a killed run has drawn is used again.
+
+    Args:
+      config: experiment configuration.
+      workdir: folder of a training run.
+      output: folder of the results, inside the workdir; empty: "compare_ckpt_<number>".
+      samplers: separated by commas, METHOD[:STEPS][:KEY=VALUE...] with keys of config.sampling, which says all that a
+        sampler does not; empty: a list of common ones.
+      snapshot: number of the checkpoint; 0: the newest.
+      num_images: samples of each sampler; 0: eval.num_samples.
+
+    Returns:
+      The folder of the results.
+
+    Raises:
+      ValueError: if a sampler or a setting is wrong.
+      WorkdirError: if the workdir holds another experiment, or the folder samples of other settings.
+      CheckpointError: if the checkpoint is missing or damaged.
+    """
+    return compare.compare(
+        _open(config, workdir),
+        Path(workdir),
+        samplers=samplers,
+        output=output,
+        snapshot=snapshot,
+        num_images=num_images,
+    )
 
 
 def encode(
     config: ConfigDict,
     workdir: str | Path,
-    output: str = "encode",
+    output: str = "",
     *,
     snapshot: int = 0,
-    num_images: int = 16,
-    images: str | Path | None = None,
+    num_images: int = 0,
+    images: str = "",
 ) -> None:
     """Encodes images through the probability-flow ODE, decodes them again, and what lies between and around them.
 
@@ -99,10 +188,10 @@ def encode(
     Args:
       config: experiment configuration.
       workdir: folder of a training run.
-      output: folder of the results, inside the workdir.
-      snapshot: number of the checkpoint; 0 for the newest.
-      num_images: images, the first ones of the test split or of the file.
-      images: .npz file of levels, uint8[N, H, W, C] by the name "samples" or "images", in place of the test split.
+      output: folder of the results, inside the workdir; empty: "encode".
+      snapshot: number of the checkpoint; 0: the newest.
+      num_images: images, the first ones of the test split or of the file; 0: 16.
+      images: .npz file of levels, uint8[N, H, W, C] by the name "samples" or "images"; empty: the test split.
 
     Raises:
       ValueError: if a setting is wrong, or there are not so many images of the right kind.
@@ -111,16 +200,11 @@ def encode(
       CheckpointError: if the checkpoint is missing or damaged.
       SolverError: if an integration failed.
     """
-    config = smoke.shrink(config) if config.training.smoke else config
-    require_score_network(config)
-    experiment = build_experiment(config)
-    workdirs.check_same_experiment(workdir, config)
-    describe(experiment)
     encoding.encode_images(
-        experiment,
+        _open(config, workdir),
         Path(workdir),
-        Path(workdir) / output,
+        workdirs.output_folder(Path(workdir), output or "encode"),
         snapshot=snapshot,
-        num_images=num_images,
+        num_images=num_images or encoding.NUM_IMAGES,
         images=Path(images) if images else None,
     )

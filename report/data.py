@@ -94,7 +94,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON, None in place of what is not finite."""
-        return _finite(dataclasses.asdict(dataclasses.replace(self, files=dict(self.files))))
+        return finite(dataclasses.asdict(dataclasses.replace(self, files=dict(self.files))))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
@@ -114,12 +114,12 @@ class Report:
             raise ValueError(f"not a report of this version ({error})") from error
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Replaces floats that are not finite by None, in nested dictionaries and sequences."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
+        return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

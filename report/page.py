@@ -12,7 +12,7 @@ from pathlib import Path
 import plots
 from files import write_bytes
 from metrics.metric import Metric
-from report.data import Report, read_reports
+from report.data import CheckpointInfo, DataInfo, Report, read_reports
 
 NOT_RUN = "not run"
 FLOOR_FACTOR = 3.0  # how many times the floor the Frechet distance of good samples may be
@@ -31,13 +31,15 @@ def number_text(value: float | None, stderr: float | None = None) -> str:
     return f"{value:.{digits}f} ± {stderr:.{digits}f}"
 
 
-def _metric_text(metric: Metric | None) -> str:
+def metric_text(metric: Metric | None) -> str:
+    """Writes a metric with its standard error and unit; "not run" if there is none."""
     if metric is None:
         return NOT_RUN
     return number_text(metric.value, metric.stderr) + (f" {metric.unit}" if metric.unit else "")
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Writes a table in Markdown."""
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     lines = [list(header), ["---"] * len(header), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -72,15 +74,15 @@ OTHER_METRICS = {
 
 def _main_table(report: Report) -> str:
     rows: list[Sequence[object]] = [
-        (heading, _metric_text(report.metric(name)), _metric_text(report.metric(f"{name}_test")), meaning)
+        (heading, metric_text(report.metric(name)), metric_text(report.metric(f"{name}_test")), meaning)
         for name, (heading, meaning) in SAMPLE_METRICS.items()
     ]
     rows += [
-        (heading, _metric_text(report.metric(name)), "", meaning) for name, (heading, meaning) in OTHER_METRICS.items()
+        (heading, metric_text(report.metric(name)), "", meaning) for name, (heading, meaning) in OTHER_METRICS.items()
     ]
     known = {*OTHER_METRICS, *SAMPLE_METRICS, *(f"{name}_test" for name in SAMPLE_METRICS)}
-    rows += [(m.name, _metric_text(m), "", m.note) for m in report.metrics if m.name not in known]
-    return _table(("metric", "this checkpoint", "real test images in place of samples", "what it tells"), rows)
+    rows += [(m.name, metric_text(m), "", m.note) for m in report.metrics if m.name not in known]
+    return table(("metric", "this checkpoint", "real test images in place of samples", "what it tells"), rows)
 
 
 def floor_sentence(report: Report) -> str:
@@ -136,18 +138,22 @@ def bits_sentence(report: Report) -> str:
     return f"The network {verdict} the Gaussian: the difference is {number_text(gain, uncertainty)} bits/dim{clear}."
 
 
-def _settings_table(report: Report) -> str:
-    checkpoint, data = report.checkpoint, report.data
-    rows: list[Sequence[object]] = [
+def settings_rows(checkpoint: CheckpointInfo, seed: int, data: DataInfo) -> list[Sequence[object]]:
+    """Returns the rows (setting, value) that say what was measured on which data."""
+    return [
         ("checkpoint", f"number {checkpoint.number}, step {checkpoint.step:,}"),
         ("parameters", "exponential moving average (EMA)" if checkpoint.ema else "as trained, not averaged"),
-        ("seed", report.seed),
+        ("seed", seed),
         (
             "data",
             f"{data.name}: {data.train_images:,} training and {data.test_images:,} test images, "
             f"{data.num_levels} levels",
         ),
     ]
+
+
+def _settings_table(report: Report) -> str:
+    rows = settings_rows(report.checkpoint, report.seed, report.data)
     if report.sampler is None:
         rows.append(("sampler", NOT_RUN))
     else:
@@ -158,7 +164,7 @@ def _settings_table(report: Report) -> str:
             ("samples", f"{report.sampler.num_samples:,} in {report.sampler.seconds:.1f} s"),
         ]
     rows += _feature_rows(report)
-    return _table(("setting", "value"), rows)
+    return table(("setting", "value"), rows)
 
 
 def _feature_rows(report: Report) -> list[Sequence[object]]:
@@ -176,8 +182,8 @@ def _feature_rows(report: Report) -> list[Sequence[object]]:
 
 
 def _notes_table(report: Report) -> str:
-    rows = [(m.name, _metric_text(m if m.value is not None else None), m.num_samples, m.note) for m in report.metrics]
-    return _table(("metric", "value ± standard error", "images", "how it was computed"), rows)
+    rows = [(m.name, metric_text(m if m.value is not None else None), m.num_samples, m.note) for m in report.metrics]
+    return table(("metric", "value ± standard error", "images", "how it was computed"), rows)
 
 
 def _sweep_table(reports: Sequence[Report]) -> str:
@@ -185,10 +191,10 @@ def _sweep_table(reports: Sequence[Report]) -> str:
     present = [name for name in names if any(report.metric(name) for report in reports)]
     headings = [(SAMPLE_METRICS | OTHER_METRICS)[name][0] for name in present]
     rows = [
-        (report.checkpoint.number, f"{report.checkpoint.step:,}", *(_metric_text(report.metric(n)) for n in present))
+        (report.checkpoint.number, f"{report.checkpoint.step:,}", *(metric_text(report.metric(n)) for n in present))
         for report in reports
     ]
-    return _table(("checkpoint", "step", *headings), rows)
+    return table(("checkpoint", "step", *headings), rows)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

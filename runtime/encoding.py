@@ -18,13 +18,12 @@ import distributed
 import files
 import ode
 import plots
-from checkpoints import CheckpointError, Checkpoints
 from latents import build_codec, compare_with_prior, scale_temperature, slerp
-from losses import TrainState
 from metrics.metric import Metric, make_metric, mean_metric
 from report import number_text
-from runtime import results
+from runtime import drawing, results
 from runtime import workdir as workdirs
+from runtime.drawing import Snapshot
 from runtime.experiment import Experiment
 from runtime.progress import track
 from sde_lib import VESDE
@@ -33,6 +32,7 @@ from sources.npz import load_npz
 WEIGHTS = tuple(i / 8 for i in range(9))  # places between two images
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 NUM_SHOWN = 64  # images of the picture of reconstructions
+NUM_IMAGES = 16  # without --num_images
 NUM_ROWS = 8  # rows of the other pictures
 SUMMARY_FILE = "encode.json"  # written last: where it is, the other files are those of the same run
 LATENTS_FILE = "latents.npz"
@@ -170,19 +170,19 @@ class Encoded:
     temperature: np.ndarray
     nfe: dict[str, int]
 
-    def errors(self, level_width: float) -> dict[str, Float[np.ndarray, "N"]]:
+    def errors(self, bin_width: float) -> dict[str, Float[np.ndarray, "N"]]:
         """Returns the reconstruction error of each image, by name.
 
         Args:
-          level_width: distance of two levels in the network's range.
+          bin_width: distance of two levels in the network's range.
         """
         difference = self.x_decoded.astype(np.float64) - self.x
         axes = (1, 2, 3)
         rms = np.sqrt(np.mean(difference**2, axis=axes))
         return {
             "rms": rms,
-            "rms_levels": rms / level_width,
-            "max_levels": np.abs(difference).max(axis=axes) / level_width,
+            "rms_levels": rms / bin_width,
+            "max_levels": np.abs(difference).max(axis=axes) / bin_width,
             "unchanged": (self.reconstruction == self.levels).mean(axis=axes),
         }
 
@@ -235,7 +235,7 @@ def _mean(name: str, values: Float[np.ndarray, "N"], unit: str) -> Metric:
 
 def measure(encoded: Encoded, scaler: datasets.Scaler) -> tuple[Metric, ...]:
     """Returns the reconstruction error over all images, its means with their standard errors."""
-    errors = encoded.errors(scaler.level_width)
+    errors = encoded.errors(scaler.bin_width)
     network_range = "-1..1" if scaler.centered else "0..1"
     largest = errors["max_levels"].max()
     return (
@@ -272,7 +272,7 @@ def save(folder: Path, encoded: Encoded, summary: dict[str, Any], scaler: datase
     for name in (SUMMARY_FILE, LATENTS_FILE, *PICTURES):
         (folder / name).unlink(missing_ok=True)
     fields = ("levels", "latents", "reconstruction", "interpolation", "temperature")
-    arrays = {name: getattr(encoded, name) for name in fields} | encoded.errors(scaler.level_width)
+    arrays = {name: getattr(encoded, name) for name in fields} | encoded.errors(scaler.bin_width)
     arrays |= {f"nfe_{direction}": np.asarray(nfe) for direction, nfe in encoded.nfe.items()}
     arrays |= {"weights": np.asarray(WEIGHTS), "temperatures": np.asarray(TEMPERATURES)}
     files.write_atomically(folder / LATENTS_FILE, lambda file: np.savez(file, **arrays))
@@ -282,21 +282,6 @@ def save(folder: Path, encoded: Encoded, summary: dict[str, Any], scaler: datase
 
 
 # --- the mode --------------------------------------------------------------------------------------------------------
-
-
-def _restore(checkpoints: Checkpoints, snapshot: int) -> tuple[int, TrainState]:
-    """Restores one snapshot, or for 0 the newest, and returns its number with it."""
-    numbers = checkpoints.numbers()
-    if not numbers:
-        raise CheckpointError(f"{checkpoints.directory} holds no checkpoint; train first, or give another --workdir")
-    if snapshot and snapshot not in numbers:
-        listed = ", ".join(map(str, numbers))
-        raise CheckpointError(
-            f"checkpoint {snapshot} is not in {checkpoints.directory}; present: {listed}; ask for one of these, or "
-            "for 0, the newest"
-        )
-    number = snapshot or numbers[-1]
-    return number, checkpoints.restore_snapshot(number)
 
 
 def _describe_flow(experiment: Experiment) -> None:
@@ -333,12 +318,12 @@ def _log(summary: dict[str, Any], folder: Path) -> None:
     logging.info("pictures, %s and %s are in %s", LATENTS_FILE, SUMMARY_FILE, folder)
 
 
-def _summarize(experiment: Experiment, encoded: Encoded, number: int, step: int, source: str) -> dict[str, Any]:
+def _summarize(experiment: Experiment, encoded: Encoded, snapshot: Snapshot, source: str) -> dict[str, Any]:
     """Returns what encode.json holds."""
     config, sde = experiment.config, experiment.sde
     comparisons = compare_with_prior(encoded.latents, float(sde.prior_std))
     return {
-        "checkpoint": {"number": number, "step": step, "ema": True},
+        "checkpoint": {"number": snapshot.number, "step": snapshot.step, "ema": True},
         "images": {"source": source, "count": len(encoded.levels), "sha256": files.content_hash(encoded.levels)},
         "solver": {"eps": sde.sampling_eps, "rtol": config.sampling.rtol, "atol": config.sampling.atol},
         "nfe": encoded.nfe,
@@ -373,18 +358,18 @@ def encode_images(
     distributed.check_batch_size("eval.batch_size", experiment.config.eval.batch_size)
     build_codec(experiment.config, experiment.sde)  # its checks, before anything is read
     levels, source = load_images(experiment, num_images, images)
-    template = experiment.state_template()
-    freq = experiment.config.training.snapshot_freq
-    with Checkpoints(workdir, snapshot_freq=freq, template=template, read_only=True) as checkpoints:
-        number, state = _restore(checkpoints, snapshot)
+    restored = drawing.restore(experiment, workdir, snapshot)
+    open_folder = functools.partial(
+        results.open_folder, folder, experiment.config, SETTINGS, restored.params, flag="--output"
+    )
     if (folder / results.SETTINGS_FILE).exists():  # to be refused before the work; made after it
-        results.open_folder(folder, experiment.config, SETTINGS, state.params_ema)
+        open_folder()
     _describe_flow(experiment)
-    encoded = encode_and_decode(experiment, distributed.replicate(state.params_ema), levels)
-    summary = _summarize(experiment, encoded, number, int(state.step), source)
+    encoded = encode_and_decode(experiment, distributed.replicate(restored.params), levels)
+    summary = _summarize(experiment, encoded, restored, source)
     if not len(encoded.interpolation):
         logging.info("one image alone: there is nothing to interpolate to, and no interpolation.png")
-    results.open_folder(folder, experiment.config, SETTINGS, state.params_ema)
+    open_folder()
     if distributed.is_main_process():
         save(folder, encoded, summary, experiment.scaler)
         _log(summary, folder)

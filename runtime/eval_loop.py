@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,15 @@ import plots
 from checkpoints import Checkpoints
 from dequantization import PROTOCOLS
 from evaluation import gaussian_bits_per_dim, sample_metrics
-from files import content_hash
 from losses import TrainState
-from metrics import features
 from metrics.metric import Metric, mean_metric
-from report import (
-    CheckpointInfo,
-    DataInfo,
-    FeatureInfo,
-    ReferenceInfo,
-    Report,
-    SamplerInfo,
-    number_text,
-    save_report,
-    write_report,
-)
+from report import CheckpointInfo, DataInfo, Report, SamplerInfo, number_text, save_report, write_report
 from runtime import results
-from runtime.experiment import Experiment, build_bpd_program, build_loss_program, build_sampling_program
+from runtime.drawing import NUM_SHOWN, draw_samples
+from runtime.experiment import Experiment, SamplingProgram, build_bpd_program, build_loss_program
 from runtime.progress import track
+from runtime.real_features import RealFeatures, every_image
 
-NUM_SHOWN = 100  # samples in the picture
 # Results in a folder are used again only if all of these, and the parameters, are what they were.
 SETTINGS = (
     "seed",
@@ -70,10 +58,6 @@ def check_evaluation(config: ConfigDict) -> None:
             f"eval.begin_ckpt={config.eval.begin_ckpt} is after eval.end_ckpt={config.eval.end_ckpt}; swap them"
         )
     distributed.check_batch_size("eval.batch_size", config.eval.batch_size)
-
-
-def _every_image(source: datasets.Source) -> np.ndarray:
-    return source.images(np.arange(len(source)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +90,7 @@ class Evaluator:
     def gaussian(self) -> Metric:
         """bits/dim of the best Gaussian on the same split, which no checkpoint changes."""
         num_levels = self.experiment.scaler.num_levels
-        return gaussian_bits_per_dim(_every_image(self.train), _every_image(self.bpd_split), num_levels)
+        return gaussian_bits_per_dim(every_image(self.train), every_image(self.bpd_split), num_levels)
 
     @functools.cached_property
     def loss(self) -> Callable[..., np.ndarray]:
@@ -114,9 +98,9 @@ class Evaluator:
         return build_loss_program(self.experiment)
 
     @functools.cached_property
-    def draw(self) -> Callable[..., tuple[np.ndarray, int]]:
+    def draw(self) -> SamplingProgram:
         """Program of the sampler."""
-        return build_sampling_program(self.experiment, self.config.eval.batch_size)
+        return SamplingProgram(self.experiment, self.config.eval.batch_size)
 
     @functools.cached_property
     def bpd(self) -> Callable[..., dict[str, np.ndarray]]:
@@ -139,30 +123,6 @@ def measure_loss(evaluator: Evaluator, params: Any, folder: Path) -> np.ndarray:
         return {"loss": np.concatenate(losses)}
 
     return results.cached(folder / "loss.npz", compute)["loss"]
-
-
-def draw_samples(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, Any]:
-    """Draws exactly eval.num_samples samples.
-
-    Returns:
-      {"samples": levels uint8[N, H, W, C], "nfe": network evaluations of a sample, "seconds": of all rounds}.
-    """
-    size, wanted = evaluator.config.eval.batch_size, evaluator.config.eval.num_samples
-
-    def compute(index: int) -> dict[str, Any]:
-        start = time.monotonic()
-        levels, nfe = evaluator.draw(params, np.arange(index * size, (index + 1) * size))
-        return {"samples": levels, "nfe": nfe, "seconds": time.monotonic() - start}
-
-    rounds = [
-        results.cached(folder / f"samples_{index}.npz", functools.partial(compute, index))
-        for index in track(range(-(-wanted // size)), "samples")
-    ]
-    return {
-        "samples": np.concatenate([r["samples"] for r in rounds])[:wanted],
-        "nfe": int(rounds[0]["nfe"]),
-        "seconds": float(sum(r["seconds"] for r in rounds)),
-    }
 
 
 def measure_bpd(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, np.ndarray]:
@@ -195,58 +155,22 @@ def measure_bpd(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, np
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class RealFeatures:
-    """Features of the real images, computed once for a sweep.
-
-    Attributes:
-      extractor: what computes them.
-      train: features float[N, D] of the training split.
-      test: (features, logits) of the test split.
-    """
-
-    extractor: features.Extractor
-    train: np.ndarray
-    test: tuple[np.ndarray, np.ndarray]
-
-    @classmethod
-    def compute(cls, evaluator: Evaluator, workdir: Path) -> RealFeatures:
-        """Builds the extractor, or reads it from the workdir, and applies it to both splits."""
-        train, test = evaluator.train, evaluator.test
-        if not train.num_classes:
-            raise ValueError(
-                f"data.dataset={evaluator.config.data.dataset!r} has no labels to train a feature extractor on; "
-                "set eval.enable_sampling=False"
-            )
-        train_levels, test_levels = _every_image(train), _every_image(test)
-        extractor = features.build_feature_extractor(
-            train_levels,
-            train.labels(np.arange(len(train))),
-            test_levels,
-            test.labels(np.arange(len(test))),
-            num_levels=train.num_levels,
-            folder=workdir / "features",
-            seed=evaluator.config.seed,
-        )
-        return cls(extractor, extractor(train_levels)[0], extractor(test_levels))
-
-
 def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, folder: Path) -> dict[str, Any]:
     """Draws samples and measures them; returns the report's fields about them."""
-    drawn = draw_samples(evaluator, params, folder)
-    levels, extractor = drawn["samples"], real.extractor
+    drawn = draw_samples(evaluator.draw, params, folder, evaluator.config.eval.num_samples)
+    levels = drawn.levels
     num_levels = evaluator.experiment.scaler.num_levels
     shown = levels[:NUM_SHOWN], evaluator.train.images(np.arange(min(NUM_SHOWN, len(evaluator.train))))
     if distributed.is_main_process():
         plots.save_png(folder / "samples.png", plots.grid_of_levels(shown[0], num_levels))
         plots.save_png(folder / "samples_beside_real.png", plots.samples_beside_real(*shown, num_levels))
     return {
-        "metrics": sample_metrics(extractor(levels), train=real.train, test=real.test),
+        "metrics": sample_metrics(real.extractor(levels), train=real.train, test=real.test),
         "sampler": SamplerInfo(
-            evaluator.experiment.sampler_settings(), drawn["nfe"], drawn["seconds"], num_samples=len(levels)
+            evaluator.experiment.sampler_settings(), drawn.nfe, drawn.seconds, num_samples=len(levels)
         ),
-        "features": FeatureInfo(extractor.name, extractor.hash, extractor.accuracy),
-        "reference": ReferenceInfo("train", len(real.train), content_hash(real.train)),
+        "features": real.feature_info,
+        "reference": real.reference_info,
         "files": {"grid": f"{folder.name}/samples.png", "real": f"{folder.name}/samples_beside_real.png"},
     }
 
@@ -294,7 +218,7 @@ def evaluate_checkpoint(
 ) -> Report:
     """Measures what the configuration enables of one checkpoint, using what is on disk already."""
     config, of_checkpoint = evaluator.config, folder / f"ckpt_{number}"
-    results.open_folder(of_checkpoint, config, SETTINGS, state.params_ema)
+    results.open_folder(of_checkpoint, config, SETTINGS, state.params_ema, flag="--eval_folder")
     params = distributed.replicate(state.params_ema)
     fields: dict[str, Any] = _sampling_part(evaluator, params, real, of_checkpoint) if real else {"metrics": ()}
     if config.eval.enable_bpd:
@@ -317,7 +241,11 @@ def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) ->
     ) as checkpoints:
         if not config.eval.wait_seconds:
             checkpoints.require(numbers)
-        real = RealFeatures.compute(evaluator, workdir) if config.eval.enable_sampling else None
+        real = (
+            RealFeatures.compute(config, evaluator.train, evaluator.test, workdir)
+            if config.eval.enable_sampling
+            else None
+        )
         for number in numbers:
             state = checkpoints.restore_snapshot(number, wait_seconds=config.eval.wait_seconds)
             report = evaluate_checkpoint(evaluator, state, number, real, folder)

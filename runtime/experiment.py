@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -194,30 +195,62 @@ def build_loss_program(experiment: Experiment) -> Callable[[Any, np.ndarray, np.
     return evaluate
 
 
-def build_sampling_program(
-    experiment: Experiment, batch_size: int, purpose: str = "sample"
-) -> Callable[[Any, np.ndarray], tuple[np.ndarray, int]]:
-    """Compiles the sampler: (replicated params, sample indices int[batch_size]) -> (levels uint8[B, H, W, C], nfe).
+class SamplingProgram:
+    """The sampler as one compiled program: (replicated params, sample indices int[batch_size]) -> (levels, nfe).
 
     Sample i follows from (seed, i) alone, whatever the batch or the device (but for a corrector whose step size is a
-    batch mean).
+    batch mean). It compiles at its first call, or before in `compile`, so that drawing can be timed by itself.
+
+    Args:
+      experiment: its configuration says which sampler.
+      batch_size: samples of a call, over all devices.
+      purpose: whose key the samples derive theirs from, one of `PURPOSES`.
+
+    Attributes:
+      batch_size: as given.
+      compile_seconds: what compiling took; None as long as it has not been done.
     """
-    shape = (batch_size // distributed.device_count(), *experiment.image_shape)
-    sampler = build_sampler(experiment.config, experiment.sde, shape)
-    smooth = experiment.config.sampling.method == "ode"
 
-    def sample(key: PRNGKeyArray, params: Any) -> tuple[Array, Array, Array]:
-        x, nfe = sampler(key, experiment.score_fn(params, smooth=smooth))
-        return experiment.scaler.to_levels(x), nfe, x.sum(axis=(1, 2, 3))
+    def __init__(self, experiment: Experiment, batch_size: int, purpose: str = "sample"):
+        shape = (batch_size // distributed.device_count(), *experiment.image_shape)
+        sampler = build_sampler(experiment.config, experiment.sde, shape)
+        smooth = experiment.config.sampling.method != "pc"  # every other one steps between the levels of training
 
-    program = distributed.pmap(sample)
+        def sample(key: PRNGKeyArray, params: Any) -> tuple[Array, Array, Array]:
+            x, nfe = sampler(key, experiment.score_fn(params, smooth=smooth))
+            return experiment.scaler.to_levels(x), nfe, x.sum(axis=(1, 2, 3))
 
-    def draw(params: Any, indices: np.ndarray) -> tuple[np.ndarray, int]:
-        levels, nfe, sums = program(_device_keys(experiment.keys[purpose], indices), params)
+        self.batch_size = batch_size
+        self.compile_seconds: float | None = None
+        self._key = experiment.keys[purpose]
+        self._mapped = distributed.pmap(sample)
+        self._compiled: Callable[..., Any] | None = None
+
+    def compile(self, params: Any) -> Callable[..., Any]:
+        """Compiles the program if that has not been done, and returns it."""
+        if self._compiled is None:
+            start = time.monotonic()
+            keys = _device_keys(self._key, np.arange(self.batch_size))
+            self._compiled = self._mapped.lower(keys, params).compile()
+            self.compile_seconds = time.monotonic() - start
+        return self._compiled
+
+    def __call__(self, params: Any, indices: np.ndarray) -> tuple[np.ndarray, int]:
+        """Draws the samples of these indices.
+
+        Args:
+          params: of the network, replicated.
+          indices: int[batch_size].
+
+        Returns:
+          Levels, uint8[batch_size, H, W, C], and the largest number of network evaluations of any device.
+
+        Raises:
+          SolverError: if a sample is NaN.
+        """
+        levels, nfe, sums = self.compile(params)(_device_keys(self._key, indices), params)
         ode.require_solved(distributed.gather(sums), "samples")  # levels cannot be NaN
-        return distributed.gather(levels), int(np.max(np.asarray(nfe.addressable_data(0))))
-
-    return draw
+        return distributed.gather(levels), int(distributed.gather(nfe).max())
 
 
 def build_bpd_program(

@@ -21,22 +21,37 @@ from runtime import workdir as workdirs
 from runtime.workdir import WorkdirError
 
 SETTINGS_FILE = "settings.json"
+FACTS = "facts"  # key of settings.json under which the results are described; no setting
 
 
-def cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Returns the arrays of an .npz file, computing and writing it, whole or not at all, if it is not there."""
+def cached(
+    path: Path,
+    compute: Callable[[], dict[str, Any]],
+    *,
+    is_enough: Callable[[dict[str, np.ndarray]], bool] = lambda stored: True,
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz file, computing and writing it, whole or not at all, if it is not there.
+
+    Args:
+      path: of the file.
+      compute: returns the arrays.
+      is_enough: whether the arrays of a file that is there will do.
+    """
     if path.exists():
         try:
-            return files.read_npz(path)
+            stored = files.read_npz(path)
         except ValueError as error:
             logging.warning("%s; computing it again", error)
+        else:
+            if is_enough(stored):
+                return stored
     arrays = compute()
     if distributed.is_main_process():
         files.write_atomically(path, lambda file: np.savez(file, **arrays))
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
-def open_folder(folder: Path, config: ConfigDict, names: tuple[str, ...], params: Any) -> None:
+def open_folder(folder: Path, config: ConfigDict, names: tuple[str, ...], params: Any, *, flag: str) -> None:
     """Makes a folder of results, or checks that what it holds was made with the same settings and parameters.
 
     Args:
@@ -44,6 +59,7 @@ def open_folder(folder: Path, config: ConfigDict, names: tuple[str, ...], params
       config: experiment configuration.
       names: beginnings of the keys that the results depend on.
       params: of the network, numpy arrays.
+      flag: of the command line that names the folder, for the message.
 
     Raises:
       WorkdirError: naming what differs.
@@ -56,10 +72,17 @@ def open_folder(folder: Path, config: ConfigDict, names: tuple[str, ...], params
             files.write_json(path, given)
         return
     stored = json.loads(path.read_text())
+    stored.pop(FACTS, None)
     differing = [key for key in sorted(stored.keys() | given.keys()) if stored.get(key) != given.get(key)]
     if differing:
         listed = "; ".join(f"{key}: {stored.get(key)!r} there, {given.get(key)!r} now" for key in differing)
-        raise WorkdirError(f"{folder} holds results of other settings ({listed}); choose a new --eval_folder")
+        raise WorkdirError(f"{folder} holds results of other settings ({listed}); choose a new {flag}")
+
+
+def record_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Adds to the settings.json of an opened folder what is to be known of its results, in the place of what was."""
+    path = folder / SETTINGS_FILE
+    files.write_json(path, json.loads(path.read_text()) | {FACTS: facts})
 
 
 def batches(source: datasets.Source, batch_size: int) -> Iterator[tuple[int, np.ndarray, int]]:

@@ -19,12 +19,7 @@ import files
 import plots
 from checkpoints import Checkpoints
 from losses import TrainState
-from runtime.experiment import (
-    Experiment,
-    build_loss_program,
-    build_sampling_program,
-    build_train_program,
-)
+from runtime.experiment import Experiment, SamplingProgram, build_loss_program, build_train_program
 from runtime.progress import TrainingProgress
 
 FREQUENCIES = ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption")
@@ -125,7 +120,7 @@ def build_trainer(experiment: Experiment, workdir: str | Path) -> Trainer:
         test=datasets.build_source(experiment.config, "test"),
         train_steps=build_train_program(experiment),
         eval_loss=build_loss_program(experiment),
-        draw_samples=build_sampling_program(experiment, _grid_size(experiment.config), purpose="grid"),
+        draw_samples=SamplingProgram(experiment, _grid_size(experiment.config), purpose="grid"),
     )
 
 

@@ -37,7 +37,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def _commit() -> str:
+def commit() -> str:
     """Returns the git commit of this code, marked if there are uncommitted changes; "unknown" outside a checkout."""
     root = Path(__file__).parent
     try:
@@ -47,7 +47,8 @@ def _commit() -> str:
         return "unknown"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that a number may depend on."""
     return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
@@ -97,6 +98,18 @@ def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
         raise WorkdirError(f"--workdir={workdir} holds another experiment ({listed}); choose a new --workdir")
 
 
+def output_folder(workdir: str | Path, output: str) -> Path:
+    """Returns the folder that --output names.
+
+    Raises:
+      ValueError: if it is not inside the workdir.
+    """
+    folder = Path(workdir) / output
+    if not folder.resolve().is_relative_to(Path(workdir).resolve()):
+        raise ValueError(f"--output={output} is outside --workdir={workdir}; give the name of a folder inside it")
+    return folder
+
+
 def record_config(workdir: str | Path, config: ConfigDict) -> None:
     """Writes config.json: the exact configuration, the versions of the packages and the commit of this code."""
     given = flatten(config)
@@ -105,4 +118,4 @@ def record_config(workdir: str | Path, config: ConfigDict) -> None:
         stored = json.loads(path.read_text())["config"]
         for key in sorted(key for key in given if stored.get(key) != given[key]):
             logging.info("%s changes from %s to %s", key, stored.get(key), given[key])
-    write_json(path, {"config": given, "versions": _versions(), "commit": _commit()})
+    write_json(path, {"config": given, "versions": versions(), "commit": commit()})

@@ -19,6 +19,28 @@ SAFETY = 0.9  # theta there
 EXPONENT = 0.9  # r there
 
 
+def integrate_flow(
+    score_fn: ScoreFn,
+    x: Float[Array, "B ..."],
+    *,
+    sde: SDE,
+    t0: float,
+    t1: float,
+    rtol: float,
+    atol: float,
+    step_control: str = "sample",
+) -> ode.Solution:
+    """Integrates the probability-flow ODE (Song et al. 2021, Eq. 13) from t0 to t1; see `ode.integrate`."""
+    flow = sde.reverse(score_fn, probability_flow=True)
+
+    def drift(t: Float[Array, "B"], y: Float[Array, "B F"]) -> Float[Array, "B F"]:
+        return flow.sde(y.reshape(x.shape), t)[0].reshape(y.shape)
+
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    solution = ode.integrate(drift, flat, t0=t0, t1=t1, rtol=rtol, atol=atol, step_control=step_control)
+    return ode.Solution(solution.y.reshape(x.shape), solution.nfe)
+
+
 def sample_ode(
     key: PRNGKeyArray,
     score_fn: ScoreFn,
@@ -35,21 +57,13 @@ def sample_ode(
     """Integrates the probability-flow ODE (Eq. 13) from T to eps with Dormand and Prince's method."""
     refuse_transform("ode", transform)
     _, x = prepare(key, x_init, sde, shape)
-    flow = sde.reverse(score_fn, probability_flow=True)
-
-    def drift(t: Float[Array, "B"], y: Float[Array, "B F"]) -> Float[Array, "B F"]:
-        return flow.sde(y.reshape(shape), t)[0].reshape(y.shape)
-
-    flat = x.reshape(shape[0], math.prod(shape[1:]))
-    solution = ode.integrate(
-        drift, flat, t0=sde.T, t1=sde.sampling_eps, rtol=rtol, atol=atol, step_control=step_control
-    )
-    x = solution.y.reshape(shape)
+    t0, t1 = sde.T, sde.sampling_eps
+    x, nfe = integrate_flow(score_fn, x, sde=sde, t0=t0, t1=t1, rtol=rtol, atol=atol, step_control=step_control)
     if not noise_removal:
-        return x, solution.nfe
+        return x, nfe
     # As the original: one reverse-diffusion step without its noise.
     denoised = x - sde.reverse(score_fn).discretize(x, jnp.full(shape[:1], sde.sampling_eps))[0]
-    return denoised, solution.nfe + 1
+    return denoised, nfe + 1
 
 
 class _State(NamedTuple):

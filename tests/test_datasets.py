@@ -89,10 +89,10 @@ def test_the_middle_of_a_level_is_half_a_level_from_the_next(centered, dequantiz
     levels = jnp.arange(num_levels, dtype=jnp.uint8).reshape(1, num_levels, 1, 1)
     x = scaler.middle(levels)
     assert x.dtype == jnp.float32
-    np.testing.assert_allclose(np.diff(x.ravel()), scaler.level_width, rtol=1e-4)
+    np.testing.assert_allclose(np.diff(x.ravel()), scaler.bin_width, rtol=1e-4)
     for shift in (-0.49, 0.0, 0.49):
-        np.testing.assert_array_equal(scaler.to_levels(x + shift * scaler.level_width), levels)
-    margin = scaler.level_width / 2 if dequantize else 0.0
+        np.testing.assert_array_equal(scaler.to_levels(x + shift * scaler.bin_width), levels)
+    margin = scaler.bin_width / 2 if dequantize else 0.0
     assert float(x.min()) == pytest.approx((-1.0 if centered else 0.0) + margin)
     assert float(x.max()) == pytest.approx(1.0 - margin)
 

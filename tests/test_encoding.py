@@ -241,7 +241,11 @@ def test_a_file_of_other_images_is_refused(workdir, tmp_path, arrays, message):
         ({"num_images": 298}, ValueError, "num_images=298, but the test split of digits has 297 images; ask for at"),
         ({"sampling__atol": 0.0}, ValueError, "sampling.atol=0.0: expected a positive number"),
         ({"eval__batch_size": 0}, ValueError, "eval.batch_size=0; expected 1 or more"),
-        ({"snapshot": 7}, CheckpointError, "checkpoint 7 is not in .*; present: 1, 2; ask for one of these, or for 0"),
+        (
+            {"snapshot": 7},
+            CheckpointError,
+            "checkpoint 7 is not in .*; present: 1, 2; set --snapshot to one of these, or to 0",
+        ),
         ({"snapshot": -1}, CheckpointError, "checkpoint -1 is not in"),
         ({"images": "/dev/shm/none.npz"}, FileNotFoundError, "/dev/shm/none.npz"),
     ],
@@ -254,7 +258,7 @@ def test_a_mistake_is_named_before_the_work(workdir, monkeypatch, options, error
 
 
 def test_a_workdir_without_checkpoints_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no checkpoint; train first, or give another --workdir"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint; train until one is written"):
         encode(tmp_path, "none")
 
 

@@ -95,9 +95,9 @@ def test_the_report_counts_every_image_once(unbroken):
 def test_an_interrupted_evaluation_goes_on_where_it_was(unbroken, tmp_path):
     """Results that are there are used, the others are computed again, and the numbers are the same."""
     folder = unbroken / "eval" / "ckpt_2"
-    before, kept = report(unbroken)[0], folder / "samples_0.npz"
+    before, kept = report(unbroken)[0], folder / "samples_from_0.npz"
     modified = kept.stat().st_mtime_ns
-    for name in ("samples_1.npz", "bpd_0_1.npz", "loss.npz"):
+    for name in ("samples_from_152.npz", "bpd_0_1.npz", "loss.npz"):
         (folder / name).unlink()
     (unbroken / "eval" / "report_2.json").unlink()
     succeed(tiny.command("eval", unbroken, eval__begin_ckpt=2))
@@ -167,7 +167,8 @@ def test_four_devices_give_the_same_numbers(unbroken, tmp_path):
     for name in ("bits_per_dim", "bits_per_dim_bound", "loss"):
         assert metrics_one[name]["value"] == pytest.approx(metrics_four[name]["value"], rel=1e-3)
     levels = [
-        np.load(folder / "eval" / "ckpt_2" / "samples_0.npz")["samples"].astype(int) for folder in (unbroken, tmp_path)
+        np.load(folder / "eval" / "ckpt_2" / "samples_from_0.npz")["samples"].astype(int)
+        for folder in (unbroken, tmp_path)
     ]
     assert np.abs(levels[0] - levels[1]).max() <= 1  # a value on the edge of a level may round either way
     assert (levels[0] == levels[1]).mean() > 0.99

@@ -1,12 +1,16 @@
 """The command line: one sentence for each mistake, within seconds and before anything is compiled."""
 
+import contextlib
+import inspect
 import sys
 import time
 
 import pytest
 import tiny
+from absl.testing import flagsaver
 
 import main
+from runtime import command_line
 
 SECONDS = 30  # a bound for a busy machine; imports take most of it
 
@@ -47,3 +51,35 @@ def test_the_compilation_cache_is_on(monkeypatch, tmp_path):
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache/score_sde/xla")
     jax.config.update("jax_compilation_cache_dir", before)
     assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("name", main.MODES)
+def test_the_flags_of_a_mode_are_arguments_of_its_function(name):
+    mode = main.MODES[name]
+    assert {"config", "workdir", *mode.flags} == set(inspect.signature(mode.run).parameters)
+    assert set(mode.needed) <= set(mode.flags) <= set(command_line.OF_MODES)
+
+
+def test_every_flag_belongs_to_a_mode():
+    assert {flag for mode in main.MODES.values() for flag in mode.flags} == set(command_line.OF_MODES)
+    assert set(main.FLAGS["mode"].parser.enum_values) == set(main.MODES)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # which ml_collections calls
+@pytest.mark.parametrize(
+    ("mode", "flags", "message"),
+    [
+        ("eval", ["--output=x"], "--mode eval does not take --output; its flags: --eval_folder"),
+        ("train", ["--png"], "--mode train does not take --png; its flags: none of its own"),
+        ("sample", ["--samplers=ode"], "--mode sample does not take --samplers; its flags: --output, --snapshot, "),
+        ("export", [], "--mode export needs --checkpoint FILE"),
+        ("train", ["--eval_folder=eval"], ""),
+        ("sample", ["--output=x", "--snapshot=0", "--png", "--num_images=3"], ""),
+    ],
+)
+def test_flags_that_a_mode_does_not_take_are_refused(mode, flags, message):
+    with flagsaver.flagsaver():
+        command_line.parse_flags(["main.py", *tiny.command(mode, "w")[2:6], "--workdir=w", f"--mode={mode}", *flags])
+        refused = contextlib.nullcontext() if not message else pytest.raises(ValueError, match=message)
+        with refused:
+            command_line.check_flags(mode, main.MODES[mode])

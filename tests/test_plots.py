@@ -161,3 +161,69 @@ class TestMetricFigure:
     def test_needs_a_value(self):
         with pytest.raises(ValueError, match="no checkpoint has a value of FD; evaluate with that metric enabled"):
             plots.metric_figure([1], [None], [None], label="FD")
+
+
+CURVES = {
+    "fast": [
+        {"nfe": 10, "seconds": 1.0, "fd": (2.0, 0.5), "kid": (0.02, 0.01)},
+        {"nfe": 20, "seconds": 2.5, "fd": (1.0, None), "kid": (-0.01, 0.01)},
+    ],
+    "slow": [{"nfe": 300, "seconds": 40.0, "fd": (0.5, 0.1), "kid": (None, None)}],
+}
+
+
+class TestTradeoffFigure:
+    def draw(self, curves=None):
+        figure = plots.tradeoff_figure(
+            CURVES if curves is None else curves,
+            costs={"nfe": "evaluations", "seconds": "time"},
+            qualities={"fd": "FD", "kid": "KID"},
+            floors={"fd": (0.4, 0.2), "kid": (0.001, 0.004)},
+            floor_label="floor",
+        )
+        return np.array(figure.axes).reshape(2, 2)
+
+    def test_shows_each_quality_against_each_cost(self):
+        for panels, quality in zip(self.draw(), ("fd", "kid"), strict=True):
+            for axes, cost in zip(panels, ("nfe", "seconds"), strict=True):
+                for container in axes.containers:
+                    points = [
+                        (point[cost], *point[quality])
+                        for point in CURVES[container.get_label()]
+                        if point[quality][0] is not None
+                    ]
+                    line, _, (bars,) = container.lines
+                    assert line.get_xydata().tolist() == [[x, y] for x, y, _ in points]
+                    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+                    expected = [[y - (stderr or 0), y + (stderr or 0)] for _, y, stderr in points]
+                    np.testing.assert_allclose(ends, expected)
+        assert [len(axes.containers) for axes in self.draw().flat] == [2, 2, 1, 1]
+
+    def test_floors_are_dashed_lines_and_scales_fit_the_values(self):
+        (fd, fd_time), (kid, kid_time) = self.draw()
+        for axes, floor in ((fd, 0.4), (fd_time, 0.4), (kid, 0.001), (kid_time, 0.001)):
+            [line] = [line for line in axes.lines if line.get_linestyle() == "--"]
+            assert set(line.get_ydata()) == {floor}
+            assert axes.get_xscale() == "log"
+        assert (fd.get_yscale(), kid.get_yscale()) == ("log", "symlog")  # KID may be negative
+        assert (fd.get_ylabel(), kid.get_ylabel()) == ("FD", "KID")
+        assert (kid.get_xlabel(), kid_time.get_xlabel()) == ("evaluations", "time")
+        assert [text.get_text() for text in fd.figure.legends[0].get_texts()] == ["floor", "fast", "slow"]
+
+    def test_a_curve_keeps_its_look_in_every_panel_and_differs_from_the_others(self):
+        many = {f"sampler {index}": CURVES["fast"] for index in range(14)}
+        looks = [
+            [(line.get_color(), line.get_marker(), line.get_linestyle()) for line, _, _ in axes.containers]
+            for axes in self.draw(many).flat
+        ]
+        assert looks[0] == looks[1] == looks[2] == looks[3]
+        assert len(set(looks[0])) == 14
+
+    def test_one_point_has_room_around_it(self):
+        axes = self.draw({"one": [{"nfe": 100, "seconds": 10.0, "fd": (1.0, 0.1), "kid": (0.1, 0.01)}]})[0, 0]
+        assert axes.get_xlim() == (80, 125)
+        assert plots.figure_bytes(axes.figure)
+
+    def test_needs_a_point(self):
+        with pytest.raises(ValueError, match="there is no point to draw"):
+            self.draw({"fast": []})

@@ -1,0 +1,81 @@
+"""The flags of main.py: what each means, which mode takes it, and how mistakes in them are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+FLAGS = flags.FLAGS
+EXIT_BAD_FLAG = 2
+# Flags that only some modes take.
+OF_MODES = ("checkpoint", "dry_run", "eval_folder", "images", "num_images", "output", "png", "samplers", "snapshot")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A value of --mode.
+
+    Attributes:
+      run: what it does; called with `config`, `workdir` and its flags by name. False: it failed and has said why.
+      flags: that it takes besides --config and --workdir.
+      needed: those of them that must be given.
+      ignored: that it takes and does nothing with.
+    """
+
+    run: Callable[..., Any]
+    flags: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+def define_flags(modes: Mapping[str, Mode]) -> None:
+    """Defines every flag; to be called once."""
+    config_flags.DEFINE_config_file("config", None, "Experiment; --config.group.key=value changes one value.")
+    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
+    flags.DEFINE_enum("mode", None, list(modes), "What to do; the README says what each does.")
+    flags.DEFINE_string("eval_folder", "eval", "eval: folder of the evaluation, inside the workdir.")
+    flags.DEFINE_string("checkpoint", None, "import, export: file of score_sde or score_sde_pytorch.")
+    flags.DEFINE_bool("dry_run", False, "import: print where every tensor would go, and write nothing.")
+    flags.DEFINE_string("output", "", "Folder of the results, inside the workdir; named after what is in it if empty.")
+    flags.DEFINE_integer("snapshot", 0, "Number of the checkpoint; 0: the newest.")
+    flags.DEFINE_integer(
+        "num_images",
+        0,
+        "sample: samples, 0: 64. compare_samplers: of each, 0: eval.num_samples. encode: test images, 0: 16.",
+    )
+    flags.DEFINE_string("images", "", "encode: .npz file of levels, such as samples.npz; empty: the test split.")
+    flags.DEFINE_bool("png", False, "sample: write each sample as a PNG of its own, too.")
+    flags.DEFINE_string("samplers", "", "compare_samplers: METHOD[:STEPS][:KEY=VALUE...], separated by commas.")
+    flags.mark_flags_as_required(["config", "workdir", "mode"])
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; a misspelt configuration key ends the program with the nearest right one."""
+    try:
+        return FLAGS(argv)
+    except (AttributeError, KeyError, TypeError) as error:
+        message = str(error.args[0] if error.args else error).replace("\n", " ")
+    except flags.Error as error:
+        message = str(error)
+    print(f"{argv[0]}: {message}", file=sys.stderr)
+    sys.exit(EXIT_BAD_FLAG)
+
+
+def check_flags(name: str, mode: Mode) -> None:
+    """Checks that the flags go with the mode.
+
+    Raises:
+      ValueError: naming a flag that the mode does not take, or one that it needs.
+    """
+    for flag in OF_MODES:
+        if FLAGS[flag].present and flag not in mode.flags + mode.ignored:
+            taken = ", ".join(f"--{each}" for each in mode.flags) or "none of its own"
+            raise ValueError(f"--mode {name} does not take --{flag}; its flags: {taken}")
+    for flag in mode.needed:
+        if not FLAGS[flag].value:
+            raise ValueError(f"--mode {name} needs --{flag} FILE")

@@ -1,0 +1,109 @@
+"""The mode "sample": samples of a checkpoint as files, without any data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+import checks
+import distributed
+import plots
+from runtime import drawing, results
+from runtime import workdir as workdirs
+from runtime.drawing import NUM_SHOWN, Samples, Snapshot
+from runtime.experiment import Experiment, SamplingProgram
+
+NUM_IMAGES = 64  # samples that are drawn if their number is not given
+ROUNDS = "rounds"  # sub-folder of what a killed run, and one of more samples, goes on from
+SAMPLES_FILE = "samples.npz"
+PNG_FOLDER = "png"
+
+
+def default_output(config: ConfigDict, number: int) -> str:
+    """Returns the folder of samples whose folder is not given, such as "samples/ckpt_2_pc_250"."""
+    steps = f"_{config.sampling.num_steps}" if config.sampling.num_steps else ""
+    return f"samples/ckpt_{number}_{config.sampling.method}{steps}"
+
+
+def _draw(experiment: Experiment, snapshot: Snapshot, folder: Path, num_images: int) -> Samples:
+    """Draws the samples, or reads them if they are complete."""
+
+    def compute() -> dict[str, Any]:
+        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, num_images))
+        params = distributed.replicate(snapshot.params)
+        return drawing.draw_samples(program, params, folder / ROUNDS, num_images).to_arrays()
+
+    is_complete = lambda stored: len(stored["samples"]) == num_images  # noqa: E731
+    return Samples.from_arrays(results.cached(folder / SAMPLES_FILE, compute, is_enough=is_complete))
+
+
+def _facts(experiment: Experiment, snapshot: Snapshot, samples: Samples) -> dict[str, Any]:
+    """Returns what is to be known of the samples, for programs."""
+    return {
+        "checkpoint": {"number": snapshot.number, "step": snapshot.step, "ema": True},
+        "seed": experiment.config.seed,
+        "num_images": len(samples.levels),
+        "sampler": experiment.sampler_settings(),
+        "nfe": samples.nfe,
+        "seconds": samples.seconds,
+        "compile_seconds": samples.compile_seconds,
+        "images_per_second": samples.per_second,
+        "num_levels": experiment.scaler.num_levels,
+        "machine": distributed.describe_devices(),
+    }
+
+
+def _write_pngs(folder: Path, levels: UInt8[np.ndarray, "N H W C"], num_levels: int) -> None:
+    """Writes 00000.png, 00001.png, ...; afterwards the folder holds these and none of an earlier, larger number."""
+    for index, image in enumerate(plots.levels_to_uint8(levels, num_levels)):
+        plots.save_png(folder / f"{index:05d}.png", image)
+    for path in folder.glob("*.png"):
+        if path.stem.isdecimal() and int(path.stem) >= len(levels):
+            path.unlink()
+
+
+def write_samples(
+    experiment: Experiment, workdir: Path, *, output: str, snapshot: int, num_images: int, png: bool
+) -> Path:
+    """Draws samples of a checkpoint and writes samples.npz, samples.png and settings.json.
+
+    Args:
+      experiment: that the workdir holds.
+      workdir: of the run.
+      output: folder inside the workdir; empty: named after checkpoint and sampler.
+      snapshot: number of the checkpoint; 0: the newest.
+      num_images: N; 0: `NUM_IMAGES`.
+      png: write each sample as a file of its own, too.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: if a number is negative or the folder outside the workdir.
+      CheckpointError: if there is no such checkpoint.
+      WorkdirError: if the folder holds samples of other settings.
+    """
+    config = experiment.config
+    checks.not_negative("--num_images", num_images)
+    workdirs.output_folder(workdir, output)
+    drawing.warn_of_batch(config)
+    restored = drawing.restore(experiment, workdir, snapshot)
+    folder = workdirs.output_folder(workdir, output or default_output(config, restored.number))
+    results.open_folder(folder, config, drawing.settings_of_samples(config), restored.params, flag="--output")
+    samples = _draw(experiment, restored, folder, num_images or NUM_IMAGES)
+    if distributed.is_main_process():
+        num_levels = experiment.scaler.num_levels
+        plots.save_png(folder / "samples.png", plots.grid_of_levels(samples.levels[:NUM_SHOWN], num_levels))
+        if png:
+            _write_pngs(folder / PNG_FOLDER, samples.levels, num_levels)
+        results.record_facts(folder, _facts(experiment, restored, samples))
+    logging.info(
+        "%d samples, %d network evaluations each, in %.1f s: %s",
+        *(len(samples.levels), samples.nfe, samples.seconds, folder),
+    )
+    return folder
