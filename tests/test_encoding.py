@@ -237,16 +237,16 @@ def test_a_file_of_other_images_is_refused(workdir, tmp_path, arrays, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_images": 0}, ValueError, "num_images=0; expected 1 or more"),
+        ({"num_images": -1}, ValueError, "num_images=-1; expected 1 or more"),
         ({"num_images": 298}, ValueError, "num_images=298, but the test split of digits has 297 images; ask for at"),
         ({"sampling__atol": 0.0}, ValueError, "sampling.atol=0.0: expected a positive number"),
         ({"eval__batch_size": 0}, ValueError, "eval.batch_size=0; expected 1 or more"),
         (
             {"snapshot": 7},
             CheckpointError,
-            "checkpoint 7 is not in .*; present: 1, 2; set --snapshot to one of these, or to 0",
+            "checkpoint 7 is not in .*; present: 1, 2; set --snapshot to one of",
         ),
-        ({"snapshot": -1}, CheckpointError, "checkpoint -1 is not in"),
+        ({"snapshot": -1}, ValueError, "--snapshot=-1: expected 0 or more"),
         ({"images": "/dev/shm/none.npz"}, FileNotFoundError, "/dev/shm/none.npz"),
     ],
 )
