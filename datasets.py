@@ -156,6 +156,16 @@ class Scaler:
         """Maps the network's range to [0, 1]."""
         return (x + 1.0) / 2.0 if self.centered else x
 
+    @property
+    def bin_width(self) -> float:
+        """Distance of two neighbouring levels in the network's range."""
+        return (2.0 if self.centered else 1.0) / (self.num_levels if self.dequantize else self.num_levels - 1)
+
+    def middle(self, levels: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Maps levels to the network's range without noise: to the middle of their interval, or to their point."""
+        y = levels.astype(jnp.float32)
+        return self.center((y + 0.5) / self.num_levels if self.dequantize else y / (self.num_levels - 1))
+
     def to_network(self, key: PRNGKeyArray, levels: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Maps levels to the network's range, dequantizing them uniformly if so configured.
 
@@ -163,10 +173,9 @@ class Scaler:
           key: one key, or one for each example.
           levels: integers 0 .. num_levels - 1.
         """
-        y = levels.astype(jnp.float32)
-        if self.dequantize:
-            return self.center((y + rng.uniform(key, levels.shape)) / self.num_levels)
-        return self.center(y / (self.num_levels - 1))
+        if not self.dequantize:
+            return self.middle(levels)
+        return self.center((levels.astype(jnp.float32) + rng.uniform(key, levels.shape)) / self.num_levels)
 
     def to_levels(self, x: Float[Array, "B H W C"]) -> UInt8[Array, "B H W C"]:
         """Maps samples of the network to the nearest level, clipping what lies outside the range."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,13 @@ class LikelihoodResult:
     nfe: Int[Array, ""]  # evaluations of the score, each for the whole batch
 
 
-Likelihood = Callable[[PRNGKeyArray, ScoreFn, Float[Array, "B ..."]], LikelihoodResult]
+class Likelihood(Protocol):
+    """What `build_likelihood` returns."""
+
+    def __call__(
+        self, key: PRNGKeyArray, score_fn: ScoreFn, x: Float[Array, "B ..."], log_q: Float[Array, "B"] | None = None
+    ) -> LikelihoodResult:
+        """Measures the likelihood of `x`, float[B, ...] in the network's range (see `build_likelihood`)."""
 
 
 def _probed_trace(vjp: VJP, probes: Float[Array, "B K ..."]) -> Float[Array, "B K"]:
@@ -63,6 +70,7 @@ def _log_likelihood(
     key: PRNGKeyArray,
     score_fn: ScoreFn,
     x: Float[Array, "B ..."],
+    log_q: Float[Array, "B"] | None = None,
     *,
     sde: SDE,
     draw_probes: DrawProbes | None,
@@ -86,7 +94,8 @@ def _log_likelihood(
     solution = ode.integrate(dynamics, start, t0=eps, t1=sde.T, rtol=rtol, atol=atol)
     latent = solution.y[:, :num_dims].reshape(x.shape)
     nats = sde.prior_logp(latent)[:, None] + solution.y[:, num_dims:]
-    bpd = offset - nats / (math.log(2) * num_dims)
+    in_bits = 1 / (math.log(2) * num_dims)
+    bpd = (offset if log_q is None else log_q[:, None] * in_bits) - nats * in_bits
     spread = jnp.std(bpd, axis=1) / math.sqrt(num_probes - 1) if num_probes > 1 else jnp.full(B, jnp.nan)
     return LikelihoodResult(
         nats=jnp.mean(nats, axis=1),
@@ -107,7 +116,8 @@ def build_likelihood(config: ConfigDict, sde: SDE, *, eps: float = LIKELIHOOD_EP
     adaptive integration from `eps` to T in which each example takes its own steps. Drift and divergence come from one
     evaluation of the score and `likelihood.num_probes` vector-Jacobian products of it. bpd = -log2 p(x) / D +
     log2(num_levels) + log2 |dy/dx|, y being the data in [0, 1] and x = 2 y - 1 if `data.centered`, so that x must be
-    data to which uniform noise as wide as one level was added, or the number is no bound.
+    data to which uniform noise as wide as one level was added, or the number is no bound. With `log_q`, the log-density
+    of other noise in nats and in the units of x, bpd = (log_q - log p(x)) / (D ln 2) (see dequantization.py).
 
     Args:
       config: read here: `likelihood`, `data.num_levels`, `data.centered`.
@@ -115,7 +125,8 @@ def build_likelihood(config: ConfigDict, sde: SDE, *, eps: float = LIKELIHOOD_EP
       eps: time at which the integration starts.
 
     Returns:
-      f, of `key`, one key or one for each example; `score_fn`, any function; `x`, float[B, ...] in the network's range.
+      f, of `key`, one key or one for each example; `score_fn`, any function; `x`, float[B, ...] in the network's range;
+      and `log_q`, float[B] or None.
 
     Raises:
       ValueError: if the trace's name is unknown or a number out of range.

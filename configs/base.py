@@ -121,6 +121,8 @@ def _sampling() -> ConfigDict:
 def _likelihood() -> ConfigDict:
     return ConfigDict(
         {
+            "dequantization": "uniform",  # noise in the levels: "uniform", "truncated_normal" or "none" (then no bound)
+            "bound_num_times": 0,  # network evaluations of the variational bound of an image, even; 0: no bound
             "trace": "rademacher",  # divergence: "rademacher" or "gaussian" probes, or "exact"
             "num_probes": 1,  # probes of an image; the standard error needs two or more
             "rtol": 1e-5,  # relative tolerance of the ODE solver

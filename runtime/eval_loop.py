@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import distributed
 import ode
 import plots
 from checkpoints import Checkpoints
+from dequantization import PROTOCOLS
 from evaluation import gaussian_bits_per_dim, sample_metrics
 from files import content_hash
 from losses import TrainState
@@ -165,7 +167,7 @@ def measure_bpd(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, np
     """Measures bits/dim of every image of the split, the last partial batch included.
 
     Returns:
-      {"bpd": float[draws, N], "stderr": of the trace estimate float[draws, N], "nfe": float[draws, N]}.
+      The arrays of `build_bpd_program`, float[draws, N] each.
     """
     config = evaluator.config
     source = evaluator.bpd_split
@@ -184,7 +186,7 @@ def measure_bpd(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, np
         results.cached(folder / f"bpd_{draw}_{index}.npz", functools.partial(compute, draw, indices, count))
         for draw, index, indices, count in track(rounds, "bits/dim")
     ]
-    joined = {name: np.concatenate([result[name] for result in of_rounds]) for name in ("bpd", "stderr", "nfe")}
+    joined = {name: np.concatenate([result[name] for result in of_rounds]) for name in of_rounds[0]}
     return {name: array.reshape(config.eval.bpd_num_draws, len(source)) for name, array in joined.items()}
 
 
@@ -247,17 +249,44 @@ def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, folder
     }
 
 
+def _mean_over_draws(name: str, values: np.ndarray, stderr: np.ndarray, *, note: str, probes: str) -> Metric:
+    """Returns the data-set mean of bits/dim float[draws, N], and says in the note how well each image's is known.
+
+    Every draw has noise and probes of its own: the spread of an image over its draws contains that over its probes.
+    One draw shows only the latter, `stderr`. Likewise the spread over the images contains all of theirs. `probes` names
+    in the note what the estimate of one draw is made of.
+    """
+    draws = len(values)
+    own = values.std(axis=0, ddof=1) / math.sqrt(draws) if draws > 1 else stderr[0]
+    if np.isfinite(own).all() and own.any():
+        over = f"draws and {probes}" if draws > 1 else f"{probes} alone"
+        note += f"; an image's own standard error over its {over} is {own.mean():.2g} on average"
+    return mean_metric(name, values.mean(axis=0), unit="bits/dim", note=note)
+
+
 def _bpd_metrics(evaluator: Evaluator, params: Any, folder: Path) -> tuple[Metric, ...]:
     config, measured = evaluator.config, measure_bpd(evaluator, params, folder)
-    draws, settings = config.eval.bpd_num_draws, config.likelihood
-    note = (
-        f"{config.eval.bpd_dataset} split, {draws} uniform dequantization draw(s), trace {settings.trace} with "
-        f"{settings.num_probes} probe(s), rtol {settings.rtol:g}, atol {settings.atol:g}, "
-        f"{measured['nfe'].mean():.0f} network evaluations; the standard error is over images, draws and probes"
+    settings, protocol = config.likelihood, config.likelihood.dequantization
+    is_bound = PROTOCOLS[protocol].is_bound
+    noise = f"{config.eval.bpd_num_draws} draw(s) of dequantization {protocol}" + (
+        "" if is_bound else ", which adds no noise: this is no bound on the bits/dim of the levels"
     )
-    # The spread over images contains that of their probes and draws: no further term is due.
-    bpd = mean_metric("bits_per_dim", measured["bpd"].mean(axis=0), unit="bits/dim", note=note)
-    return bpd, evaluator.gaussian
+    end = "the standard error is over images, and with them over their draws and {}"
+    by_ode = (
+        f"{config.eval.bpd_dataset} split, {noise}; probability-flow ODE, trace {settings.trace} with "
+        f"{settings.num_probes} probe(s), rtol {settings.rtol:g}, atol {settings.atol:g}, "
+        f"{measured['nfe'].mean():.0f} network evaluations; {end.format('probes')}"
+    )
+    metrics = [_mean_over_draws("bits_per_dim", measured["bpd"], measured["stderr"], note=by_ode, probes="probes")]
+    if "bound" in measured:
+        probes, values = "times", (measured["bound"], measured["bound_stderr"])
+        by_sde = (
+            f"the same dequantized images, {noise}; variational bound of the reverse-time SDE with "
+            f"{settings.bound_num_times} network evaluations, each at a time and noise of its own; {end.format(probes)}"
+        )
+        metrics.append(_mean_over_draws("bits_per_dim_bound", *values, note=by_sde, probes=probes))
+    # A Gaussian's bits/dim are a bound: they stand beside no number that is none.
+    return (*metrics, evaluator.gaussian) if is_bound else tuple(metrics)
 
 
 def evaluate_checkpoint(

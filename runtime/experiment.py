@@ -23,12 +23,14 @@ import models
 import ode
 import rng
 import sde_lib
-from likelihood import build_likelihood
+from dequantization import Dequantize, build_dequantization
+from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
 from models.factory import check_labels
 from models.score import get_score_fn
 from runtime import workdir as workdirs
 from sampling import build_sampler
 from sde_lib import SDE, VESDE, ScoreFn
+from variational_bound import VariationalBound, build_variational_bound
 
 # Settings that count something.
 COUNTS = (
@@ -116,6 +118,18 @@ def _check_values(config: ConfigDict) -> None:
         raise ValueError(f"eval.bpd_dataset={config.eval.bpd_dataset!r} is unknown; known: test, train")
 
 
+def _build_likelihoods(
+    config: ConfigDict, sde: SDE, scaler: datasets.Scaler
+) -> tuple[Dequantize, Likelihood, VariationalBound | None]:
+    """Builds the dequantization, the likelihood, and the variational bound or None, which all start at one time."""
+    eps, is_bounded = LIKELIHOOD_EPS, config.likelihood.bound_num_times != 0
+    return (
+        build_dequantization(config, scaler, sde, eps=eps),
+        build_likelihood(config, sde, eps=eps),
+        build_variational_bound(config, sde, eps=eps) if is_bounded else None,
+    )
+
+
 def build_experiment(config: ConfigDict) -> Experiment:
     """Builds and checks everything that a configuration describes; nothing is compiled.
 
@@ -128,7 +142,8 @@ def build_experiment(config: ConfigDict) -> Experiment:
     check_labels(config, model)
     # Built here only to be checked: a bad sampler must not come to light after days of training.
     build_sampler(config, sde, (1, *datasets.image_shape(config)))
-    build_likelihood(config, sde)
+    scaler = datasets.build_scaler(config)
+    _build_likelihoods(config, sde, scaler)
     keys = jax.random.split(jax.random.key(config.seed), len(PURPOSES))
     return Experiment(
         config=config,
@@ -136,7 +151,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
         model=model,
         loss_fn=losses.build_loss(config, sde, model),
         optimizer=losses.build_optimizer(config),
-        scaler=datasets.build_scaler(config),
+        scaler=scaler,
         keys=dict(zip(PURPOSES, keys, strict=True)),
     )
 
@@ -208,24 +223,30 @@ def build_sampling_program(
 def build_bpd_program(
     experiment: Experiment,
 ) -> Callable[[Any, np.ndarray, np.ndarray, int], dict[str, np.ndarray]]:
-    """Compiles bits/dim: (replicated params, levels, example indices, draw) -> {"bpd", "stderr": [B], "nfe": [B]}.
+    """Compiles bits/dim: (replicated params, levels, example indices, draw) -> arrays float[B].
 
-    The levels are dequantized uniformly, anew in each draw, whether or not the network was trained so.
+    The levels are dequantized anew in each draw. The arrays are "bpd" by the ODE, its "stderr" over the probes and the
+    "nfe" of its batch; and "bound" and "bound_stderr" of the same x by the SDE if `likelihood.bound_num_times` is set.
     """
-    likelihood = build_likelihood(experiment.config, experiment.sde)
-    scaler = dataclasses.replace(experiment.scaler, dequantize=True)
+    dequantize, likelihood, bound = _build_likelihoods(experiment.config, experiment.sde, experiment.scaler)
 
-    def bpd(key: PRNGKeyArray, params: Any, levels: UInt8[Array, "B H W C"]) -> tuple[Array, Array, Array]:
-        key_data, key_probe = rng.split(key)
-        result = likelihood(key_probe, experiment.score_fn(params, smooth=True), scaler.to_network(key_data, levels))
-        return result.bpd, result.stderr, jnp.broadcast_to(result.nfe, result.bpd.shape)
+    def bpd(key: PRNGKeyArray, params: Any, levels: UInt8[Array, "B H W C"]) -> dict[str, Array]:
+        key_data, key_probe, key_bound = rng.split(key, 3)
+        score_fn = experiment.score_fn(params, smooth=True)
+        x, log_q = dequantize(key_data, levels)
+        result = likelihood(key_probe, score_fn, x, log_q)
+        measured = {"bpd": result.bpd, "stderr": result.stderr, "nfe": jnp.broadcast_to(result.nfe, result.bpd.shape)}
+        if bound is not None:
+            upper = bound(key_bound, score_fn, x, log_q)
+            measured |= {"bound": upper.bpd, "bound_stderr": upper.stderr}
+        return measured
 
     program = distributed.pmap(bpd)
 
     def measure(params: Any, levels: np.ndarray, indices: np.ndarray, draw: int) -> dict[str, np.ndarray]:
         keys = _device_keys(jax.random.fold_in(experiment.keys["bpd"], draw), indices)
         outputs = program(keys, params, distributed.shard(distributed.host_share(levels)))
-        return dict(zip(("bpd", "stderr", "nfe"), map(distributed.gather, outputs), strict=True))
+        return {name: distributed.gather(array) for name, array in outputs.items()}
 
     return measure
 

@@ -83,6 +83,7 @@ def test_the_report_counts_every_image_once(unbroken):
     assert stored["sampler"]["nfe"] == 25
     assert metrics["frechet_distance"]["num_samples"] == 200
     assert metrics["bits_per_dim"]["num_samples"] == 297
+    assert metrics["bits_per_dim_bound"]["num_samples"] == 297
     assert metrics["loss"]["num_samples"] == 297
     assert metrics["gaussian_bits_per_dim"]["value"] == pytest.approx(2.949, abs=0.001)
     assert all(metric["stderr"] is not None for metric in metrics.values())
@@ -163,7 +164,7 @@ def test_four_devices_give_the_same_numbers(unbroken, tmp_path):
     for one, four in zip(losses(unbroken), losses(tmp_path), strict=True):
         assert one == pytest.approx(four, rel=2e-4)
     metrics_one, metrics_four = report(unbroken)[1], report(tmp_path)[1]
-    for name in ("bits_per_dim", "loss"):
+    for name in ("bits_per_dim", "bits_per_dim_bound", "loss"):
         assert metrics_one[name]["value"] == pytest.approx(metrics_four[name]["value"], rel=1e-3)
     levels = [
         np.load(folder / "eval" / "ckpt_2" / "samples_0.npz")["samples"].astype(int) for folder in (unbroken, tmp_path)

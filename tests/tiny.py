@@ -24,6 +24,7 @@ SETTINGS = {
     "sampling.num_steps": 25,
     "likelihood.rtol": 1e-2,
     "likelihood.atol": 1e-2,
+    "likelihood.bound_num_times": 4,
     "eval.batch_size": 152,
     "eval.num_samples": 200,
 }
