@@ -64,8 +64,8 @@ SAMPLE_METRICS = {
 OTHER_METRICS = {
     "bits_per_dim": ("bits/dim of the network", "bits needed for one pixel value of a test image; smaller is better"),
     "bits_per_dim_bound": (
-        "bits/dim of the network, variational bound",
-        "at most so many bits if images are made by the reverse SDE; the line above is by the ODE, another model",
+        "variational bound on bits/dim",
+        "at most so many bits when images are made by the reverse SDE; the line above is by the ODE, another model",
     ),
     "gaussian_bits_per_dim": ("bits/dim of a Gaussian", "the same by a Gaussian fitted to the training images"),
     "loss": ("loss on the test split", "what training minimizes, on images that it has not seen"),

@@ -31,7 +31,7 @@ def _grid(spec: SamplerSpec, settings: Mapping[str, Any]) -> str:
     """Returns the name of the times of a sampler's steps; empty if it chooses its own."""
     if spec.is_adaptive:
         return ""
-    return PC_GRID if spec.changes["method"] == "pc" else settings.get("sampling.time_grid", PC_GRID)
+    return PC_GRID if spec.changes["method"] == "pc" else settings["sampling.time_grid"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,16 +175,17 @@ def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, folder
     }
 
 
-def _mean_over_draws(name: str, values: np.ndarray, stderr: np.ndarray, note: str) -> Metric:
+def _mean_over_draws(name: str, values: np.ndarray, stderr: np.ndarray, *, note: str, probes: str) -> Metric:
     """Returns the data-set mean of bits/dim float[draws, N], and says in the note how well each image's is known.
 
     Every draw has noise and probes of its own: the spread of an image over its draws contains that over its probes.
-    One draw shows only the latter, `stderr`. Likewise the spread over the images contains all of theirs.
+    One draw shows only the latter, `stderr`. Likewise the spread over the images contains all of theirs. `probes` names
+    in the note what the estimate of one draw is made of.
     """
     draws = len(values)
     own = values.std(axis=0, ddof=1) / math.sqrt(draws) if draws > 1 else stderr[0]
     if np.isfinite(own).all() and own.any():
-        over = "draws and probes" if draws > 1 else "probes alone"
+        over = f"draws and {probes}" if draws > 1 else f"{probes} alone"
         note += f"; an image's own standard error over its {over} is {own.mean():.2g} on average"
     return mean_metric(name, values.mean(axis=0), unit="bits/dim", note=note)
 
@@ -196,19 +197,20 @@ def _bpd_metrics(evaluator: Evaluator, params: Any, folder: Path) -> tuple[Metri
     noise = f"{config.eval.bpd_num_draws} draw(s) of dequantization {protocol}" + (
         "" if is_bound else ", which adds no noise: this is no bound on the bits/dim of the levels"
     )
-    end = "the standard error is over images, and with them over their draws and probes"
+    end = "the standard error is over images, and with them over their draws and {}"
     by_ode = (
         f"{config.eval.bpd_dataset} split, {noise}; probability-flow ODE, trace {settings.trace} with "
         f"{settings.num_probes} probe(s), rtol {settings.rtol:g}, atol {settings.atol:g}, "
-        f"{measured['nfe'].mean():.0f} network evaluations; {end}"
+        f"{measured['nfe'].mean():.0f} network evaluations; {end.format('probes')}"
     )
-    metrics = [_mean_over_draws("bits_per_dim", measured["bpd"], measured["stderr"], by_ode)]
+    metrics = [_mean_over_draws("bits_per_dim", measured["bpd"], measured["stderr"], note=by_ode, probes="probes")]
     if "bound" in measured:
+        probes, values = "times", (measured["bound"], measured["bound_stderr"])
         by_sde = (
             f"the same dequantized images, {noise}; variational bound of the reverse-time SDE with "
-            f"{settings.bound_num_times} network evaluations, each at a time and noise of its own; {end}"
+            f"{settings.bound_num_times} network evaluations, each at a time and noise of its own; {end.format(probes)}"
         )
-        metrics.append(_mean_over_draws("bits_per_dim_bound", measured["bound"], measured["bound_stderr"], by_sde))
+        metrics.append(_mean_over_draws("bits_per_dim_bound", *values, note=by_sde, probes=probes))
     # A Gaussian's bits/dim are a bound: they stand beside no number that is none.
     return (*metrics, evaluator.gaussian) if is_bound else tuple(metrics)
 

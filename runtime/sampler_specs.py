@@ -12,17 +12,18 @@ from ml_collections import ConfigDict
 
 from runtime.experiment import Experiment
 from sampling import build_sampler
+from solvers import ADAPTIVE
 
-ADAPTIVE = ("adaptive_sde", "ode")  # methods that choose their steps themselves
 FORM = "expected METHOD[:STEPS][:KEY=VALUE...]"
 # What is compared if nothing is said: what the configuration samples with at its own steps, the adaptive methods, and
-# the fast solvers at about 10, 20 and 50 network evaluations, of which Heun's takes two and Runge-Kutta's four a step.
+# the fast solvers at about 10, 20 and 50 network evaluations: one a step (Heun's methods two, Runge-Kutta's four) and
+# one that predicts the data at the end.
 DEFAULT = (
     *("pc", "ode", "adaptive_sde"),
-    *("ddim:10", "ddim:20", "ddim:50", "deis:10", "deis:20", "unipc:10", "unipc:20"),
-    *("dpmpp_2m:10", "dpmpp_2m:20", "dpmpp_2m:50", "dpmpp_3m:10", "dpmpp_3m:20"),
-    *("heun:5", "heun:10", "heun:25", "rk4:5", "rk4:12"),
-    *("dpmpp_sde:10", "dpmpp_sde:25", "stochastic_heun:10", "stochastic_heun:25"),
+    *("ddim:9", "ddim:19", "ddim:49", "deis:9", "deis:19", "unipc:9", "unipc:19"),
+    *("dpmpp_2m:9", "dpmpp_2m:19", "dpmpp_2m:49", "dpmpp_3m:9", "dpmpp_3m:19"),
+    *("heun:4", "heun:9", "heun:24", "rk4:4", "rk4:12"),
+    *("dpmpp_sde:9", "dpmpp_sde:19", "dpmpp_sde:49", "stochastic_heun:9", "stochastic_heun:24"),
 )
 _TRUTH = {"true": True, "false": False}
 

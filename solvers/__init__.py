@@ -19,7 +19,7 @@ from solvers.adaptive import sample_adaptive_sde, sample_ode
 from solvers.fixed_grid import Solver
 from solvers.interface import Sampler, StepResult, StepTransform
 
-__all__ = ["FIXED_GRID", "SOLVERS", "Sampler", "Solver", "StepResult", "StepTransform"]
+__all__ = ["ADAPTIVE", "FIXED_GRID", "SOLVERS", "Sampler", "Solver", "StepResult", "StepTransform"]
 
 GREY_LEVELS = 256  # that `sampling.adaptive_levels` counts in, whatever the data's number of levels is
 DEFAULT_ORDER = {"deis": 3, "unipc": 2}
@@ -102,8 +102,7 @@ def _build_adaptive_sde(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) ->
     )
 
 
-SOLVERS: dict[str, Callable[[ConfigDict, SDE, tuple[int, ...]], Sampler]] = {
-    **dict.fromkeys(FIXED_GRID, _build_fixed_grid),
-    "adaptive_sde": _build_adaptive_sde,
-    "ode": _build_ode,
-}
+Builder = Callable[[ConfigDict, SDE, tuple[int, ...]], Sampler]
+# Methods that choose their steps themselves, whatever `sampling.num_steps` and `sampling.time_grid` are.
+ADAPTIVE: dict[str, Builder] = {"adaptive_sde": _build_adaptive_sde, "ode": _build_ode}
+SOLVERS: dict[str, Builder] = {**dict.fromkeys(FIXED_GRID, _build_fixed_grid), **ADAPTIVE}

@@ -58,7 +58,7 @@ def test_the_bound_stands_beside_with_its_own_error(monkeypatch):
     )
     assert list(found) == ["bits_per_dim", "bits_per_dim_bound", "gaussian_bits_per_dim"]
     assert found["bits_per_dim_bound"].value == pytest.approx(bound.mean())
-    assert "over its probes alone is 0.11 on average" in found["bits_per_dim_bound"].note
+    assert "over its times alone is 0.11 on average" in found["bits_per_dim_bound"].note
     assert "4 network evaluations" in found["bits_per_dim_bound"].note
 
 

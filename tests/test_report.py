@@ -27,6 +27,7 @@ def full_report(number=2, distance=0.25, floor=0.1, **changes):
         kernel_distance=(0.01, 0.002),
         kernel_distance_test=(-0.001, 0.002),
         bits_per_dim=(2.6, 0.02),
+        bits_per_dim_bound=(2.75, 0.03),
         gaussian_bits_per_dim=(2.949, 0.02),
     )
     return dataclasses.replace(
@@ -158,6 +159,7 @@ def test_the_page_has_every_number_and_picture(tmp_path):
     assert row_of(page, "kernel distance (KID)")[1:3] == ["0.0100 ± 0.0020", "-0.0010 ± 0.0020"]
     assert row_of(page, "Inception Score (IS)")[1:3] == ["not run", "not run"]
     assert row_of(page, "bits/dim of the network")[1] == "2.600 ± 0.020"
+    assert row_of(page, "variational bound on bits/dim")[1] == "2.750 ± 0.030"
     assert row_of(page, "1 ")[:3] == ["1", "1,000", "0.900 ± 0.050"]
     assert row_of(page, "10 ")[2] == "0.200 ± 0.050"
     for setting, value in {

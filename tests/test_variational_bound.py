@@ -131,6 +131,12 @@ def test_reports_its_own_standard_error(settings):
         assert (ratio < 1.5).all()
 
 
+def test_times_are_drawn_from_all_of_a_stratum():
+    """Two strata of half the range each have the mean of many narrow ones."""
+    few, many = (mean_and_stderr(measure("vpsde", likelihood__bound_num_times=n).nats) for n in (2, NUM_TIMES))
+    assert (abs(few[0] - many[0]) < 4 * np.hypot(few[1], many[1])).all()
+
+
 def test_variance_is_far_below_that_of_uniform_times():
     """Against as many independent times uniform on [eps, T], weighted by g^2 / (2 s^2) as the integral over t is."""
     sde, settings = VPSDE(), functools.partial(mixture_score, VPSDE(), GAUSSIAN, 1.0)
