@@ -5,8 +5,9 @@ With lambda = log(m / s) the probability-flow ODE (Song et al. 2021, Eq. 13) of 
     x' = (s' / s) x + s' ∫ exp(u) D(u) du        in predictions D of the data, u from lambda to lambda'
     x' = (m' / m) x + m' ∫ e(sigma) d sigma      in predictions e of the noise, sigma = s / m
 
-and the reverse SDE has 2 exp(2 u - lambda') under the first integral and noise of its own (Lu et al. 2022b). A solver
-is a way to interpolate the predictions: the weights follow by integration, in float64, before anything is compiled.
+and the reverse SDE has 2 exp(2 u - lambda') under the first integral and noise of its own (Lu et al. 2022b, arXiv
+2211.01095). A solver is a way to interpolate the predictions: the weights follow by integration, in float64, before
+anything is compiled.
 """
 
 from __future__ import annotations
