@@ -16,7 +16,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optimistix
 from jaxtyping import Array, Float, Int
 
 import distributed
@@ -88,11 +87,14 @@ def integrate(
     Returns:
       State at t1, NaN where the steps ran out or vanished (see `require_solved`), and the number of evaluations.
     """
-    solve = functools.partial(_solve, t0=t0, t1=t1, rtol=rtol, atol=atol, max_steps=max_steps)
     if step_control == "batch":
-        end, num_steps = solve(lambda t, y, _: fn(jnp.full(len(y), t, y.dtype), y), y, norm=_norm_of_batch)
+        controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm_of_batch)
+        slope = lambda t, y, _: fn(jnp.full(len(y), t, y.dtype), y)  # noqa: E731
+        end, num_steps = _solve(slope, controller, y, t0=t0, t1=t1, max_steps=max_steps)
     else:
-        end, num_steps = jax.vmap(functools.partial(solve, _slope_of_an_example(fn, y)))(y)
+        controller = diffrax.PIDController(rtol=rtol, atol=atol)
+        solve = functools.partial(_solve, _slope_of_an_example(fn, y), controller, t0=t0, t1=t1, max_steps=max_steps)
+        end, num_steps = jax.vmap(solve)(y)
     # The examples of a batch step together until the slowest has arrived.
     return Solution(end, _SLOPES_AT_START + _SLOPES_OF_A_STEP * num_steps.max())
 
@@ -104,14 +106,12 @@ def _norm_of_batch(y: Float[Array, "B F"]) -> Float[Array, ""]:
 
 def _solve(
     slope: Callable[..., Array],
+    controller: diffrax.AbstractAdaptiveStepSizeController,
     y: Array,
     *,
     t0: float,
     t1: float,
-    rtol: float,
-    atol: float,
     max_steps: int,
-    norm: Callable[[Array], Array] = optimistix.rms_norm,
 ) -> tuple[Array, Int[Array, ""]]:
     """Returns the state at t1, NaN if it was not reached, and the number of attempted steps."""
     solution = diffrax.diffeqsolve(
@@ -121,7 +121,7 @@ def _solve(
         t1,
         dt0=FIRST_STEP * (t1 - t0),
         y0=y,
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=norm),
+        stepsize_controller=controller,
         max_steps=max_steps,
         adjoint=diffrax.ForwardMode(),  # nothing here is differentiated through
         throw=False,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 VISIBLE_PIXELS = 32  # shorter side that an image of a grid should have at least: an 8x8 digit is drawn 4 times larger
 BETWEEN_IMAGES = 0.5  # grey that parts the images of a grid, also those that are black or white at the edge
 CAPTION_PIXELS = 20  # height of the strip that names a grid; Pillow's own font is 11 pixels high
+LEGEND_CHARACTERS = 150  # that fit beside each other under a figure 11 inches wide
 LOSS_KEYS = ("loss", "eval_loss")
 LOSS_LABELS = {"loss": "training", "eval_loss": "test images"}
 
@@ -366,7 +367,8 @@ def tradeoff_figure(
             axes.set_ylabel(quality_label if column == 0 else "")
         _scale_quality(panels[row][0], values, noise=floors[quality][1] or 0.0)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+    columns = max(LEGEND_CHARACTERS // (max(map(len, labels)) + 8), 1)  # 8: the marker, and the gap to the next
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), columns), frameon=False)
     return figure
 
 
