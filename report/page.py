@@ -67,6 +67,11 @@ OTHER_METRICS = {
         "variational bound on bits/dim",
         "at most so many bits when images are made by the reverse SDE; the line above is by the ODE, another model",
     ),
+    "log_likelihood": (
+        "log-likelihood of an image",
+        "log p(x), a density in the network's range: bits/dim before they are counted by the value; larger is better",
+    ),
+    "log_likelihood_bound": ("variational bound on it", "at least so many nats by the reverse SDE"),
     "gaussian_bits_per_dim": ("bits/dim of a Gaussian", "the same by a Gaussian fitted to the training images"),
     "loss": ("loss on the test split", "what training minimizes, on images that it has not seen"),
 }

@@ -203,7 +203,10 @@ def _bpd_metrics(evaluator: Evaluator, params: Any, folder: Path) -> tuple[Metri
         f"{settings.num_probes} probe(s), rtol {settings.rtol:g}, atol {settings.atol:g}, "
         f"{measured['nfe'].mean():.0f} network evaluations; {end.format('probes')}"
     )
+    in_nats = "of an image: a density in the network's range, of the dequantized values; otherwise as in bits/dim"
+    nats = lambda name, values: mean_metric(name, values.mean(axis=0), unit="nats", note=in_nats)  # noqa: E731
     metrics = [_mean_over_draws("bits_per_dim", measured["bpd"], measured["stderr"], note=by_ode, probes="probes")]
+    metrics.append(nats("log_likelihood", measured["nats"]))
     if "bound" in measured:
         probes, values = "times", (measured["bound"], measured["bound_stderr"])
         by_sde = (
@@ -211,6 +214,7 @@ def _bpd_metrics(evaluator: Evaluator, params: Any, folder: Path) -> tuple[Metri
             f"{settings.bound_num_times} network evaluations, each at a time and noise of its own; {end.format(probes)}"
         )
         metrics.append(_mean_over_draws("bits_per_dim_bound", *values, note=by_sde, probes=probes))
+        metrics.append(nats("log_likelihood_bound", measured["bound_nats"]))
     # A Gaussian's bits/dim are a bound: they stand beside no number that is none.
     return (*metrics, evaluator.gaussian) if is_bound else tuple(metrics)
 

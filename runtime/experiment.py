@@ -258,8 +258,9 @@ def build_bpd_program(
 ) -> Callable[[Any, np.ndarray, np.ndarray, int], dict[str, np.ndarray]]:
     """Compiles bits/dim: (replicated params, levels, example indices, draw) -> arrays float[B].
 
-    The levels are dequantized anew in each draw. The arrays are "bpd" by the ODE, its "stderr" over the probes and the
-    "nfe" of its batch; and "bound" and "bound_stderr" of the same x by the SDE if `likelihood.bound_num_times` is set.
+    The levels are dequantized anew in each draw. The arrays are "nats", log p(x), and "bpd" by the ODE, its "stderr"
+    over the probes and the "nfe" of its batch; and if `likelihood.bound_num_times` is set, of the same x by the SDE,
+    "bound_nats", which log p(x) is not below, "bound" in bits/dim and its "bound_stderr".
     """
     dequantize, likelihood, bound = _build_likelihoods(experiment.config, experiment.sde, experiment.scaler)
 
@@ -268,10 +269,11 @@ def build_bpd_program(
         score_fn = experiment.score_fn(params, smooth=True)
         x, log_q = dequantize(key_data, levels)
         result = likelihood(key_probe, score_fn, x, log_q)
-        measured = {"bpd": result.bpd, "stderr": result.stderr, "nfe": jnp.broadcast_to(result.nfe, result.bpd.shape)}
+        measured = {"nats": result.nats, "bpd": result.bpd, "stderr": result.stderr}
+        measured["nfe"] = jnp.broadcast_to(result.nfe, result.bpd.shape)
         if bound is not None:
             upper = bound(key_bound, score_fn, x, log_q)
-            measured |= {"bound": upper.bpd, "bound_stderr": upper.stderr}
+            measured |= {"bound_nats": -upper.nats, "bound": upper.bpd, "bound_stderr": upper.stderr}
         return measured
 
     program = distributed.pmap(bpd)

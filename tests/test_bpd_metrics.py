@@ -15,7 +15,9 @@ GAUSSIAN = make_metric("gaussian_bits_per_dim", 2.949, 0.019, 297)
 
 def metrics_of(monkeypatch, measured, **changes):
     evaluator = types.SimpleNamespace(config=tiny.make_config(**changes), gaussian=GAUSSIAN)
-    measured = {"nfe": np.full_like(measured["bpd"], 100.0)} | measured
+    measured = {"nfe": np.full_like(measured["bpd"], 100.0), "nats": -10 * measured["bpd"]} | measured
+    if "bound" in measured:
+        measured["bound_nats"] = -10 * measured["bound"]
     monkeypatch.setattr(eval_loop, "measure_bpd", lambda *_: measured)
     return {metric.name: metric for metric in eval_loop._bpd_metrics(evaluator, None, None)}
 
@@ -38,7 +40,10 @@ def test_images_are_averaged_over_draws_first(monkeypatch):
     assert "4 draw(s) of dequantization uniform" in metric.note
     # sqrt(0.1^2 / 4) = 0.05, as the spread of 4 draws estimates it: 8 % less for few of them.
     assert "own standard error over its draws and probes is 0.045 on average" in metric.note
-    assert list(found) == ["bits_per_dim", "gaussian_bits_per_dim"]
+    assert list(found) == ["bits_per_dim", "log_likelihood", "gaussian_bits_per_dim"]
+    assert found["log_likelihood"].value == pytest.approx(-10 * metric.value)
+    assert found["log_likelihood"].stderr == pytest.approx(10 * metric.stderr)
+    assert found["log_likelihood"].unit == "nats"
 
 
 def test_one_draw_shows_the_error_over_probes(monkeypatch):
@@ -56,7 +61,9 @@ def test_the_bound_stands_beside_with_its_own_error(monkeypatch):
         monkeypatch,
         {"bpd": bpd, "stderr": np.full_like(bpd, np.nan), "bound": bound, "bound_stderr": np.full_like(bpd, 0.11)},
     )
-    assert list(found) == ["bits_per_dim", "bits_per_dim_bound", "gaussian_bits_per_dim"]
+    in_nats, in_bits = ("log_likelihood", "log_likelihood_bound"), ("bits_per_dim", "bits_per_dim_bound")
+    assert set(found) == {*in_bits, *in_nats, "gaussian_bits_per_dim"}
+    assert found["log_likelihood_bound"].value == pytest.approx(-10 * bound.mean())
     assert found["bits_per_dim_bound"].value == pytest.approx(bound.mean())
     assert "over its times alone is 0.11 on average" in found["bits_per_dim_bound"].note
     assert "4 network evaluations" in found["bits_per_dim_bound"].note
@@ -68,4 +75,4 @@ def test_without_noise_the_number_is_said_to_be_no_bound(monkeypatch):
         monkeypatch, {"bpd": bpd, "stderr": np.full_like(bpd, np.nan)}, likelihood__dequantization="none"
     )
     assert "this is no bound on the bits/dim of the levels" in found["bits_per_dim"].note
-    assert list(found) == ["bits_per_dim"]  # nothing to compare it with
+    assert list(found) == ["bits_per_dim", "log_likelihood"]  # nothing to compare it with

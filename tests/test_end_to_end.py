@@ -1,6 +1,7 @@
 """The whole job on real images: train, get killed, resume, evaluate, report."""
 
 import json
+import math
 import signal
 
 import jax
@@ -84,6 +85,10 @@ def test_the_report_counts_every_image_once(unbroken):
     assert metrics["frechet_distance"]["num_samples"] == 200
     assert metrics["bits_per_dim"]["num_samples"] == 297
     assert metrics["bits_per_dim_bound"]["num_samples"] == 297
+    for suffix in ("", "_bound"):  # -log2 p(x) / D of values in [-1, 1], whose 17 levels are 2 / 17 wide
+        nats = metrics[f"log_likelihood{suffix}"]["value"]
+        bits = math.log2(17 / 2) - nats / (64 * math.log(2))
+        assert metrics[f"bits_per_dim{suffix}"]["value"] == pytest.approx(bits, rel=1e-4)
     assert metrics["loss"]["num_samples"] == 297
     assert metrics["gaussian_bits_per_dim"]["value"] == pytest.approx(2.949, abs=0.001)
     assert all(metric["stderr"] is not None for metric in metrics.values())
