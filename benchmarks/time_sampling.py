@@ -28,7 +28,7 @@ from ml_collections import config_flags
 
 import datasets
 import losses
-from checkpoints import Checkpoints
+from runtime import drawing
 from runtime.experiment import Experiment, build_experiment
 
 NUM_BLOCKS = 20  # of the repetitions, for standard errors
@@ -36,20 +36,11 @@ NUM_BLOCKS = 20  # of the repetitions, for standard errors
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Experiment that the workdir was trained with.")
 flags.DEFINE_string("workdir", None, "Folder of a trained run.")
-flags.DEFINE_integer("checkpoint", 0, "Number of the checkpoint; 0: the newest.")
+flags.DEFINE_integer("snapshot", 0, "Number of the checkpoint; 0: the newest.")
 flags.DEFINE_integer(
     "repetitions", 400, "Draws of (t, z) for each image, rounded down to a multiple of 20.", lower_bound=NUM_BLOCKS
 )
 flags.mark_flags_as_required(["config", "workdir"])
-
-
-def restore(experiment: Experiment, workdir: Path, number: int) -> tuple[int, Any]:
-    """Returns the number of a checkpoint and its averaged parameters."""
-    freq = experiment.config.training.snapshot_freq
-    template = experiment.state_template()
-    with Checkpoints(workdir, snapshot_freq=freq, template=template, read_only=True) as checkpoints:
-        number = number or max(checkpoints.numbers(), default=1)
-        return number, checkpoints.restore_snapshot(number).params_ema
 
 
 def square_root_weights(draw_times: losses.DrawTimes) -> losses.DrawTimes:
@@ -102,7 +93,8 @@ def main(argv: Sequence[str]) -> None:
     """Prints the table."""
     logging.set_verbosity(logging.WARNING)  # Orbax says every file that it opens
     experiment = build_experiment(FLAGS.config.lock())
-    number, params = restore(experiment, Path(FLAGS.workdir), FLAGS.checkpoint)
+    snapshot = drawing.restore(experiment, Path(FLAGS.workdir), FLAGS.snapshot)
+    params = snapshot.params
     importance = losses.make_importance_times(experiment.sde)
     mean_u, square_u = moments(experiment, params, losses.make_uniform_times(experiment.sde))
     mean_i, square_i = moments(experiment, params, importance)
@@ -120,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
         "variance, importance-sampled t": jackknife(variance, mean_i, square_i),
         "ratio of the last two": jackknife(ratio, mean_i, square, square_i),
     }
-    print(f"checkpoint {number}, {images} test images, {draws} draws each, seed {experiment.config.seed}")
+    print(f"checkpoint {snapshot.number}, {images} test images, {draws} draws each, seed {experiment.config.seed}")
     for name, (value, stderr) in rows.items():
         print(f"{name:<36} {value:12.5g} ± {stderr:.2g}")
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 import ode
 import rng
 from sde_lib import SDE, ReverseSDE, ScoreFn, expand
-from solvers.interface import StepTransform, prepare, refuse_transform
+from solvers.interface import StepTransform, predict_data, prepare, refuse_transform
 
 FIRST_STEP = 0.01  # of `adaptive_sde`, in units of t (Jolicoeur-Martineau et al. 2021, Algorithm 1)
 SAFETY = 0.9  # theta there
@@ -144,7 +144,8 @@ def sample_adaptive_sde(
     reverse_sde, end = sde.reverse(score_fn), sde.sampling_eps
 
     def goes_on(state: _State) -> Bool[Array, ""]:
-        return jnp.any(state.t > end) & (state.num_attempts < ode.MAX_STEPS)
+        is_on_its_way = (state.t > end) & ~jnp.isnan(state.step)  # a step is NaN after a score that was
+        return jnp.any(is_on_its_way) & (state.num_attempts < ode.MAX_STEPS)
 
     start = _State(
         x=x,
@@ -157,6 +158,6 @@ def sample_adaptive_sde(
     state = jax.lax.while_loop(goes_on, lambda state: _advance(state, key, reverse_sde, rtol=rtol, atol=atol), start)
     x = jnp.where(expand(state.t > end, x), jnp.nan, state.x)
     if noise_removal:
-        m, s = sde.mean_coeff(jnp.full(shape[:1], end)), sde.std(jnp.full(shape[:1], end))
-        x = (x + expand(s**2, x) * score_fn(x, jnp.full(shape[:1], end))) / expand(m, x)
+        t = jnp.full((1,), end)
+        x = predict_data(score_fn, x, t[0], sde.mean_coeff(t)[0], sde.std(t)[0])
     return x, 2 * state.num_attempts + noise_removal
