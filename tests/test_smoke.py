@@ -36,9 +36,8 @@ SHRUNK = {
 FAMILIES = [
     "ve/church_ncsnpp_continuous",
     "vp/ddpm/cifar10",
-    "subvp/cifar10_ddpm_continuous",
     "ve/ncsn/cifar10_124",
-    "ve/ncsnv2/bedroom",
+    "ve/ncsnv2/cifar10",
 ]
 
 
