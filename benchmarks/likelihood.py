@@ -131,7 +131,7 @@ def by_image(problem: Problem, num_images: int) -> Measured:
     parts = [problem._replace(x=problem.x[i : i + 1], probes=problem.probes[i : i + 1]) for i in range(num_images)]
     results = [on_host(part, right_hand_side) for part in parts]
     seconds = sum(result.seconds for result in results) * len(problem.x) / num_images
-    return Measured(seconds, np.mean([r.nfe for r in results]), np.concatenate([r.nats for r in results]))
+    return Measured(seconds, float(np.mean([r.nfe for r in results])), np.concatenate([r.nats for r in results]))
 
 
 def build_problem(key: jax.Array) -> Problem:
