@@ -1,4 +1,5 @@
 # `make demo` trains, samples and evaluates on the embedded digits; `make test` checks everything. Both make .venv first.
+#   make test-all   runs also the tests that repeat on further cases what another one shows
 #   make test PYTHON=python3.12     uses another interpreter (a pyenv version works too)
 
 PYTHON ?=
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 DEMO_CONFIG := configs/vp/digits_ddpmpp_continuous.py
 DEMO_WORKDIR := runs/demo
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: core
 	$(BIN)/python main.py --config $(DEMO_CONFIG) --mode train --workdir $(DEMO_WORKDIR)
@@ -18,6 +19,9 @@ test: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test-all: dev
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "exhaustive or not exhaustive"
 
 .PHONY: core dev
 core dev:

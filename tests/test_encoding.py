@@ -311,6 +311,7 @@ test_encoding.encode(test_encoding.tiny.Path(sys.argv[3]), "on_four", snapshot=1
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_devices_give_the_latents_of_one(encoded, workdir):
     command = [sys.executable, "-c", ON_FOUR_DEVICES, str(tiny.ROOT), str(tiny.ROOT / "tests"), str(workdir)]
     done = tiny.run(command, devices=4)

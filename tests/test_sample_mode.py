@@ -341,6 +341,7 @@ def test_the_table_is_sorted_and_ends_at_the_floor(comparison):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_devices_draw_the_same_from_the_command_line(workdir, comparison):
     """nfe is that of the slowest sample, on whichever device it is: 50, of which the first device needs 44."""
     here = [read_npz(comparison / "ode_rtol=1e-2_atol=1e-2" / f"samples_from_{first}.npz") for first in (0, 8)]

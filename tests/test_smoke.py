@@ -35,9 +35,9 @@ SHRUNK = {
 # DDPM++ is trained in the test below and in test_end_to_end.py.
 FAMILIES = [
     "ve/church_ncsnpp_continuous",
-    "vp/ddpm/cifar10",
+    pytest.param("vp/ddpm/cifar10", marks=pytest.mark.exhaustive),
     "ve/ncsn/cifar10_124",
-    "ve/ncsnv2/cifar10",
+    pytest.param("ve/ncsnv2/cifar10", marks=pytest.mark.exhaustive),
 ]
 
 
