@@ -21,3 +21,9 @@ def not_negative(name: str, value: float) -> None:
     """Raises a ValueError if a setting is below 0."""
     if not value >= 0:
         raise ValueError(f"{name}={value}: expected 0 or more")
+
+
+def inner_time(name: str, t: float, last: float) -> None:
+    """Raises a ValueError if a time is not between 0 and the process's last one, T."""
+    if not 0 < t < last:
+        raise ValueError(f"{name}={t}: expected a time between 0 and T={last}")

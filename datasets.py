@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
+import checks
 import distributed
 import rng
 from sources.base import Source
@@ -48,8 +49,7 @@ def build_source(config: ConfigDict, split: str) -> Source:
         configuration.
       FileNotFoundError: if its files are missing.
     """
-    if config.data.dataset not in SOURCES:
-        raise ValueError(f"data.dataset={config.data.dataset!r} is unknown; known: {', '.join(sorted(SOURCES))}")
+    checks.one_of("data.dataset", config.data.dataset, SOURCES)
     source = SOURCES[config.data.dataset](config, split)
     found, expected = source.images(np.array([0])).shape[1:], image_shape(config)
     if found != expected:

@@ -135,8 +135,7 @@ def build_likelihood(config: ConfigDict, sde: SDE, *, eps: float = LIKELIHOOD_EP
     checks.one_of("likelihood.trace", settings.trace, TRACES)
     for name in ("num_probes", "rtol", "atol"):
         checks.positive(f"likelihood.{name}", settings[name])
-    if not 0 < eps < sde.T:
-        raise ValueError(f"eps={eps}: expected a time between 0 and T={sde.T}")
+    checks.inner_time("eps", eps, sde.T)
     draw_probes = TRACES[settings.trace]
     return functools.partial(
         _log_likelihood,

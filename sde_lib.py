@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
+import checks
 import rng
 
 # score(x, t) = grad_x log p_t(x): (float[B, ...], float[B]) -> float[B, ...]
@@ -122,8 +123,7 @@ class SDE(abc.ABC):
     def _check_fields(self) -> None:
         if self.N < 1:
             raise ValueError(f"N={self.N} steps: expected at least 1; set model.num_scales or sampling.num_steps")
-        if not 0 < self.sampling_eps < self.T:
-            raise ValueError(f"sampling_eps={self.sampling_eps}: expected a time between 0 and T={self.T}")
+        checks.inner_time("sampling_eps", self.sampling_eps, self.T)
 
 
 @dataclasses.dataclass(frozen=True)

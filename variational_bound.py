@@ -24,6 +24,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
+import checks
 import rng
 from noise_levels import NoiseLevels, noise_levels, time_of_log_snr
 from sde_lib import SDE, ScoreFn, expand
@@ -146,8 +147,7 @@ def build_variational_bound(config: ConfigDict, sde: SDE, *, eps: float) -> Vari
             f"likelihood.bound_num_times={num_times}: expected an even number of 2 or more, for the standard error "
             "takes the times in pairs; or 0 for no bound"
         )
-    if not 0 < eps < sde.T:
-        raise ValueError(f"eps={eps}: expected a time between 0 and T={sde.T}")
+    checks.inner_time("eps", eps, sde.T)
     ends = noise_levels(sde, np.array([eps, sde.T]))
     bin_width = (2.0 if config.data.centered else 1.0) / config.data.num_levels
     return functools.partial(

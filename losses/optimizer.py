@@ -5,6 +5,8 @@ from __future__ import annotations
 import optax
 from ml_collections import ConfigDict
 
+import checks
+
 ADAM_BETA2 = 0.999  # the 2021 code left it at the default of its optimizer
 
 
@@ -38,8 +40,7 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
       ValueError: if the optimizer is unknown or a setting would silently train nothing.
     """
     optim = config.optim
-    if optim.optimizer != "Adam":
-        raise ValueError(f"optim.optimizer={optim.optimizer!r} is unknown; known: Adam")
+    checks.one_of("optim.optimizer", optim.optimizer, ("Adam",))
     if optim.grad_clip == 0:
         raise ValueError("optim.grad_clip=0 would set every gradient to zero; a negative value turns clipping off")
     if optim.lr <= 0 or optim.warmup < 0:

@@ -8,24 +8,23 @@ function and a line in `SCORE_NETWORKS`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
 from ml_collections import ConfigDict
 
+import checks
 from models import ddpm, ncsnpp, ncsnv2, wideresnet
 from models.layers import ACTIVATIONS
 from models.normalization import NORMS
 from sde_lib import VESDE
 
 
-def _one_of(config: ConfigDict, key: str, known: Iterable[str]) -> str:
+def _one_of(config: ConfigDict, key: str, known: Collection[str]) -> str:
     """Returns the setting model.`key` after checking that it is known."""
-    value = config.model[key]
-    if value not in known:
-        raise ValueError(f"model.{key}={value!r} is unknown; known: {', '.join(sorted(known))}")
-    return value
+    checks.one_of(f"model.{key}", config.model[key], known)
+    return config.model[key]
 
 
 def _at_least(config: ConfigDict, key: str, smallest: int) -> int:

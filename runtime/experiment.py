@@ -17,6 +17,7 @@ from absl import logging
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
+import checks
 import datasets
 import distributed
 import losses
@@ -115,8 +116,7 @@ def _check_values(config: ConfigDict) -> None:
             raise ValueError(f"{name}={config[group][key]}; expected 1 or more")
     if not 0.0 <= config.model.ema_rate < 1.0:
         raise ValueError(f"model.ema_rate={config.model.ema_rate}; expected 0 <= rate < 1")
-    if config.eval.bpd_dataset not in ("train", "test"):
-        raise ValueError(f"eval.bpd_dataset={config.eval.bpd_dataset!r} is unknown; known: test, train")
+    checks.one_of("eval.bpd_dataset", config.eval.bpd_dataset, ("test", "train"))
 
 
 def _build_likelihoods(
