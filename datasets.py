@@ -22,12 +22,14 @@ import distributed
 import rng
 from sources.base import Source
 from sources.digits import load_digits
+from sources.npz import load_npz_split
 from sources.tfds import load_celeba, load_lsun, load_tfds
 from sources.tfrecord import load_tfrecord
 
 # Every data set by the name that `data.dataset` gives it: (configuration, "train" or "test") -> Source.
 SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
     "digits": lambda config, split: load_digits(split),
+    "npz": lambda config, split: load_npz_split(config.data.path, split, image_shape(config), config.data.num_levels),
     "CIFAR10": lambda config, split: load_tfds("cifar10", split, config.data.path),
     "SVHN": lambda config, split: load_tfds("svhn_cropped", split, config.data.path),
     "CELEBA": lambda config, split: load_celeba(split, config.data.image_size, config.data.path),

@@ -20,7 +20,7 @@ def _data() -> ConfigDict:
             "centered": False,  # the network's range is [-1, 1] if set, [0, 1] otherwise
             "random_flip": False,  # mirror each training image left to right with probability 1/2
             "uniform_dequantization": False,  # train on (level + u) / num_levels, u uniform on [0, 1)
-            "path": "",  # folder of the prepared data; empty: the source's own default
+            "path": "",  # folder of the data, for "npz" of train.npz and test.npz; empty: the source's own default
             "category": "",  # LSUN: the scene, such as "bedroom" or "church_outdoor"
             "tfrecords_path": "",  # FFHQ and CelebA-HQ: the .tfrecords file, in the layout of progressive GANs
         }

@@ -395,3 +395,49 @@ def test_what_tensorflow_wrote_is_read(path):
     result = tiny.run([sys.executable, "-c", WRITE, str(written)])
     assert result.returncode == 0, result.stderr[-2000:]
     np.testing.assert_array_equal(tfrecord.load_tfrecord(str(written), (4, 4, 3)).images(np.arange(5)), IMAGES)
+
+
+# --- .npz files of one's own -----------------------------------------------------------------------------------------
+
+
+def npz_config(folder, **changes):
+    return make_config(dataset="npz", path=str(folder), image_size=2, **changes)
+
+
+def write_npz(folder, **arrays):
+    images = np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3)
+    np.savez(folder / "train.npz", **({"images": images} | arrays))
+    return images
+
+
+def test_images_and_labels_of_an_npz_file(tmp_path):
+    images = write_npz(tmp_path, labels=np.array([2, 0, 1], np.uint8), num_classes=4)
+    source = datasets.build_source(npz_config(tmp_path), "train")
+    np.testing.assert_array_equal(source.images(np.array([2, 0])), images[[2, 0]])
+    np.testing.assert_array_equal(source.labels(np.array([2, 0])), [1, 2])
+    assert source.num_classes == 4
+    write_npz(tmp_path, labels=np.array([2, 0, 1]))
+    assert datasets.build_source(npz_config(tmp_path), "train").num_classes == 3
+    write_npz(tmp_path)
+    assert datasets.build_source(npz_config(tmp_path), "train").num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("arrays", "changes", "message"),
+    [
+        ({}, {"folder": ""}, "data.path is empty; set --config.data.path"),
+        ({"labels": np.zeros(2, int)}, {}, r"labels of .*train.npz are int64 of shape \(2,\); expected .*\(3,\)"),
+        ({"labels": np.array([0, -1, 1])}, {}, "expected whole numbers from 0"),
+        ({"labels": np.array([0, 5, 1]), "num_classes": 3}, {}, "go up to 5, but its num_classes is 3"),
+        ({"images": np.zeros((0, 2, 2, 3), np.uint8)}, {}, "train.npz has no images"),
+    ],
+)
+def test_bad_npz_data_are_refused(tmp_path, arrays, changes, message):
+    write_npz(tmp_path, **arrays)
+    with pytest.raises(ValueError, match=message):
+        datasets.build_source(npz_config(**({"folder": tmp_path} | changes)), "train")
+
+
+def test_missing_npz_data_say_what_is_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"test.npz does not exist; data.dataset='npz' reads train.npz and"):
+        datasets.build_source(npz_config(tmp_path), "test")
