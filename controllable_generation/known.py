@@ -1,22 +1,16 @@
-"""Conditional samples of an unconditional network: known pixels, known grey values, a class (Song et al. 2021, Sec. 5).
-
-What is known enters as a transform of a sampling step (`sampling.StepTransform`) or as a change of the score; the
-sampling loop is that of `sampling`. The 2021 code had three near-copies of the loop instead, two of which returned
-the noisy state of the unknown part where they meant the denoised one.
-"""
+"""Known pixels and known grey values: the replacement of Song et al. 2021, Appendix I.2 and I.3."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 import rng
 from sampling import StepResult, StepTransform
-from sde_lib import SDE, ScoreFn, expand
+from sde_lib import SDE, expand
 
 # Columns: the grey value, times sqrt(3), and two directions of colour orthogonal to it and to each other.
 GRAY_ROTATION = np.array([[1, -2, 0], [1, 1, 1], [1, 1, -1]]) / np.sqrt([3, 6, 2])
@@ -110,32 +104,3 @@ def known_gray(images: Float[Array, "B H W 3"]) -> Known:
         raise ValueError(f"images have {images.shape[-1]} channels; colorization needs 3 (repeat a grey channel)")
     mask = jnp.zeros(images.shape).at[..., 0].set(1.0)
     return Known(images, mask, GRAY_ROTATION)
-
-
-def condition_on_class(
-    score_fn: ScoreFn,
-    classifier_grad_fn: Callable[[Array, Array, Array], Array],
-    sde: SDE,
-    labels: Int[Array, "B"],
-    *,
-    scale: float = 1.0,
-) -> ScoreFn:
-    """Returns the score of p_t(x | label) = the score of p_t(x) + grad log p_t(label | x) (Song et al. 2021, Eq. 14).
-
-    The classifier knows images plus noise. Under an SDE whose mean shrinks by m(t), x / m is such an image, with noise
-    of std / m; the 2021 code gave it x and std, which is the same for VE only.
-
-    Args:
-      score_fn: unconditional score.
-      classifier_grad_fn: (x, sigma, labels) -> grad_x log p(label | x), x in the network's range with noise of sigma.
-      sde: forward SDE.
-      labels: class of each example.
-      scale: factor on the classifier's gradient; 1 is Bayes' rule.
-    """
-
-    def conditional(x: Float[Array, "B ..."], t: Float[Array, "B"]) -> Float[Array, "B ..."]:
-        m = sde.mean_coeff(t)
-        gradient = classifier_grad_fn(x / expand(m, x), sde.std(t) / m, labels) / expand(m, x)
-        return score_fn(x, t) + scale * gradient
-
-    return conditional
