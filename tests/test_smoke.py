@@ -1,4 +1,4 @@
-"""The smoke run: every experiment shrinks to two steps on the digits, and one of each family really takes them (`make test-all`)."""
+"""The smoke run: every experiment shrinks to two steps on the digits, and some really take them."""
 
 import json
 import shutil
