@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,8 @@ from sources.digits import load_digits
 from sources.npz import load_npz_split
 from sources.tfds import load_celeba, load_lsun, load_tfds
 from sources.tfrecord import load_tfrecord
+
+Batch = TypeVar("Batch")
 
 # Every data set by the name that `data.dataset` gives it: (configuration, "train" or "test") -> Source.
 SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
@@ -103,8 +106,6 @@ def training_batches(
 ) -> Iterator[Array]:
     """Yields the batches of successive compiled calls, already on the devices of this host.
 
-    A background thread reads and places the next batches while the devices work on the present one.
-
     Args:
       source: training split.
       seed: of the experiment.
@@ -117,11 +118,46 @@ def training_batches(
     """
 
     def load(step: int) -> Array:
-        steps = range(step, step + steps_per_call)
-        indices = [training_indices(seed, s, batch_size, len(source)) for s in steps]
-        levels = [source.images(distributed.host_share(i)) for i in indices]
-        return distributed.shard(np.stack(levels), axis=1)
+        indices = _indices_of_call(seed, step, batch_size, len(source), steps_per_call)
+        return distributed.shard(np.stack([source.images(i) for i in indices]), axis=1)
 
+    return _read_ahead(load, first_step, steps_per_call)
+
+
+def labelled_training_batches(
+    source: Source, *, seed: int, first_step: int, batch_size: int, steps_per_call: int
+) -> Iterator[tuple[Array, Array]]:
+    """Yields the batches of `training_batches` with their labels, int[devices, steps_per_call, B].
+
+    Args:
+      source: training split, with labels.
+      seed: of the experiment.
+      first_step: step of the first batch, counted from 0.
+      batch_size: of all hosts together.
+      steps_per_call: training steps in one compiled call.
+    """
+
+    def load(step: int) -> tuple[Array, Array]:
+        indices = _indices_of_call(seed, step, batch_size, len(source), steps_per_call)
+        levels, labels = ([read(i) for i in indices] for read in (source.images, source.labels))
+        return distributed.shard(np.stack(levels), axis=1), distributed.shard(np.stack(labels, dtype=np.int32), axis=1)
+
+    return _read_ahead(load, first_step, steps_per_call)
+
+
+def _indices_of_call(
+    seed: int, first_step: int, batch_size: int, num_examples: int, steps_per_call: int
+) -> list[np.ndarray]:
+    """Returns this host's example indices of each step of one compiled call."""
+    steps = range(first_step, first_step + steps_per_call)
+    return [distributed.host_share(training_indices(seed, step, batch_size, num_examples)) for step in steps]
+
+
+def _read_ahead(load: Callable[[int], Batch], first_step: int, steps_per_call: int) -> Iterator[Batch]:
+    """Yields load(step) of successive compiled calls.
+
+    A background thread reads and places the next batches while the devices work on the present one.
+    """
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = [pool.submit(load, first_step), pool.submit(load, first_step + steps_per_call)]
         step = first_step + 2 * steps_per_call

@@ -3,6 +3,7 @@
 A loss is `(key, params, x, train) -> float[B]`, one value for each image; the steps average it over the global batch.
 """
 
+from losses.classification import classify_noisy, make_classifier_loss
 from losses.objectives import (
     OBJECTIVES,
     LossFn,
@@ -26,7 +27,9 @@ __all__ = [
     "TrainState",
     "build_loss",
     "build_optimizer",
+    "classify_noisy",
     "init_state",
+    "make_classifier_loss",
     "make_continuous_loss",
     "make_ddpm_loss",
     "make_importance_times",

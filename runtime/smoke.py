@@ -35,11 +35,21 @@ def _model(model: ConfigDict) -> dict[str, Any]:
     }
 
 
-def _training() -> dict[str, Any]:
+def _schedule() -> dict[str, Any]:
     """Returns a schedule of two steps: a state to resume from after the first, a snapshot after the second."""
     schedule = {"n_iters": 2, "n_jitted_steps": 1, "log_freq": 1, "eval_freq": 2}
-    schedule |= {"snapshot_freq": 2, "snapshot_freq_for_preemption": 1, "snapshot_sampling": True}
-    return schedule | {"batch_size": distributed.round_up(IMAGES), "snapshot_num_samples": IMAGES}
+    schedule |= {"snapshot_freq": 2, "snapshot_freq_for_preemption": 1}
+    return schedule | {"batch_size": distributed.round_up(IMAGES)}
+
+
+def _training() -> dict[str, Any]:
+    """Returns the schedule of the score network and the size of its sample grid."""
+    return _schedule() | {"snapshot_sampling": True, "snapshot_num_samples": IMAGES}
+
+
+def _classifier(classifier: ConfigDict) -> dict[str, Any]:
+    """Returns the schedule and the size of the classifier."""
+    return _schedule() | {"blocks_per_group": 1, "channel_multiplier": 1, "warmup": min(classifier.warmup, 1)}
 
 
 def _sampling(config: ConfigDict) -> dict[str, Any]:
@@ -73,6 +83,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     small.model.update(_model(config.model))
     small.training.update(_training())
     small.optim.warmup = min(config.optim.warmup, 1)
+    small.classifier.update(_classifier(config.classifier))
     small.sampling.update(_sampling(config))
     small.likelihood.update(rtol=TOLERANCE, atol=TOLERANCE)
     small.eval.update(_eval())
