@@ -51,7 +51,7 @@ def _model() -> ConfigDict:
             "nonlinearity": "swish",  # activation: "elu", "relu", "lrelu" or "swish"
             "dropout": 0.1,  # probability that a feature is dropped in training
             "interpolation": "bilinear",  # NCSN and NCSNv2: of feature maps that are merged: "bilinear" or "nearest"
-            "num_classes": 0,  # classes that the classifier tells apart; 0: none
+            "num_classes": 0,  # classes that a score network is told, or that the classifier tells apart; 0: none
             "blocks_per_group": 4,  # classifier: residual blocks of each of its three groups
             "channel_multiplier": 10,  # classifier: width, in multiples of 16, 32 and 64 channels
             "scale_by_sigma": False,  # divide the network's output by sigma
@@ -107,6 +107,9 @@ def _sampling() -> ConfigDict:
         {
             "method": "pc",  # "pc" (predictor-corrector), "ode", "adaptive_sde", or one of solvers.FIXED_GRID
             "num_steps": 0,  # steps of "pc" and of few-step solvers; 0: model.num_scales
+            "labels": "",  # classes of the samples in turn: "3", "0..9", "0,2,5"; "": of any class
+            "guidance_scale": 1.0,  # classifier-free: w in s(any) + w (s(class) - s(any)); 1: none
+            "guidance_interval": (0.0, 0.0),  # low < sigma <= high in which there is guidance; high 0: no bound
             "noise_removal": True,  # end without noise: on the last step's mean, or on the data predicted at the end
             # "pc"
             "predictor": "euler_maruyama",  # "euler_maruyama", "reverse_diffusion", "ancestral_sampling" or "none"
