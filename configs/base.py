@@ -77,6 +77,7 @@ def _training() -> ConfigDict:
             "reduce_mean": True,  # mean over a pixel's squared error; False: half the sum
             "likelihood_weighting": False,  # weight the loss by g(t)^2 instead of std(t)^2
             "importance_sampling": False,  # draw t by g^2 / std^2, not uniformly; for likelihood_weighting
+            "label_dropout": 0.1,  # model.num_classes: probability that an image is shown without its label
             "objective": "denoising",  # score matching: "denoising", "sliced" or "sliced_vr" (of less variance)
             "log_freq": 50,  # steps between lines of the log and points of the loss curve
             "eval_freq": 100,  # steps between losses of a batch of test images

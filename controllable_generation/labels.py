@@ -77,6 +77,21 @@ def labels_of_samples(labels: Sequence[int], indices: Int[np.ndarray, "n"]) -> I
     return np.asarray(labels, np.int32)[indices % len(labels)]
 
 
+def rows_of_labels(num_images: int, num_labels: int, limit: int) -> Int[np.ndarray, "R C"]:
+    """Returns the numbers of the samples that a picture with a row for each label shows.
+
+    Only whole columns, so that every label is shown as often, unless there are fewer samples than labels.
+
+    Args:
+      num_images: samples that there are.
+      num_labels: K; sample i has label number i mod K.
+      limit: samples that are shown at the most.
+    """
+    num_shown = min(num_images, limit)
+    rows, columns = min(num_labels, num_shown), max(1, num_shown // num_labels)
+    return np.arange(rows)[:, None] + num_labels * np.arange(columns)[None, :]
+
+
 # --- classifier-free guidance ----------------------------------------------------------------------------------------
 
 

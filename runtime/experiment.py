@@ -135,6 +135,17 @@ def _build_likelihoods(
     )
 
 
+def check_sampling(config: ConfigDict, sde: SDE) -> None:
+    """Checks how samples are drawn, and of which classes if the network is told them; a guide may know others.
+
+    Raises:
+      ValueError: naming the setting that is wrong.
+    """
+    build_sampler(config, sde, (1, *datasets.image_shape(config)))
+    if told_classes(config):
+        build_classifier_free(config, sde, build_labels(config))
+
+
 def build_experiment(config: ConfigDict) -> Experiment:
     """Builds and checks everything that a configuration describes; nothing is compiled.
 
@@ -145,10 +156,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     sde = sde_lib.build_sde(config)
     model = models.create_model(config)
     check_labels(config, model)
-    # Built here only to be checked: a bad sampler must not come to light after days of training.
-    build_sampler(config, sde, (1, *datasets.image_shape(config)))
-    if told_classes(config):
-        build_classifier_free(config, sde, build_labels(config))
+    check_sampling(config, sde)  # a bad sampler must not come to light after days of training
     scaler = datasets.build_scaler(config)
     _build_likelihoods(config, sde, scaler)
     keys = jax.random.split(jax.random.key(config.seed), len(PURPOSES))

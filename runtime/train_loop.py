@@ -19,6 +19,8 @@ import files
 import plots
 from checkpoints import Checkpoints
 from losses import TrainState
+from models.factory import told_classes
+from runtime import drawing
 from runtime.experiment import Experiment, SamplingProgram, build_loss_program, build_train_program
 from runtime.progress import TrainingProgress
 
@@ -91,7 +93,7 @@ class Trainer:
     test: datasets.Source
     train_steps: Callable[..., Any]
     eval_loss: Callable[..., np.ndarray]
-    draw_samples: Callable[..., tuple[np.ndarray, int]]
+    draw_samples: SamplingProgram
 
     def test_loss(self, state: TrainState, step: int) -> float:
         """Measures the loss of the averaged parameters on one batch of test images, which rotates with the step."""
@@ -107,7 +109,8 @@ class Trainer:
         folder = self.workdir / "samples" / f"iter_{step}"
         levels = levels[: self.experiment.config.training.snapshot_num_samples]
         files.write_atomically(folder / "sample.npz", lambda file: np.savez(file, samples=levels, nfe=nfe))
-        grid = plots.grid_of_levels(levels, self.experiment.config.data.num_levels)
+        labels, num_levels = self.draw_samples.labels, self.experiment.config.data.num_levels
+        grid = drawing.picture(levels, labels, num_levels, limit=len(levels))
         plots.save_png(folder / "sample.png", grid)
         progress.record_image(step, "samples", grid)
 
@@ -164,6 +167,7 @@ def train_loop(
         first_step=step,
         batch_size=settings.batch_size,
         steps_per_call=settings.n_jitted_steps,
+        with_labels=told_classes(config) > 0,
     )
     with distributed.Preemption() as preemption:
         while step < last:
