@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +25,6 @@ from sources.digits import load_digits
 from sources.npz import load_npz_split
 from sources.tfds import load_celeba, load_lsun, load_tfds
 from sources.tfrecord import load_tfrecord
-
-Batch = TypeVar("Batch")
 
 # Every data set by the name that `data.dataset` gives it: (configuration, "train" or "test") -> Source.
 SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
@@ -46,12 +43,12 @@ def build_source(config: ConfigDict, split: str) -> Source:
     """Opens one split of the configured data set and checks that its images are what the network expects.
 
     Args:
-      config: experiment configuration; reads `config.data`.
+      config: experiment configuration; reads `config.data` and `config.model.num_classes`.
       split: "train" or "test".
 
     Raises:
       ValueError: if the data set is unknown, the configuration names no files for it, or its images differ from the
-        configuration.
+        configuration, or the labels of the training split in number.
       FileNotFoundError: if its files are missing.
     """
     checks.one_of("data.dataset", config.data.dataset, SOURCES)
@@ -66,6 +63,12 @@ def build_source(config: ConfigDict, split: str) -> Source:
         raise ValueError(
             f"{config.data.dataset} has {source.num_levels} levels, but data.num_levels={config.data.num_levels}; "
             f"bits/dim would be wrong: set data.num_levels={source.num_levels}"
+        )
+    if split == "train" and config.model.num_classes not in (0, source.num_classes):
+        carried = f"labels of {source.num_classes} classes" if source.num_classes else "no labels"
+        raise ValueError(
+            f"the images of {config.data.dataset} carry {carried}, but model.num_classes={config.model.num_classes}; "
+            f"set model.num_classes={source.num_classes}"
         )
     return source
 
@@ -102,9 +105,11 @@ def training_indices(seed: int, step: int, batch_size: int, num_examples: int) -
 
 
 def training_batches(
-    source: Source, *, seed: int, first_step: int, batch_size: int, steps_per_call: int
-) -> Iterator[Array]:
+    source: Source, *, seed: int, first_step: int, batch_size: int, steps_per_call: int, with_labels: bool = False
+) -> Iterator[Array | tuple[Array, Array]]:
     """Yields the batches of successive compiled calls, already on the devices of this host.
+
+    A background thread reads and places the next batches while the devices work on the present one.
 
     Args:
       source: training split.
@@ -112,52 +117,22 @@ def training_batches(
       first_step: step of the first batch, counted from 0.
       batch_size: of all hosts together.
       steps_per_call: training steps in one compiled call.
+      with_labels: yield their class labels, too.
 
     Yields:
-      Levels, uint8[devices, steps_per_call, B, H, W, C], B images for each device.
+      Levels, uint8[devices, steps_per_call, B, H, W, C], B images for each device; with labels a pair, levels and
+      int32[devices, steps_per_call, B].
     """
 
-    def load(step: int) -> Array:
-        indices = _indices_of_call(seed, step, batch_size, len(source), steps_per_call)
-        return distributed.shard(np.stack([source.images(i) for i in indices]), axis=1)
+    def load(step: int) -> Array | tuple[Array, Array]:
+        steps = range(step, step + steps_per_call)
+        indices = [distributed.host_share(training_indices(seed, s, batch_size, len(source))) for s in steps]
+        levels = distributed.shard(np.stack([source.images(i) for i in indices]), axis=1)
+        if not with_labels:
+            return levels
+        labels = np.stack([source.labels(i) for i in indices]).astype(np.int32)
+        return levels, distributed.shard(labels, axis=1)
 
-    return _read_ahead(load, first_step, steps_per_call)
-
-
-def labelled_training_batches(
-    source: Source, *, seed: int, first_step: int, batch_size: int, steps_per_call: int
-) -> Iterator[tuple[Array, Array]]:
-    """Yields the batches of `training_batches` with their labels, int[devices, steps_per_call, B].
-
-    Args:
-      source: training split, with labels.
-      seed: of the experiment.
-      first_step: step of the first batch, counted from 0.
-      batch_size: of all hosts together.
-      steps_per_call: training steps in one compiled call.
-    """
-
-    def load(step: int) -> tuple[Array, Array]:
-        indices = _indices_of_call(seed, step, batch_size, len(source), steps_per_call)
-        levels, labels = ([read(i) for i in indices] for read in (source.images, source.labels))
-        return distributed.shard(np.stack(levels), axis=1), distributed.shard(np.stack(labels, dtype=np.int32), axis=1)
-
-    return _read_ahead(load, first_step, steps_per_call)
-
-
-def _indices_of_call(
-    seed: int, first_step: int, batch_size: int, num_examples: int, steps_per_call: int
-) -> list[np.ndarray]:
-    """Returns this host's example indices of each step of one compiled call."""
-    steps = range(first_step, first_step + steps_per_call)
-    return [distributed.host_share(training_indices(seed, step, batch_size, num_examples)) for step in steps]
-
-
-def _read_ahead(load: Callable[[int], Batch], first_step: int, steps_per_call: int) -> Iterator[Batch]:
-    """Yields load(step) of successive compiled calls.
-
-    A background thread reads and places the next batches while the devices work on the present one.
-    """
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = [pool.submit(load, first_step), pool.submit(load, first_step + steps_per_call)]
         step = first_step + 2 * steps_per_call

@@ -51,7 +51,7 @@ def _model() -> ConfigDict:
             "nonlinearity": "swish",  # activation: "elu", "relu", "lrelu" or "swish"
             "dropout": 0.1,  # probability that a feature is dropped in training
             "interpolation": "bilinear",  # NCSN and NCSNv2: of feature maps that are merged: "bilinear" or "nearest"
-            "num_classes": 0,  # classes that the classifier tells apart; 0: none
+            "num_classes": 0,  # classes that a score network is told, or that the classifier tells apart; 0: none
             "blocks_per_group": 4,  # if this is a classifier of the 2021 code: residual blocks of each of its groups
             "channel_multiplier": 10,  # the same: its width, in multiples of 16, 32 and 64 channels
             "scale_by_sigma": False,  # divide the network's output by sigma
@@ -77,6 +77,7 @@ def _training() -> ConfigDict:
             "reduce_mean": True,  # mean over a pixel's squared error; False: half the sum
             "likelihood_weighting": False,  # weight the loss by g(t)^2 instead of std(t)^2
             "importance_sampling": False,  # draw t by g^2 / std^2, not uniformly; for likelihood_weighting
+            "label_dropout": 0.1,  # model.num_classes: probability that an image is shown without its label
             "objective": "denoising",  # score matching: "denoising", "sliced" or "sliced_vr" (of less variance)
             "log_freq": 50,  # steps between lines of the log and points of the loss curve
             "eval_freq": 100,  # steps between losses of a batch of test images
@@ -128,6 +129,9 @@ def _sampling() -> ConfigDict:
         {
             "method": "pc",  # "pc" (predictor-corrector), "ode", "adaptive_sde", or one of solvers.FIXED_GRID
             "num_steps": 0,  # steps of "pc" and of few-step solvers; 0: model.num_scales
+            "labels": "",  # classes of the samples in turn: "3", "0..9", "0,2,5"; "": of any class
+            "guidance_scale": 1.0,  # classifier-free: w in s(any) + w (s(class) - s(any)); 1: none
+            "guidance_interval": (0.0, 0.0),  # low < sigma <= high in which there is guidance; high 0: no bound
             "noise_removal": True,  # end without noise: on the last step's mean, or on the data predicted at the end
             # a class by the gradient of a classifier
             "classifier_scale": 0.0,  # factor on it: 1 is Bayes' rule, more favours typical images; 0: no classifier

@@ -12,6 +12,7 @@ from losses.objectives import (
     make_continuous_loss,
     make_ddpm_loss,
     make_smld_loss,
+    with_label_dropout,
 )
 from losses.optimizer import ADAM_BETA2, build_optimizer, make_optimizer
 from losses.steps import TrainState, init_state, make_train_step, make_train_steps, update_ema
@@ -39,4 +40,5 @@ __all__ = [
     "make_train_steps",
     "make_uniform_times",
     "update_ema",
+    "with_label_dropout",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -54,8 +52,6 @@ def make_classifier_loss(
 ) -> LossFn:
     """The cross-entropy of a classifier at the noise levels that the score is trained at, in nats.
 
-    What it is given, the last but one argument of the loss, are the images and their labels as a pair.
-
     Args:
       sde: forward SDE of the score network.
       model: classifier called as model(x, sigmas).
@@ -65,11 +61,18 @@ def make_classifier_loss(
     """
     draw_times = draw_times or make_uniform_times(sde)
 
-    def loss(key: PRNGKeyArray, params: Params, x: Any, *, train: bool) -> Float[Array, "B"]:
-        images, labels = x
+    def loss(
+        key: PRNGKeyArray,
+        params: Params,
+        x: Float[Array, "B H W C"],
+        *,
+        train: bool,
+        class_labels: Int[Array, "B"] | None = None,
+    ) -> Float[Array, "B"]:
+        assert class_labels is not None  # the trainer of a classifier gives them
         key_t, key_z = rng.split(key)
-        t, weight = draw_times(key_t, len(images))
+        t, weight = draw_times(key_t, len(x))
         logit_fn = make_logit_fn(model, params, mean=mean, std=std)
-        return weight * classify_noisy(key_z, logit_fn, sde, images, labels, t)[0]
+        return weight * classify_noisy(key_z, logit_fn, sde, x, class_labels, t)[0]
 
     return loss

@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 import datasets
 import distributed
-import losses
 from losses import TrainState
 from runtime import classifier_accuracy, train_loop
 from runtime import workdir as workdirs
@@ -26,29 +25,11 @@ from runtime.classifier_experiment import (
     classifier_config,
     count_classes,
 )
-from runtime.experiment import Experiment, describe
+from runtime.experiment import Experiment, build_train_program, describe
 from runtime.progress import TrainingProgress
 from runtime.workdir import WorkdirError
 
 NUM_LOGGED = 6  # noise levels of which the log gives the accuracy
-
-
-def build_train_program(experiment: Experiment) -> Callable[..., Any]:
-    """Compiles `n_jitted_steps` training steps: (state, (levels, labels)) -> (state, metrics), all with a device axis.
-
-    The state is donated: its buffers are reused for the new one.
-    """
-    prepare = datasets.build_preparation(experiment.config, train=True)
-
-    def prepare_images(key: PRNGKeyArray, batch: Any) -> Any:
-        levels, labels = batch
-        return prepare(key, levels), labels
-
-    step = losses.make_train_step(
-        experiment.loss_fn, experiment.optimizer, ema_rate=experiment.config.model.ema_rate, prepare=prepare_images
-    )
-    steps = distributed.pmap(losses.make_train_steps(step), donate_argnums=(1,), in_axes=(None, 0, 0))
-    return lambda state, batches: steps(experiment.keys["train"], state, batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +45,7 @@ class ClassifierTrainer:
 
     group: ClassVar[str] = "classifier"
     rate: ClassVar[str] = "classifier.lr"
-    read_batches = staticmethod(datasets.labelled_training_batches)
+    takes_labels: ClassVar[bool] = True
 
     experiment: Experiment
     num_test_images: int

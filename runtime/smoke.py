@@ -14,6 +14,7 @@ FEWEST_CHANNELS = 8
 IMAGES = 8  # of a batch and of the sample grid, at the least
 TEST_IMAGES = 304  # the 297 test digits in one batch that 1, 2, 4, 8 or 16 devices divide
 FEWEST_STEPS = 8  # of the sampler
+NUM_CLASSES = 10  # of the digits
 TOLERANCE = 1e-2  # of the ODE solvers
 
 
@@ -32,6 +33,7 @@ def _model(model: ConfigDict) -> dict[str, Any]:
         "attn_resolutions": (4,) if model.attn_resolutions else (),
         "blocks_per_group": 1,
         "channel_multiplier": 1,
+        "num_classes": NUM_CLASSES if model.num_classes else 0,
     }
 
 
@@ -56,7 +58,8 @@ def _sampling(config: ConfigDict) -> dict[str, Any]:
     """Returns a sampler of few steps; ancestral sampling of the VP SDE needs more of them than beta_max."""
     steps = max(FEWEST_STEPS, int(config.model.beta_max) + 1)
     steps = min(steps, config.sampling.num_steps or config.model.num_scales)
-    return {"num_steps": steps, "n_steps_each": 1, "rtol": TOLERANCE, "atol": TOLERANCE}
+    labels = config.sampling.labels if config.model.num_classes <= NUM_CLASSES else f"0..{NUM_CLASSES - 1}"
+    return {"labels": labels} | {"num_steps": steps, "n_steps_each": 1, "rtol": TOLERANCE, "atol": TOLERANCE}
 
 
 def _eval() -> dict[str, Any]:

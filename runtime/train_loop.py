@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -19,6 +19,8 @@ import files
 import plots
 from checkpoints import Checkpoints
 from losses import TrainState
+from models.factory import told_classes
+from runtime import drawing
 from runtime import workdir as workdirs
 from runtime.experiment import Experiment, SamplingProgram, build_loss_program, build_train_program
 from runtime.progress import TrainingProgress
@@ -95,8 +97,8 @@ class Trainer(Protocol):
         ...
 
     @property
-    def read_batches(self) -> Callable[..., Iterator[Any]]:
-        """As `datasets.training_batches`, of what `train_steps` takes."""
+    def takes_labels(self) -> bool:
+        """Whether a batch of `train_steps` is (levels, class labels), not levels alone."""
         ...
 
     def test_values(self, state: TrainState, step: int) -> dict[str, float]:
@@ -123,14 +125,18 @@ class ScoreTrainer:
 
     group: ClassVar[str] = "training"
     rate: ClassVar[str] = "optim.lr"
-    read_batches = staticmethod(datasets.training_batches)
 
     experiment: Experiment
     workdir: Path
     test: datasets.Source
     train_steps: Callable[..., Any]
     eval_loss: Callable[..., np.ndarray]
-    draw_samples: Callable[..., tuple[np.ndarray, int]]
+    draw_samples: SamplingProgram
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the network is told classes."""
+        return told_classes(self.experiment.config) > 0
 
     def test_values(self, state: TrainState, step: int) -> dict[str, float]:
         """Measures the loss of the averaged parameters on one batch of test images, which rotates with the step."""
@@ -151,7 +157,8 @@ class ScoreTrainer:
         folder = self.workdir / "samples" / f"iter_{step}"
         levels = levels[: self.experiment.config.training.snapshot_num_samples]
         files.write_atomically(folder / "sample.npz", lambda file: np.savez(file, samples=levels, nfe=nfe))
-        grid = plots.grid_of_levels(levels, self.experiment.config.data.num_levels)
+        labels, num_levels = self.draw_samples.labels, self.experiment.config.data.num_levels
+        grid = drawing.picture(levels, labels, num_levels, limit=len(levels))
         plots.save_png(folder / "sample.png", grid)
         progress.record_image(step, "samples", grid)
 
@@ -205,12 +212,13 @@ def train_loop(
     config = trainer.experiment.config
     settings, step, last = config[trainer.group], int(state.step), num_steps(config, trainer.group)
     state, pending = distributed.replicate(state), []
-    batches = trainer.read_batches(
+    batches = datasets.training_batches(
         source,
         seed=config.seed,
         first_step=step,
         batch_size=settings.batch_size,
         steps_per_call=settings.n_jitted_steps,
+        with_labels=trainer.takes_labels,
     )
     with distributed.Preemption() as preemption:
         while step < last:

@@ -70,7 +70,7 @@ def test_the_loss_draws_times_as_the_score_does_and_normalizes_the_images(monkey
     draw_times = lambda key, num: (times, jnp.arange(1.0, num + 1))  # noqa: E731
     mean, std = (0.2, -0.1), (2.0, 0.5)
     loss = losses.make_classifier_loss(sde, Affine(), mean=mean, std=std, draw_times=draw_times)
-    got = loss(jax.random.key(3), params, (x, labels), train=True)
+    got = loss(jax.random.key(3), params, x, train=True, class_labels=labels)
     key_z = rng.split(jax.random.key(3))[1]
     sigma = noise_levels.noise_levels(sde, times).sigma
     noisy = x + sigma[:, None, None, None] * rng.normal(key_z, x.shape)
@@ -82,8 +82,9 @@ def test_the_loss_draws_times_as_the_score_does_and_normalizes_the_images(monkey
     drawn = losses.make_uniform_times(sde)(rng.split(jax.random.key(3))[0], 4)
     monkeypatch.setattr("losses.classification.make_uniform_times", lambda sde: lambda key, num: drawn)
     again = losses.make_classifier_loss(sde, Affine(), mean=mean, std=std)
-    args = (jax.random.key(3), params, (x, labels))
-    np.testing.assert_array_equal(default(*args, train=True), again(*args, train=True))
+    given = {"train": True, "class_labels": labels}
+    of_default, of_drawn = (each(jax.random.key(3), params, x, **given) for each in (default, again))
+    np.testing.assert_array_equal(of_default, of_drawn)
 
 
 def test_a_flat_image_has_a_gradient_and_leaves_others_theirs(monkeypatch):
@@ -103,21 +104,6 @@ def test_a_flat_image_has_a_gradient_and_leaves_others_theirs(monkeypatch):
 
 
 # --- the data --------------------------------------------------------------------------------------------------------
-
-
-def test_labels_come_with_their_images_and_a_resumed_run_sees_the_same():
-    source = datasets.load_digits("train")
-    arguments = {"seed": 3, "batch_size": 600, "steps_per_call": 2}
-    unbroken = datasets.labelled_training_batches(source, first_step=0, **arguments)
-    plain = datasets.training_batches(source, first_step=0, **arguments)
-    calls = [(next(unbroken), next(plain)) for _ in range(3)]
-    for call, ((levels, labels), alone) in enumerate(calls):
-        np.testing.assert_array_equal(levels, alone)
-        for step in range(2):
-            indices = datasets.training_indices(3, 2 * call + step, 600, 1500)
-            np.testing.assert_array_equal(labels[0, step], source.classes[indices])
-    resumed = next(datasets.labelled_training_batches(source, first_step=4, **arguments))
-    jax.tree.map(np.testing.assert_array_equal, resumed, calls[2][0])
 
 
 def test_normalization_is_that_of_all_training_images(tmp_path):
