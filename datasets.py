@@ -43,12 +43,12 @@ def build_source(config: ConfigDict, split: str) -> Source:
     """Opens one split of the configured data set and checks that its images are what the network expects.
 
     Args:
-      config: experiment configuration; reads `config.data`.
+      config: experiment configuration; reads `config.data` and `config.model.num_classes`.
       split: "train" or "test".
 
     Raises:
       ValueError: if the data set is unknown, the configuration names no files for it, or its images differ from the
-        configuration.
+        configuration, or the labels of the training split in number.
       FileNotFoundError: if its files are missing.
     """
     checks.one_of("data.dataset", config.data.dataset, SOURCES)
@@ -63,6 +63,12 @@ def build_source(config: ConfigDict, split: str) -> Source:
         raise ValueError(
             f"{config.data.dataset} has {source.num_levels} levels, but data.num_levels={config.data.num_levels}; "
             f"bits/dim would be wrong: set data.num_levels={source.num_levels}"
+        )
+    if split == "train" and config.model.num_classes not in (0, source.num_classes):
+        carried = f"labels of {source.num_classes} classes" if source.num_classes else "no labels"
+        raise ValueError(
+            f"the images of {config.data.dataset} carry {carried}, but model.num_classes={config.model.num_classes}; "
+            f"set model.num_classes={source.num_classes}"
         )
     return source
 
@@ -99,8 +105,8 @@ def training_indices(seed: int, step: int, batch_size: int, num_examples: int) -
 
 
 def training_batches(
-    source: Source, *, seed: int, first_step: int, batch_size: int, steps_per_call: int
-) -> Iterator[Array]:
+    source: Source, *, seed: int, first_step: int, batch_size: int, steps_per_call: int, with_labels: bool = False
+) -> Iterator[Array | tuple[Array, Array]]:
     """Yields the batches of successive compiled calls, already on the devices of this host.
 
     A background thread reads and places the next batches while the devices work on the present one.
@@ -111,16 +117,21 @@ def training_batches(
       first_step: step of the first batch, counted from 0.
       batch_size: of all hosts together.
       steps_per_call: training steps in one compiled call.
+      with_labels: yield their class labels, too.
 
     Yields:
-      Levels, uint8[devices, steps_per_call, B, H, W, C], B images for each device.
+      Levels, uint8[devices, steps_per_call, B, H, W, C], B images for each device; with labels a pair, levels and
+      int32[devices, steps_per_call, B].
     """
 
-    def load(step: int) -> Array:
+    def load(step: int) -> Array | tuple[Array, Array]:
         steps = range(step, step + steps_per_call)
-        indices = [training_indices(seed, s, batch_size, len(source)) for s in steps]
-        levels = [source.images(distributed.host_share(i)) for i in indices]
-        return distributed.shard(np.stack(levels), axis=1)
+        indices = [distributed.host_share(training_indices(seed, s, batch_size, len(source))) for s in steps]
+        levels = distributed.shard(np.stack([source.images(i) for i in indices]), axis=1)
+        if not with_labels:
+            return levels
+        labels = np.stack([source.labels(i) for i in indices]).astype(np.int32)
+        return levels, distributed.shard(labels, axis=1)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = [pool.submit(load, first_step), pool.submit(load, first_step + steps_per_call)]

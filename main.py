@@ -35,6 +35,7 @@ MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
 # Every value of --mode. The keywords of a function of run_lib are the flags of the same names.
 MODES = {
     "train": Mode(run_lib.train, ignored=("eval_folder",)),  # which scripts of the 2021 code give always
+    "train_classifier": Mode(run_lib.train_classifier),
     "eval": Mode(run_lib.evaluate, flags=("eval_folder",)),
     "sample": Mode(run_lib.sample, flags=("output", "snapshot", "num_images", "png")),
     "compare_samplers": Mode(run_lib.compare_samplers, flags=("output", "samplers", "snapshot", "num_images")),
@@ -57,7 +58,7 @@ def prepare(workdir: Path) -> None:
     command_line.check_flags(FLAGS.mode, MODES[FLAGS.mode])
     if FLAGS.mode == "import":
         return  # makes its workdir when all has been checked
-    if FLAGS.mode == "train":
+    if FLAGS.mode in ("train", "train_classifier"):
         workdirs.check_writable(workdir)
     else:
         workdirs.check_trained(workdir)

@@ -195,7 +195,8 @@ def read_losses(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def _figure(x_label: str, y_label: str) -> tuple[Figure, Any]:
+def blank_figure(x_label: str, y_label: str) -> tuple[Figure, Any]:
+    """Returns a figure of one panel and its axes, labelled and with a grid."""
     from matplotlib.figure import Figure  # lazily: half a second; a Figure of its own needs no pyplot
 
     figure = Figure(figsize=(7.0, 4.0), dpi=110, layout="constrained")
@@ -223,7 +224,7 @@ def loss_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
     values = [value for points in curves.values() for _, value in points]
     if not values:
         raise ValueError("no record has a finite loss; train first, or give the losses.jsonl of a run")
-    figure, axes = _figure("training step", "loss per image")
+    figure, axes = blank_figure("training step", "loss per image")
     for key, points in curves.items():
         if points:
             steps, losses = zip(*points, strict=True)
@@ -260,7 +261,7 @@ def metric_figure(
     points = [(step, value, stderr or 0.0) for step, value, stderr in rows if value is not None]
     if not points:
         raise ValueError(f"no checkpoint has a value of {label}; evaluate with that metric enabled")
-    figure, axes = _figure("training step of the checkpoint", label)
+    figure, axes = blank_figure("training step of the checkpoint", label)
     x, y, bars = zip(*points, strict=True)
     axes.errorbar(x, y, yerr=bars, marker="o", capsize=4, linewidth=1.2, label="checkpoints, ± one standard error")
     if level is not None:

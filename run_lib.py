@@ -8,14 +8,12 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import datasets
-import distributed
-from checkpoints import Checkpoints
 from models.factory import require_score_network
-from runtime import compare, encoding, eval_loop, sample_run, smoke, train_loop
+from runtime import classifier_training, compare, encoding, eval_loop, sample_run, smoke, train_loop
 from runtime import workdir as workdirs
+from runtime.classifier_experiment import check_settings
 from runtime.experiment import Experiment, build_experiment, describe
 from runtime.importing import export_checkpoint, import_checkpoint
-from runtime.progress import TrainingProgress
 
 __all__ = [
     "build_experiment",
@@ -26,6 +24,7 @@ __all__ = [
     "import_checkpoint",
     "sample",
     "train",
+    "train_classifier",
 ]
 
 
@@ -51,20 +50,31 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     workdirs.check_writable(workdir)
     workdirs.check_same_experiment(workdir, config)
     describe(experiment)
-    trainer = train_loop.build_trainer(experiment, workdir)
-    with Checkpoints(
-        workdir, snapshot_freq=config.training.snapshot_freq, template=experiment.state_template()
-    ) as checkpoints:
-        state = checkpoints.restore_newest() or experiment.init_state()
-        train_loop.check_first_step(config, int(state.step))
-        if distributed.is_main_process():
-            workdirs.record_config(workdir, config)
-        steps = train_loop.num_steps(config)
-        with TrainingProgress(
-            workdir, first_step=int(state.step), num_steps=steps, batch_size=config.training.batch_size
-        ) as progress:
-            train_loop.train_loop(trainer, state, source, checkpoints=checkpoints, progress=progress)
-    logging.info("trained %d steps; checkpoints and samples are in %s", steps, workdir)
+    state = train_loop.train(train_loop.build_trainer(experiment, workdir), source, workdir)
+    logging.info("trained %d steps; checkpoints and samples are in %s", int(state.step), workdir)
+
+
+def train_classifier(config: ConfigDict, workdir: str | Path) -> None:
+    """Trains a classifier of the experiment's noisy images, for guidance, and measures it; or resumes that.
+
+    Writes in the sub-folder "classifier" of the workdir: checkpoints, config.json, the loss curve, and the accuracy at
+    each noise level. The score network need not be trained yet.
+
+    Args:
+      config: experiment configuration of the score network.
+      workdir: folder of its run; made if need be.
+
+    Raises:
+      ValueError: if a setting is wrong, the data have no labels, or the step to resume from does not go with a setting.
+      WorkdirError: if the workdir cannot be written, or it or its classifier is of another experiment.
+      CheckpointError: if the classifier has checkpoints, but all are damaged.
+    """
+    config = smoke.shrink(config) if config.training.smoke else config
+    check_settings(config)
+    train_loop.check_schedule(config, "classifier")
+    train, test = (datasets.build_source(config, split) for split in ("train", "test"))
+    workdirs.check_same_experiment(workdir, config)
+    classifier_training.train_classifier(config, Path(workdir), train, test)
 
 
 def _open(config: ConfigDict, workdir: str | Path) -> Experiment:

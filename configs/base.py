@@ -51,9 +51,9 @@ def _model() -> ConfigDict:
             "nonlinearity": "swish",  # activation: "elu", "relu", "lrelu" or "swish"
             "dropout": 0.1,  # probability that a feature is dropped in training
             "interpolation": "bilinear",  # NCSN and NCSNv2: of feature maps that are merged: "bilinear" or "nearest"
-            "num_classes": 0,  # classes that the classifier tells apart; 0: none
-            "blocks_per_group": 4,  # classifier: residual blocks of each of its three groups
-            "channel_multiplier": 10,  # classifier: width, in multiples of 16, 32 and 64 channels
+            "num_classes": 0,  # classes that a score network is told, or that the classifier tells apart; 0: none
+            "blocks_per_group": 4,  # if this is a classifier of the 2021 code: residual blocks of each of its groups
+            "channel_multiplier": 10,  # the same: its width, in multiples of 16, 32 and 64 channels
             "scale_by_sigma": False,  # divide the network's output by sigma
             "ema_rate": 0.9999,  # decay of the exponential moving average of the parameters
             "num_scales": 1000,  # N: noise levels of the discrete SDE, steps of the sampler
@@ -77,6 +77,7 @@ def _training() -> ConfigDict:
             "reduce_mean": True,  # mean over a pixel's squared error; False: half the sum
             "likelihood_weighting": False,  # weight the loss by g(t)^2 instead of std(t)^2
             "importance_sampling": False,  # draw t by g^2 / std^2, not uniformly; for likelihood_weighting
+            "label_dropout": 0.1,  # model.num_classes: probability that an image is shown without its label
             "objective": "denoising",  # score matching: "denoising", "sliced" or "sliced_vr" (of less variance)
             "log_freq": 50,  # steps between lines of the log and points of the loss curve
             "eval_freq": 100,  # steps between losses of a batch of test images
@@ -102,12 +103,39 @@ def _optim() -> ConfigDict:
     )
 
 
+def _classifier() -> ConfigDict:
+    return ConfigDict(
+        {
+            # A classifier of noisy images, for guidance; beta1, eps and grad_clip of its Adam are those of "optim".
+            "blocks_per_group": 4,  # residual blocks of each of its three groups
+            "channel_multiplier": 10,  # width, in multiples of 16, 32 and 64 channels
+            "batch_size": 128,  # images of a step, over all devices and hosts
+            "n_iters": 100_000,  # steps
+            "n_jitted_steps": 5,  # steps in one compiled call; divides the frequencies below
+            "lr": 3e-4,  # learning rate after the warm-up
+            "warmup": 1000,  # steps over which the learning rate rises linearly from 0; 0: none
+            "weight_decay": 1e-2,  # decoupled, times the learning rate
+            "ema_rate": 0.999,  # decay of the exponential moving average of the parameters, which guides
+            "log_freq": 50,  # steps between lines of the log and points of the curves
+            "eval_freq": 500,  # steps between losses and accuracies of a batch of test images
+            "snapshot_freq": 10_000,  # steps between the checkpoints that are kept
+            "snapshot_freq_for_preemption": 5_000,  # steps between the checkpoints to resume from
+        }
+    )
+
+
 def _sampling() -> ConfigDict:
     return ConfigDict(
         {
             "method": "pc",  # "pc" (predictor-corrector), "ode", "adaptive_sde", or one of solvers.FIXED_GRID
             "num_steps": 0,  # steps of "pc" and of few-step solvers; 0: model.num_scales
+            "labels": "",  # classes of the samples in turn: "3", "0..9", "0,2,5"; "": of any class
+            "guidance_scale": 1.0,  # classifier-free: w in s(any) + w (s(class) - s(any)); 1: none
+            "guidance_interval": (0.0, 0.0),  # low < sigma <= high in which there is guidance; high 0: no bound
             "noise_removal": True,  # end without noise: on the last step's mean, or on the data predicted at the end
+            # a class by the gradient of a classifier
+            "classifier_scale": 0.0,  # factor on it: 1 is Bayes' rule, more favours typical images; 0: no classifier
+            "classifier": "",  # folder of the classifier; empty: "classifier" inside the workdir
             # "pc"
             "predictor": "euler_maruyama",  # "euler_maruyama", "reverse_diffusion", "ancestral_sampling" or "none"
             "corrector": "none",  # "langevin", "ald" or "none"
@@ -196,6 +224,7 @@ def get_config() -> ConfigDict:
             "model": _model(),
             "training": _training(),
             "optim": _optim(),
+            "classifier": _classifier(),
             "sampling": _sampling(),
             "likelihood": _likelihood(),
             "restore": _restore(),

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from models import blocks, create_model, layers, normalization, refinenet, wideresnet
 from models.convolution import Conv
 from models.ddpm import DDPM
-from models.factory import image_size
+from models.factory import image_size, told_classes
 
 Path = tuple[str, ...]
 
@@ -163,7 +163,16 @@ def _leaf(path: Path, prefix: str, cls: type[nn.Module], shape: tuple[int, ...])
 
 
 def match_parameters(config: ConfigDict) -> list[Leaf]:
-    """Lists the parameters of the network that a configuration describes."""
+    """Lists the parameters of the network that a configuration describes.
+
+    Raises:
+      ValueError: if it is told classes, which no network of the original is.
+    """
+    if told_classes(config):
+        raise ValueError(
+            f"model.num_classes={config.model.num_classes}: score_sde has no networks that are told classes, so there "
+            "is nothing to import or export; set model.num_classes=0"
+        )
     return match_layers(create_model(config), *_network_inputs(config))
 
 

@@ -3,6 +3,7 @@
 A loss is `(key, params, x, train) -> float[B]`, one value for each image; the steps average it over the global batch.
 """
 
+from losses.classification import classify_noisy, make_classifier_loss
 from losses.objectives import (
     OBJECTIVES,
     LossFn,
@@ -11,6 +12,7 @@ from losses.objectives import (
     make_continuous_loss,
     make_ddpm_loss,
     make_smld_loss,
+    with_label_dropout,
 )
 from losses.optimizer import ADAM_BETA2, build_optimizer, make_optimizer
 from losses.steps import TrainState, init_state, make_train_step, make_train_steps, update_ema
@@ -26,7 +28,9 @@ __all__ = [
     "TrainState",
     "build_loss",
     "build_optimizer",
+    "classify_noisy",
     "init_state",
+    "make_classifier_loss",
     "make_continuous_loss",
     "make_ddpm_loss",
     "make_importance_times",
@@ -36,4 +40,5 @@ __all__ = [
     "make_train_steps",
     "make_uniform_times",
     "update_ema",
+    "with_label_dropout",
 ]

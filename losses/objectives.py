@@ -8,25 +8,41 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
 import rng
 from losses.times import DrawTimes, make_importance_times, make_uniform_times
+from models.factory import told_classes
 from models.score import get_model_fn, get_score_fn
 from sde_lib import SDE, VESDE, VPSDE, expand
 
 Params = Any
+ClassLabels = Int[Array, "B"] | None  # of the images of a batch; None: no labels
 
 
 class LossFn(Protocol):
     """Loss of each image of a batch."""
 
     def __call__(
-        self, key: PRNGKeyArray, params: Params, x: Float[Array, "B H W C"], *, train: bool
+        self,
+        key: PRNGKeyArray,
+        params: Params,
+        x: Float[Array, "B H W C"],
+        *,
+        train: bool,
+        class_labels: ClassLabels = None,
     ) -> Float[Array, "B"]:
-        """Returns the loss of each image; `key` is one key, or one for each image when `train` is not set."""
+        """Returns the loss of each image.
+
+        Args:
+          key: one key, or one for each image when `train` is not set.
+          params: of the network.
+          x: images in the network's range.
+          train: apply dropout, to features and to labels.
+          class_labels: of the images, for a network that is told classes; None: no labels.
+        """
         ...
 
 
@@ -125,9 +141,11 @@ def make_continuous_loss(
     draw_times = draw_times or make_uniform_times(sde)
     of_pixels = OBJECTIVES[objective]
 
-    def loss(key: PRNGKeyArray, params: Params, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B"]:
+    def loss(
+        key: PRNGKeyArray, params: Params, x: Float[Array, "B H W C"], *, train: bool, class_labels: ClassLabels = None
+    ) -> Float[Array, "B"]:
         key_t, key_x, key_dropout = rng.split(key, 3)
-        score_fn = get_score_fn(sde, model, params, {}, train, continuous, dropout_key=key_dropout)
+        score_fn = get_score_fn(sde, model, params, {}, train, continuous, key_dropout, class_labels)
         t, weight = draw_times(key_t, x.shape[0])
         mean, std = sde.marginal_prob(x, t)
         values = of_pixels(key_x, lambda noisy: score_fn(noisy, t), mean, expand(std, x))
@@ -147,12 +165,14 @@ def make_smld_loss(sde: VESDE, model: nn.Module, *, reduce_mean: bool) -> LossFn
     The network is given the index of the level in the descending table of sigmas and returns the score itself.
     """
 
-    def loss(key: PRNGKeyArray, params: Params, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B"]:
+    def loss(
+        key: PRNGKeyArray, params: Params, x: Float[Array, "B H W C"], *, train: bool, class_labels: ClassLabels = None
+    ) -> Float[Array, "B"]:
         key_labels, key_z, key_dropout = rng.split(key, 3)
         labels = rng.randint(key_labels, x.shape[0], sde.N)
         sigma = expand(sde.discrete_sigmas[::-1][labels], x)
         z = rng.normal(key_z, x.shape)
-        score = get_model_fn(model, params, {}, train, key_dropout)(x + sigma * z, labels)
+        score = get_model_fn(model, params, {}, train, key_dropout, class_labels)(x + sigma * z, labels)
         return _reduce(jnp.square(score * sigma + z), reduce_mean)
 
     return loss
@@ -161,16 +181,49 @@ def make_smld_loss(sde: VESDE, model: nn.Module, *, reduce_mean: bool) -> LossFn
 def make_ddpm_loss(sde: VPSDE, model: nn.Module, *, reduce_mean: bool) -> LossFn:
     """The simplified DDPM objective at N discrete times: ‖network(x_i, i) - z‖² (Ho et al. 2020, Eq. 14)."""
 
-    def loss(key: PRNGKeyArray, params: Params, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B"]:
+    def loss(
+        key: PRNGKeyArray, params: Params, x: Float[Array, "B H W C"], *, train: bool, class_labels: ClassLabels = None
+    ) -> Float[Array, "B"]:
         key_labels, key_z, key_dropout = rng.split(key, 3)
         labels = rng.randint(key_labels, x.shape[0], sde.N)
         alpha_bar = sde.alphas_cumprod[labels]
         z = rng.normal(key_z, x.shape)
         noisy = expand(jnp.sqrt(alpha_bar), x) * x + expand(jnp.sqrt(1.0 - alpha_bar), x) * z
-        noise = get_model_fn(model, params, {}, train, key_dropout)(noisy, labels)
+        noise = get_model_fn(model, params, {}, train, key_dropout, class_labels)(noisy, labels)
         return _reduce(jnp.square(noise - z), reduce_mean)
 
     return loss
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def with_label_dropout(loss_fn: LossFn, *, no_label: int, probability: float) -> LossFn:
+    """Returns the loss whose labels are, in training, each replaced by "no label" with a probability.
+
+    So one network learns the conditional and the unconditional score (Ho and Salimans 2022, "Classifier-Free Diffusion
+    Guidance"). Whether an example keeps its label depends on its own key alone.
+
+    Args:
+      loss_fn: of images with labels.
+      no_label: label that stands for none.
+      probability: that a label is replaced.
+    """
+
+    def loss(
+        key: PRNGKeyArray, params: Params, x: Float[Array, "B H W C"], *, train: bool, class_labels: ClassLabels = None
+    ) -> Float[Array, "B"]:
+        if class_labels is None or not train:
+            return loss_fn(key, params, x, train=train, class_labels=class_labels)
+        key_drop, key_loss = rng.split(key)
+        is_dropped = rng.bernoulli(key_drop, probability, class_labels.shape)
+        kept = jnp.where(is_dropped, no_label, class_labels)
+        return loss_fn(key_loss, params, x, train=True, class_labels=kept)
+
+    return loss
+
+
+# --- the builder -----------------------------------------------------------------------------------------------------
 
 
 def _check_times_and_objective(training: ConfigDict) -> None:
@@ -195,12 +248,27 @@ def _check_times_and_objective(training: ConfigDict) -> None:
 
 
 def build_loss(config: ConfigDict, sde: SDE, model: nn.Module) -> LossFn:
-    """Builds the training objective that `config.training` names.
+    """Builds the training objective that `config.training` names, with labels if the network is told classes.
 
     Raises:
-      ValueError: if the objective is unknown, times are importance-sampled for weights that they do not fit, or a
-        discrete objective is asked for with an SDE that has none or with a setting of the continuous ones.
+      ValueError: if the objective is unknown, times are importance-sampled for weights that they do not fit, a discrete
+        objective is asked for with an SDE that has none or with a setting of the continuous ones, or labels would be
+        left out never or always.
     """
+    loss_fn, num_classes = _build_objective(config, sde, model), told_classes(config)
+    if not num_classes:
+        return loss_fn
+    probability = config.training.label_dropout
+    if not 0 < probability < 1:
+        raise ValueError(
+            f"training.label_dropout={probability}: expected a probability between 0 and 1, such as 0.1, since the "
+            "network is told classes: images without their label teach it the score of any class, which guidance, "
+            "bits/dim and the test loss need"
+        )
+    return with_label_dropout(loss_fn, no_label=num_classes, probability=probability)
+
+
+def _build_objective(config: ConfigDict, sde: SDE, model: nn.Module) -> LossFn:
     training = config.training
     _check_times_and_objective(training)
     if training.continuous:

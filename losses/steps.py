@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import flax.struct
@@ -12,6 +13,8 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 import distributed
 from losses.objectives import LossFn, Params
+
+Batch = Array | tuple[Array, Array]  # levels, or levels and the labels of their classes
 
 
 @flax.struct.dataclass
@@ -31,6 +34,10 @@ class TrainState:
     opt_state: optax.OptState
 
 
+# (key, state, batch) -> (state, metrics)
+TrainStep = Callable[[PRNGKeyArray, TrainState, Batch], tuple[TrainState, Mapping[str, Array]]]
+
+
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step; the moving average starts as the parameters."""
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, params_ema=params, opt_state=optimizer.init(params))
@@ -47,7 +54,7 @@ def make_train_step(
     *,
     ema_rate: float,
     prepare: Callable[[PRNGKeyArray, Array], Array] = lambda key, x: x,
-) -> Callable[[PRNGKeyArray, TrainState, Array], tuple[TrainState, Mapping[str, Array]]]:
+) -> TrainStep:
     """Builds one training step, for use inside a mapped function or outside one.
 
     Args:
@@ -58,13 +65,15 @@ def make_train_step(
 
     Returns:
       `(key, state, batch) -> (state, metrics)`. `key` is the same for the whole run: the noise of a step follows from
-      (key, state.step). `metrics` has the mean `loss` and the `grad_norm` before clipping.
+      (key, state.step). A batch is levels, or (levels, class labels). `metrics` has the mean `loss` and the `grad_norm`
+      before clipping.
     """
 
-    def train_step(key: PRNGKeyArray, state: TrainState, batch: Array) -> tuple[TrainState, Mapping[str, Array]]:
+    def train_step(key: PRNGKeyArray, state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Array]]:
         key_data, key_loss = jax.random.split(jax.random.fold_in(key, state.step))
-        x = prepare(key_data, batch)
-        objective = lambda params: loss_fn(key_loss, params, x, train=True).mean()  # noqa: E731
+        levels, told = (batch[0], {"class_labels": batch[1]}) if isinstance(batch, tuple) else (batch, {})
+        x = prepare(key_data, levels)
+        objective = lambda params: loss_fn(key_loss, params, x, train=True, **told).mean()  # noqa: E731
         loss, grads = distributed.mean(jax.value_and_grad(objective)(state.params))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -75,12 +84,10 @@ def make_train_step(
     return train_step
 
 
-def make_train_steps(
-    train_step: Callable[[PRNGKeyArray, TrainState, Array], tuple[TrainState, Mapping[str, Array]]],
-) -> Callable[[PRNGKeyArray, TrainState, Array], tuple[TrainState, Mapping[str, Array]]]:
+def make_train_steps(train_step: TrainStep) -> TrainStep:
     """Chains training steps over the leading axis of `batches` in one compiled loop; metrics gain that axis."""
 
-    def train_steps(key: PRNGKeyArray, state: TrainState, batches: Array) -> tuple[TrainState, Mapping[str, Array]]:
-        return jax.lax.scan(lambda carry, batch: train_step(key, carry, batch), state, batches)
+    def train_steps(key: PRNGKeyArray, state: TrainState, batches: Batch) -> tuple[TrainState, Mapping[str, Array]]:
+        return jax.lax.scan(functools.partial(train_step, key), state, batches)
 
     return train_steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.blocks import BlockOptions
-from models.ncsnpp import NCSNpp, normalized_widths
+from models.ncsnpp import NCSNpp, normalized_widths, require_conditional
 from models.normalization import DDPM_GROUPS, NORMS, num_groups
 from sde_lib import VESDE
 
@@ -28,12 +28,15 @@ def build(
     conditional: bool,
     centered: bool,
     noise_levels: VESDE | None,
+    num_classes: int,
 ) -> DDPM:
     """Builds DDPM; arguments are named after the settings of `config.model`.
 
     Raises:
-      ValueError: if group normalization cannot divide the channels.
+      ValueError: if group normalization cannot divide the channels, or classes are to be told to residual blocks that
+        are told nothing.
     """
+    require_conditional(conditional, num_classes)
     if normalization == "GroupNorm":
         for width in normalized_widths(nf, ch_mult, num_res_blocks, doubled_input=False):
             num_groups(width, DDPM_GROUPS)
@@ -56,4 +59,5 @@ def build(
         centered=centered,
         scale_by_sigma=noise_levels is not None,
         noise_levels=noise_levels,
+        num_classes=num_classes,
     )

@@ -115,7 +115,7 @@ READERS: dict[str, Callable[[ConfigDict], Any]] = {
     "noise_levels": _noise_levels,
     "nonlinearity": lambda config: _one_of(config, "nonlinearity", ACTIVATIONS),
     "normalization": lambda config: _one_of(config, "normalization", NORMS),
-    "num_classes": lambda config: config.model.num_classes,
+    "num_classes": lambda config: _at_least(config, "num_classes", 0),
     "num_res_blocks": lambda config: _at_least(config, "num_res_blocks", 0),
     "num_scales": lambda config: _at_least(config, "num_scales", 1),
     "progressive": lambda config: _one_of(config, "progressive", ("none", "output_skip", "residual")),
@@ -147,13 +147,28 @@ def create_model(config: ConfigDict) -> nn.Module:
     """Builds the network that a configuration describes; the only reader of `config.model`.
 
     The network has the signature network(x, time_cond, train=False): x float[B, H, W, C] in the data range of the
-    configuration, time_cond float[B] the label of the noise level.
+    configuration, time_cond float[B] the label of the noise level; one that is told classes takes class_labels int[B],
+    too.
 
     Raises:
       ValueError: if a setting is unknown or out of range, or settings contradict each other.
     """
     build = NETWORKS[_one_of(config, "name", NETWORKS)]
+    if config.model.num_classes and "num_classes" not in _arguments(build):
+        raise ValueError(
+            f"model.num_classes={config.model.num_classes}: model.name={config.model.name!r} cannot be told classes; "
+            f"networks that can: {', '.join(name for name in SCORE_NETWORKS if _takes_classes(name))}"
+        )
     return build(**{name: READERS[name](config) for name in _arguments(build)})
+
+
+def _takes_classes(name: str) -> bool:
+    return "num_classes" in _arguments(SCORE_NETWORKS[name])
+
+
+def told_classes(config: ConfigDict) -> int:
+    """Returns how many classes of images the configured score network is told, 0 if none or if it is a classifier."""
+    return config.model.num_classes if config.model.name in SCORE_NETWORKS else 0
 
 
 def _arguments(build: Callable[..., nn.Module]) -> list[str]:

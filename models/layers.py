@@ -8,7 +8,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import rng
 from models import initializers
@@ -84,6 +84,28 @@ class Dropout(nn.Module):
     def __call__(self, x: Float[Array, "B *S"], train: bool) -> Float[Array, "B *S"]:
         """Drops values of x if `train`."""
         return drop(self.make_rng("dropout"), x, self.rate) if train and self.rate > 0 else x
+
+
+class LabelEmbedding(nn.Module):
+    """A vector for each class, and one more that stands for "no label".
+
+    Ho and Salimans 2022, "Classifier-Free Diffusion Guidance": one network is both the conditional score and, told that
+    there is no label, the unconditional one.
+
+    Attributes:
+      num_classes: K; the label K is "no label".
+      features: of a vector.
+    """
+
+    num_classes: int
+    features: int
+
+    @nn.compact
+    def __call__(self, class_labels: Int[Array, "B"] | None, num_examples: int) -> Float[Array, "B F"]:
+        """Returns the vector of each example's label, 0 .. K; of "no label" for all of them without any."""
+        shape = (self.num_classes + 1, self.features)
+        embedding = self.param("embedding", initializers.normal_init(0.0, 1.0), shape)
+        return embedding[jnp.full(num_examples, self.num_classes) if class_labels is None else class_labels]
 
 
 class Attention(nn.Module):

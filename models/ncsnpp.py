@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from models.blocks import BigGANBlock, BlockOptions, Combine, DDPMBlock, Downsample, Upsample
 from models.convolution import Conv
 from models.initializers import default_init
-from models.layers import Attention, Dense, FourierFeatures, divide_by_sigma, residual_sum, timestep_embedding
+from models.layers import (
+    Attention,
+    Dense,
+    FourierFeatures,
+    LabelEmbedding,
+    divide_by_sigma,
+    residual_sum,
+    timestep_embedding,
+)
 from models.normalization import num_groups, require
 from sde_lib import VESDE
 
@@ -46,6 +54,19 @@ def normalized_widths(nf: int, ch_mult: tuple[int, ...], num_res_blocks: int, do
     return widths
 
 
+def require_conditional(conditional: bool, num_classes: int) -> None:
+    """Checks that a network that is told classes has where to tell them: beside the noise level.
+
+    Raises:
+      ValueError: if its residual blocks are told nothing.
+    """
+    if num_classes and not conditional:
+        raise ValueError(
+            f"model.num_classes={num_classes} adds the label to the embedding of the noise level, which "
+            "model.conditional=False leaves out; set model.conditional=True"
+        )
+
+
 class NCSNpp(nn.Module):
     """NCSN++ (Song et al. 2021, Appendix H); DDPM++ without FIR filters and growing input and output.
 
@@ -64,6 +85,7 @@ class NCSNpp(nn.Module):
       centered: images come in [-1, 1]; otherwise in [0, 1].
       scale_by_sigma: divide the output by sigma.
       noise_levels: whose discrete sigmas the labels count, if the output is scaled; None if the labels are sigma.
+      num_classes: classes of images that it can be told; 0: none.
     """
 
     nf: int
@@ -80,6 +102,7 @@ class NCSNpp(nn.Module):
     centered: bool = False
     scale_by_sigma: bool = False
     noise_levels: VESDE | None = None
+    num_classes: int = 0
 
     @property
     def counts_levels(self) -> bool:
@@ -88,7 +111,11 @@ class NCSNpp(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], time_cond: Float[Array, "B"], train: bool = False
+        self,
+        x: Float[Array, "B H W C"],
+        time_cond: Float[Array, "B"],
+        train: bool = False,
+        class_labels: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """Evaluates the network.
 
@@ -97,8 +124,10 @@ class NCSNpp(nn.Module):
           time_cond: label of the noise level: sigma if the embedding is fourier; otherwise 999 t, or the level's
             index, counted from the largest sigma.
           train: apply dropout.
+          class_labels: class of each image, 0 .. num_classes - 1, or num_classes for "no label", which None stands for;
+            looked at only by a network that is told classes.
         """
-        embedding = self._embed(time_cond)
+        embedding = self._embed(time_cond, class_labels)
         skips = self._encode(x if self.centered else 2 * x - 1, embedding, train)
         h = self._middle(skips[-1], embedding, train)
         y = self._decode(h, skips, embedding, train, x.shape[-1])
@@ -106,7 +135,7 @@ class NCSNpp(nn.Module):
 
     # The methods below are parts of __call__; they create layers, in the order of the original network.
 
-    def _embed(self, time_cond: Array) -> Array | None:
+    def _embed(self, time_cond: Array, class_labels: Array | None) -> Array | None:
         if self.embedding_type == "fourier":
             # These parameters exist, as in the original network, even if nothing depends on them.
             embedding = FourierFeatures(self.nf, self.fourier_scale, name="fourier")(jnp.log(time_cond))
@@ -115,7 +144,10 @@ class NCSNpp(nn.Module):
         if not self.conditional:
             return None
         h = Dense(4 * self.nf, name="embedding1")(embedding)
-        return Dense(4 * self.nf, name="embedding2")(self.block.act(h))
+        h = Dense(4 * self.nf, name="embedding2")(self.block.act(h))
+        if self.num_classes:
+            h += LabelEmbedding(self.num_classes, 4 * self.nf, name="label_embedding")(class_labels, len(time_cond))
+        return h  # each residual block applies its nonlinearity first
 
     def _block(self, features: int, name: str) -> nn.Module:
         return BLOCKS[self.block.kind](features, self.block, name=name)
@@ -227,13 +259,16 @@ def build(
     conditional: bool,
     centered: bool,
     noise_levels: VESDE | None,
+    num_classes: int,
 ) -> NCSNpp:
     """Builds NCSN++ or DDPM++; arguments are named after the settings of `config.model`.
 
     Raises:
-      ValueError: if the normalization is another than GroupNorm, or cannot divide the channels.
+      ValueError: if the normalization is another than GroupNorm, or cannot divide the channels, or classes are to be
+        told to residual blocks that are told nothing.
     """
     require(normalization, "GroupNorm")
+    require_conditional(conditional, num_classes)
     doubled = progressive_input == "input_skip" and progressive_combine == "cat"
     for width in normalized_widths(nf, ch_mult, num_res_blocks, doubled):
         num_groups(width)
@@ -261,4 +296,5 @@ def build(
         centered=centered,
         scale_by_sigma=noise_levels is not None,
         noise_levels=None if embedding_type == "fourier" else noise_levels,
+        num_classes=num_classes,
     )

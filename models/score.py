@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import sde_lib
 from sde_lib import SDE, VESDE, VPSDE, ScoreFn, expand
@@ -23,8 +23,9 @@ def get_model_fn(
     model_state: Mapping[str, Any],
     train: bool,
     dropout_key: PRNGKeyArray | None = None,
+    class_labels: Int[Array, "B"] | None = None,
 ) -> ModelFn:
-    """Binds a network to its variables: (x, labels) -> output.
+    """Binds a network to its variables: (x, labels) -> output, labels being those of the noise level.
 
     Args:
       model: network called as model(x, labels, train=...).
@@ -32,12 +33,14 @@ def get_model_fn(
       model_state: its other collections of variables; empty for every network here.
       train: apply dropout, drawn from `dropout_key`.
       dropout_key: one key for the whole batch; needed in training if the network has dropout.
+      class_labels: what a network that is told classes is told, a keyword of its call; None: nothing.
     """
     variables = {"params": params, **model_state}
     rngs = {"dropout": dropout_key} if train and dropout_key is not None else None
+    told: dict[str, Any] = {} if class_labels is None else {"class_labels": class_labels}
 
     def model_fn(x: Float[Array, "B ..."], labels: Array) -> Float[Array, "B ..."]:
-        return cast(Array, model.apply(variables, x, labels, train=train, rngs=rngs))
+        return cast(Array, model.apply(variables, x, labels, train=train, rngs=rngs, **told))
 
     return model_fn
 
@@ -70,8 +73,9 @@ def get_score_fn(
     train: bool,
     continuous: bool,
     dropout_key: PRNGKeyArray | None = None,
+    class_labels: Int[Array, "B"] | None = None,
 ) -> ScoreFn:
-    """Returns score(x, t) = grad log p_t(x) as the network estimates it.
+    """Returns score(x, t) = grad log p_t(x), or grad log p_t(x | label), as the network estimates it.
 
     VE: the network's output, at the label sigma(t), or for a discretely trained model at the level's index, 0 for
     sigma_max. VP, sub-VP and any other SDE: -output / std(t), at the label 999 t / T; for a discretely trained VP
@@ -86,8 +90,9 @@ def get_score_fn(
       train: apply dropout.
       continuous: the network was trained in continuous time; see `config.training.continuous`.
       dropout_key: one key for the whole batch, for training.
+      class_labels: of the examples of the batch, for a network that is told classes; None: no labels.
     """
-    model_fn = get_model_fn(model, params, model_state, train, dropout_key)
+    model_fn = get_model_fn(model, params, model_state, train, dropout_key, class_labels)
 
     def score_fn(x: Float[Array, "B ..."], t: Float[Array, "B"]) -> Float[Array, "B ..."]:
         return expand(_score_scale(sde, t, continuous), x) * model_fn(x, _labels(sde, t, continuous))

@@ -114,8 +114,9 @@ class WideResNet(nn.Module):
           sigmas: noise levels.
           train: makes no difference; the network has no dropout.
         """
-        mean, std = x.mean((1, 2, 3), keepdims=True), x.std((1, 2, 3), keepdims=True)
-        x = (x - mean) / jnp.maximum(std, 1 / math.sqrt(math.prod(x.shape[1:])))
+        mean, variance = x.mean((1, 2, 3), keepdims=True), x.var((1, 2, 3), keepdims=True)
+        # The bound before the root: the gradient of the root is infinite at the variance of a flat image, 0.
+        x = (x - mean) / jnp.sqrt(jnp.maximum(variance, 1 / math.prod(x.shape[1:])))
         embedding = FourierFeatures(NUM_FREQUENCIES, FOURIER_SCALE, name="fourier")(jnp.log(sigmas))
         embedding = _Dense(EMBEDDING_WIDTH, name="embedding1")(embedding)
         embedding = _Dense(EMBEDDING_WIDTH, name="embedding2")(jax.nn.swish(embedding))
@@ -149,12 +150,12 @@ def make_logit_fn(
     mean: tuple[float, ...] = CIFAR10_MEAN,
     std: tuple[float, ...] = CIFAR10_STD,
 ) -> LogitFn:
-    """Returns (x, sigma) -> logits of noisy images in [0, 1], with the channels' normalization.
+    """Returns (x, sigma) -> logits of noisy images, with the channels' normalization.
 
     Args:
       model: classifier called as model(x, sigmas).
       params: its parameters.
-      mean: of each channel in the training data.
+      mean: of each channel of the training images, in the range that x is in; by default of CIFAR-10's in [0, 1].
       std: of each channel.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from ml_collections import ConfigDict
 
 import checks
 import distributed
+import plots
 from checkpoints import CheckpointError, Checkpoints
+from controllable_generation.labels import rows_of_labels
 from losses import TrainState
 from runtime import results
 from runtime.experiment import Experiment, SamplingProgram
@@ -101,6 +104,23 @@ def restore(experiment: Experiment, workdir: Path, number: int = 0) -> Snapshot:
         state: TrainState = checkpoints.restore_snapshot(number)
     logging.info("restored checkpoint %d (step %d) from %s", number, int(state.step), workdir)
     return Snapshot(number, int(state.step), state.params_ema)
+
+
+def picture(
+    levels: UInt8[np.ndarray, "N H W C"], labels: Sequence[int], num_levels: int, *, limit: int = NUM_SHOWN
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Lays out the first samples, with a row for each label if they have labels in turn.
+
+    Args:
+      levels: samples 0 .. N - 1.
+      labels: that they have in turn; empty: none.
+      num_levels: of the data.
+      limit: samples that are shown at the most.
+    """
+    if not labels:
+        return plots.grid_of_levels(levels[:limit], num_levels)
+    rows = rows_of_labels(len(levels), len(labels), limit)
+    return plots.grid_of_levels(levels[rows.ravel()], num_levels, num_columns=rows.shape[1])
 
 
 # --- rounds ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import distributed
 import ode
 import plots
 from checkpoints import Checkpoints
+from controllable_generation.labels import build_labels
 from dequantization import PROTOCOLS
 from evaluation import gaussian_bits_per_dim, sample_metrics
 from losses import TrainState
@@ -58,6 +59,8 @@ def check_evaluation(config: ConfigDict) -> None:
             f"eval.begin_ckpt={config.eval.begin_ckpt} is after eval.end_ckpt={config.eval.end_ckpt}; swap them"
         )
     distributed.check_batch_size("eval.batch_size", config.eval.batch_size)
+    if config.eval.enable_sampling:
+        build_labels(config)
 
 
 @dataclasses.dataclass(frozen=True)

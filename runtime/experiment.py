@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 import checks
@@ -25,9 +25,10 @@ import models
 import ode
 import rng
 import sde_lib
+from controllable_generation.labels import build_classifier_free, build_labels, labels_of_samples
 from dequantization import Dequantize, build_dequantization
 from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
-from models.factory import check_labels
+from models.factory import check_labels, told_classes
 from models.score import get_score_fn
 from runtime import workdir as workdirs
 from sampling import build_sampler
@@ -97,16 +98,19 @@ class Experiment:
         chosen = {key: value for key, value in settings.items() if key.startswith("sampling.")}
         return {"training.sde": self.config.training.sde, **chosen, "sampling.num_steps": steps}
 
-    def score_fn(self, params: Any, *, smooth: bool = False) -> ScoreFn:
+    def score_fn(self, params: Any, *, smooth: bool = False, class_labels: Int[Array, "B"] | None = None) -> ScoreFn:
         """Returns the score as a function of (x, t), without dropout.
 
         Args:
           params: of the network.
           smooth: for solvers of the probability-flow ODE: a discretely trained VP network is then asked between its
             levels, as the 2021 code does. A discretely trained VE network knows only the index of a level.
+          class_labels: of the examples, for a network that is told classes; None: the score of images of any class.
         """
         continuous = self.config.training.continuous or (smooth and not isinstance(self.sde, VESDE))
-        return get_score_fn(self.sde, self.model, params, {}, train=False, continuous=continuous)
+        return get_score_fn(
+            self.sde, self.model, params, {}, train=False, continuous=continuous, class_labels=class_labels
+        )
 
 
 def _check_values(config: ConfigDict) -> None:
@@ -131,6 +135,17 @@ def _build_likelihoods(
     )
 
 
+def check_sampling(config: ConfigDict, sde: SDE) -> None:
+    """Checks how samples are drawn, and of which classes if the network is told them; a guide may know others.
+
+    Raises:
+      ValueError: naming the setting that is wrong.
+    """
+    build_sampler(config, sde, (1, *datasets.image_shape(config)))
+    if told_classes(config):
+        build_classifier_free(config, sde, build_labels(config))
+
+
 def build_experiment(config: ConfigDict) -> Experiment:
     """Builds and checks everything that a configuration describes; nothing is compiled.
 
@@ -141,8 +156,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     sde = sde_lib.build_sde(config)
     model = models.create_model(config)
     check_labels(config, model)
-    # Built here only to be checked: a bad sampler must not come to light after days of training.
-    build_sampler(config, sde, (1, *datasets.image_shape(config)))
+    check_sampling(config, sde)  # a bad sampler must not come to light after days of training
     scaler = datasets.build_scaler(config)
     _build_likelihoods(config, sde, scaler)
     keys = jax.random.split(jax.random.key(config.seed), len(PURPOSES))
@@ -195,43 +209,75 @@ def build_loss_program(experiment: Experiment) -> Callable[[Any, np.ndarray, np.
     return evaluate
 
 
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """What guides samples to their labels besides the network, such as a classifier of noisy images.
+
+    Attributes:
+      apply: (params, score_fn, labels int[B]) -> the guided score function.
+      params: what it depends on, replicated: an argument of the compiled program, not a constant in it.
+      num_classes: that it knows, labels 0 .. num_classes - 1.
+    """
+
+    apply: Callable[[Any, ScoreFn, Int[Array, "B"]], ScoreFn]
+    params: Any
+    num_classes: int
+
+
 class SamplingProgram:
     """The sampler as one compiled program: (replicated params, sample indices int[batch_size]) -> (levels, nfe).
 
-    Sample i follows from (seed, i) alone, whatever the batch or the device (but for a corrector whose step size is a
-    batch mean). It compiles at its first call, or before in `compile`, so that drawing can be timed by itself.
+    Sample i follows from (seed, i) alone, its label too, whatever the batch or the device (but for a corrector whose
+    step size is a batch mean). It compiles at its first call, or before in `compile`, so that drawing can be timed by
+    itself.
 
     Args:
-      experiment: its configuration says which sampler.
+      experiment: its configuration says which sampler, which labels, and how the network guides to them.
       batch_size: samples of a call, over all devices.
       purpose: whose key the samples derive theirs from, one of `PURPOSES`.
+      guide: applied to the network's score if there are labels.
 
     Attributes:
       batch_size: as given.
+      labels: that samples have in turn; empty: none.
       compile_seconds: what compiling took; None as long as it has not been done.
+
+    Raises:
+      ValueError: if `sampling.labels` asks for what neither the network nor the guide knows.
     """
 
-    def __init__(self, experiment: Experiment, batch_size: int, purpose: str = "sample"):
+    def __init__(self, experiment: Experiment, batch_size: int, purpose: str = "sample", *, guide: Guide | None = None):
         shape = (batch_size // distributed.device_count(), *experiment.image_shape)
         sampler = build_sampler(experiment.config, experiment.sde, shape)
-        smooth = experiment.config.sampling.method != "pc"  # every other one steps between the levels of training
-
-        def sample(key: PRNGKeyArray, params: Any) -> tuple[Array, Array, Array]:
-            x, nfe = sampler(key, experiment.score_fn(params, smooth=smooth))
-            return experiment.scaler.to_levels(x), nfe, x.sum(axis=(1, 2, 3))
-
         self.batch_size = batch_size
+        self.labels = build_labels(experiment.config, guide_classes=guide.num_classes if guide else 0)
         self.compile_seconds: float | None = None
         self._key = experiment.keys[purpose]
+        self._guide = guide if self.labels else None
+        build_score, evaluations = _build_conditional_score(experiment, self.labels, self._guide)
+
+        def sample(key: PRNGKeyArray, params: Any, labels: Any, guide_params: Any) -> tuple[Array, Array, Array]:
+            x, nfe = sampler(key, build_score(params, labels, guide_params))
+            return experiment.scaler.to_levels(x), nfe * evaluations, x.sum(axis=(1, 2, 3))
+
         self._mapped = distributed.pmap(sample)
         self._compiled: Callable[..., Any] | None = None
+
+    def _inputs(self, params: Any, indices: np.ndarray) -> tuple[Any, ...]:
+        """Returns the arguments of the compiled program; without labels or guide nothing takes their place."""
+        labels = labels_of_samples(self.labels, indices) if self.labels else None
+        return (
+            _device_keys(self._key, indices),
+            params,
+            None if labels is None else distributed.shard(distributed.host_share(labels)),
+            self._guide.params if self._guide else None,
+        )
 
     def compile(self, params: Any) -> Callable[..., Any]:
         """Compiles the program if that has not been done, and returns it."""
         if self._compiled is None:
             start = time.monotonic()
-            keys = _device_keys(self._key, np.arange(self.batch_size))
-            self._compiled = self._mapped.lower(keys, params).compile()
+            self._compiled = self._mapped.lower(*self._inputs(params, np.arange(self.batch_size))).compile()
             self.compile_seconds = time.monotonic() - start
         return self._compiled
 
@@ -248,9 +294,27 @@ class SamplingProgram:
         Raises:
           SolverError: if a sample is NaN.
         """
-        levels, nfe, sums = self.compile(params)(_device_keys(self._key, indices), params)
+        levels, nfe, sums = self.compile(params)(*self._inputs(params, indices))
         ode.require_solved(distributed.gather(sums), "samples")  # levels cannot be NaN
         return distributed.gather(levels), int(distributed.gather(nfe).max())
+
+
+def _build_conditional_score(
+    experiment: Experiment, labels: Sequence[int], guide: Guide | None
+) -> tuple[Callable[[Any, Any, Any], ScoreFn], int]:
+    """Returns (params, labels, params of the guide) -> score function, and its evaluations of the network for each."""
+    smooth = experiment.config.sampling.method != "pc"  # every other one steps between the levels of training
+    classifier_free = build_classifier_free(experiment.config, experiment.sde, labels)
+
+    def build(params: Any, labels: Any, guide_params: Any) -> ScoreFn:
+        if classifier_free is None:
+            score_fn = experiment.score_fn(params, smooth=smooth)
+        else:
+            score_of = lambda labels: experiment.score_fn(params, smooth=smooth, class_labels=labels)  # noqa: E731
+            score_fn = classifier_free.guide(score_of, labels)
+        return guide.apply(guide_params, score_fn, labels) if guide else score_fn
+
+    return build, classifier_free.evaluations if classifier_free else 1
 
 
 def build_bpd_program(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +14,54 @@ from ml_collections import ConfigDict
 import checks
 import distributed
 import plots
+from controllable_generation.labels import build_labels, labels_of_samples
 from runtime import drawing, results
 from runtime import workdir as workdirs
-from runtime.drawing import NUM_SHOWN, Samples, Snapshot
+from runtime.drawing import Samples, Snapshot
 from runtime.experiment import Experiment, SamplingProgram
 
-NUM_IMAGES = 64  # samples that are drawn if their number is not given
+NUM_IMAGES = 64  # samples that are drawn if their number is not given; with labels, as many of each and no fewer
 ROUNDS = "rounds"  # sub-folder of what a killed run, and one of more samples, goes on from
 SAMPLES_FILE = "samples.npz"
 PNG_FOLDER = "png"
 
+Labels = tuple[int, ...]  # that the samples have in turn; empty: none
+
 
 def default_output(config: ConfigDict, number: int) -> str:
-    """Returns the folder of samples whose folder is not given, such as "samples/ckpt_2_pc_250"."""
-    steps = f"_{config.sampling.num_steps}" if config.sampling.num_steps else ""
-    return f"samples/ckpt_{number}_{config.sampling.method}{steps}"
+    """Returns the folder of samples whose folder is not given, such as "samples/ckpt_2_pc_250_labels_0..9_scale_2"."""
+    settings = config.sampling
+    name = f"samples/ckpt_{number}_{settings.method}"
+    name += f"_{settings.num_steps}" if settings.num_steps else ""
+    name += f"_labels_{settings.labels.replace(' ', '')}" if settings.labels else ""
+    return name + (f"_scale_{settings.guidance_scale:g}" if settings.guidance_scale != 1 else "")
 
 
-def _draw(experiment: Experiment, snapshot: Snapshot, folder: Path, num_images: int) -> Samples:
-    """Draws the samples, or reads them if they are complete."""
+def _default_number(labels: Labels) -> int:
+    """Returns how many samples are drawn if their number is not given."""
+    return math.ceil(NUM_IMAGES / len(labels)) * len(labels) if labels else NUM_IMAGES
+
+
+def _draw(experiment: Experiment, snapshot: Snapshot, folder: Path, labels: Labels, num_images: int) -> Samples:
+    """Draws the samples, or reads them if they are complete; the file has their labels, too."""
 
     def compute() -> dict[str, Any]:
         program = SamplingProgram(experiment, drawing.batch_size(experiment.config, num_images))
         params = distributed.replicate(snapshot.params)
-        return drawing.draw_samples(program, params, folder / ROUNDS, num_images).to_arrays()
+        arrays = drawing.draw_samples(program, params, folder / ROUNDS, num_images).to_arrays()
+        return arrays | ({"labels": labels_of_samples(labels, np.arange(num_images))} if labels else {})
 
     is_complete = lambda stored: len(stored["samples"]) == num_images  # noqa: E731
     return Samples.from_arrays(results.cached(folder / SAMPLES_FILE, compute, is_enough=is_complete))
 
 
-def _facts(experiment: Experiment, snapshot: Snapshot, samples: Samples) -> dict[str, Any]:
+def _facts(experiment: Experiment, snapshot: Snapshot, samples: Samples, labels: Labels) -> dict[str, Any]:
     """Returns what is to be known of the samples, for programs."""
     return {
         "checkpoint": {"number": snapshot.number, "step": snapshot.step, "ema": True},
         "seed": experiment.config.seed,
         "num_images": len(samples.levels),
+        "labels": list(labels),
         "sampler": experiment.sampler_settings(),
         "nfe": samples.nfe,
         "seconds": samples.seconds,
@@ -77,31 +91,32 @@ def write_samples(
       workdir: of the run.
       output: folder inside the workdir; empty: named after checkpoint and sampler.
       snapshot: number of the checkpoint; 0: the newest.
-      num_images: N; 0: `NUM_IMAGES`.
+      num_images: N; 0: `NUM_IMAGES`, rounded up to as many of each label.
       png: write each sample as a file of its own, too.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: if a number is negative or the folder outside the workdir.
+      ValueError: if a number is negative, the folder outside the workdir, or labels are asked for that nothing knows.
       CheckpointError: if there is no such checkpoint.
       WorkdirError: if the folder holds samples of other settings.
     """
     config = experiment.config
     checks.not_negative("--num_images", num_images)
+    labels = build_labels(config)
     workdirs.output_folder(workdir, output)
     drawing.warn_of_batch(config)
     restored = drawing.restore(experiment, workdir, snapshot)
     folder = workdirs.output_folder(workdir, output or default_output(config, restored.number))
     results.open_folder(folder, config, drawing.settings_of_samples(config), restored.params, flag="--output")
-    samples = _draw(experiment, restored, folder, num_images or NUM_IMAGES)
+    samples = _draw(experiment, restored, folder, labels, num_images or _default_number(labels))
     if distributed.is_main_process():
         num_levels = experiment.scaler.num_levels
-        plots.save_png(folder / "samples.png", plots.grid_of_levels(samples.levels[:NUM_SHOWN], num_levels))
+        plots.save_png(folder / "samples.png", drawing.picture(samples.levels, labels, num_levels))
         if png:
             _write_pngs(folder / PNG_FOLDER, samples.levels, num_levels)
-        results.record_facts(folder, _facts(experiment, restored, samples))
+        results.record_facts(folder, _facts(experiment, restored, samples, labels))
     logging.info(
         "%d samples, %d network evaluations each, in %.1f s: %s",
         *(len(samples.levels), samples.nfe, samples.seconds, folder),

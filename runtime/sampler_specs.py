@@ -10,8 +10,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from runtime.experiment import Experiment
-from sampling import build_sampler
+from runtime.experiment import Experiment, check_sampling
 from solvers import ADAPTIVE
 
 FORM = "expected METHOD[:STEPS][:KEY=VALUE...]"
@@ -116,7 +115,7 @@ def apply_sampler(experiment: Experiment, spec: SamplerSpec) -> Experiment:
     config = ConfigDict(experiment.config.to_dict())
     config.sampling.update(spec.changes)
     try:
-        build_sampler(config, experiment.sde, (1, *experiment.image_shape))
+        check_sampling(config, experiment.sde)
     except ValueError as error:
         raise _refuse(spec.text, error) from error
     return dataclasses.replace(experiment, config=config.lock())

@@ -14,6 +14,7 @@ FEWEST_CHANNELS = 8
 IMAGES = 8  # of a batch and of the sample grid, at the least
 TEST_IMAGES = 304  # the 297 test digits in one batch that 1, 2, 4, 8 or 16 devices divide
 FEWEST_STEPS = 8  # of the sampler
+NUM_CLASSES = 10  # of the digits
 TOLERANCE = 1e-2  # of the ODE solvers
 
 
@@ -32,21 +33,33 @@ def _model(model: ConfigDict) -> dict[str, Any]:
         "attn_resolutions": (4,) if model.attn_resolutions else (),
         "blocks_per_group": 1,
         "channel_multiplier": 1,
+        "num_classes": NUM_CLASSES if model.num_classes else 0,
     }
 
 
-def _training() -> dict[str, Any]:
+def _schedule() -> dict[str, Any]:
     """Returns a schedule of two steps: a state to resume from after the first, a snapshot after the second."""
     schedule = {"n_iters": 2, "n_jitted_steps": 1, "log_freq": 1, "eval_freq": 2}
-    schedule |= {"snapshot_freq": 2, "snapshot_freq_for_preemption": 1, "snapshot_sampling": True}
-    return schedule | {"batch_size": distributed.round_up(IMAGES), "snapshot_num_samples": IMAGES}
+    schedule |= {"snapshot_freq": 2, "snapshot_freq_for_preemption": 1}
+    return schedule | {"batch_size": distributed.round_up(IMAGES)}
+
+
+def _training() -> dict[str, Any]:
+    """Returns the schedule of the score network and the size of its sample grid."""
+    return _schedule() | {"snapshot_sampling": True, "snapshot_num_samples": IMAGES}
+
+
+def _classifier(classifier: ConfigDict) -> dict[str, Any]:
+    """Returns the schedule and the size of the classifier."""
+    return _schedule() | {"blocks_per_group": 1, "channel_multiplier": 1, "warmup": min(classifier.warmup, 1)}
 
 
 def _sampling(config: ConfigDict) -> dict[str, Any]:
     """Returns a sampler of few steps; ancestral sampling of the VP SDE needs more of them than beta_max."""
     steps = max(FEWEST_STEPS, int(config.model.beta_max) + 1)
     steps = min(steps, config.sampling.num_steps or config.model.num_scales)
-    return {"num_steps": steps, "n_steps_each": 1, "rtol": TOLERANCE, "atol": TOLERANCE}
+    labels = config.sampling.labels if config.model.num_classes <= NUM_CLASSES else f"0..{NUM_CLASSES - 1}"
+    return {"labels": labels} | {"num_steps": steps, "n_steps_each": 1, "rtol": TOLERANCE, "atol": TOLERANCE}
 
 
 def _eval() -> dict[str, Any]:
@@ -73,6 +86,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     small.model.update(_model(config.model))
     small.training.update(_training())
     small.optim.warmup = min(config.optim.warmup, 1)
+    small.classifier.update(_classifier(config.classifier))
     small.sampling.update(_sampling(config))
     small.likelihood.update(rtol=TOLERANCE, atol=TOLERANCE)
     small.eval.update(_eval())

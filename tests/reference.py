@@ -63,7 +63,9 @@ class ReferenceNetwork:
     @property
     def config(self) -> ConfigDict:
         """Configuration of the network."""
-        return config_of(json.loads(str(self.arrays["config"])))
+        settings = json.loads(str(self.arrays["config"]))
+        settings["model"].pop("num_classes", None)  # of NCSN: its noise levels, which we know by num_scales
+        return config_of(settings)
 
     def parameter(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
         """Returns the value of the parameter with an original path."""

@@ -7,7 +7,9 @@ import time
 
 import pytest
 import tiny
+from absl import flags
 from absl.testing import flagsaver
+from ml_collections import config_flags
 
 import main
 from runtime import command_line
@@ -83,3 +85,15 @@ def test_flags_that_a_mode_does_not_take_are_refused(mode, flags, message):
         refused = contextlib.nullcontext() if not message else pytest.raises(ValueError, match=message)
         with refused:
             command_line.check_flags(mode, main.MODES[mode])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("text", ["3", "0..9", "0,2,5", ""])
+def test_labels_stay_the_text_that_was_given(text):
+    """Also if it looks like a number or a tuple."""
+    argv = ["main.py", *tiny.command("sample", "w")[2:4], f"--config.sampling.labels={text}"]
+    argv += ["--config.sampling.guidance_interval=(0.2,5)"]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    assert (values.config.sampling.labels, values.config.sampling.guidance_interval) == (text, (0.2, 5))
