@@ -27,3 +27,9 @@ def inner_time(name: str, t: float, last: float) -> None:
     """Raises a ValueError if a time is not between 0 and the process's last one, T."""
     if not 0 < t < last:
         raise ValueError(f"{name}={t}: expected a time between 0 and T={last}")
+
+
+def share(name: str, value: float) -> None:
+    """Raises a ValueError if a setting is not a share, above 0 and at most 1."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}={value}: expected a share, above 0 and at most 1")

@@ -147,6 +147,29 @@ def _likelihood() -> ConfigDict:
     )
 
 
+def _restore() -> ConfigDict:
+    return ConfigDict(
+        {
+            # the measurement
+            "operator": "inpaint",  # a name in controllable_generation.restoration.OPERATORS, or FILE.py:FUNCTION
+            "noise": 0.0,  # standard deviation of the measurement's noise, the range of the data being [0, 1]
+            "mask": "",  # "inpaint": what to draw: a half, box:TOP,LEFT,HEIGHT,WIDTH, random:SHARE, or a picture
+            "factor": 2,  # "super_resolution": pixels of height and width that become one
+            "downsampling": "box",  # "super_resolution": the "box" mean or "bicubic"
+            "blur_std": 1.0,  # "gaussian_blur": in pixels
+            "blur_length": 5.0,  # "motion_blur": in pixels
+            "blur_angle": 0.0,  # "motion_blur": degrees counter-clockwise from the horizontal
+            "fourier_share": 0.5,  # "fourier": share of the lines of frequencies that are measured
+            "fourier_center": 0.15,  # "fourier": share of all lines that are the lowest frequencies
+            # the method
+            "method": "pigdm",  # "replacement", "projection", "dps", "pigdm" or "mmps"
+            "scale": 1.0,  # factor on the guidance; "dps": its step size; "projection": share of the way
+            "data_std": 0.5,  # "pigdm": standard deviation of the data, in the network's range
+            "cg_steps": 5,  # "mmps": steps of conjugate gradients in an evaluation
+        }
+    )
+
+
 def _eval() -> ConfigDict:
     return ConfigDict(
         {
@@ -175,6 +198,7 @@ def get_config() -> ConfigDict:
             "optim": _optim(),
             "sampling": _sampling(),
             "likelihood": _likelihood(),
+            "restore": _restore(),
             "eval": _eval(),
         }
     )

@@ -6,6 +6,15 @@ returned the noisy state of the unknown part where they meant the denoised one.
 """
 
 from controllable_generation.classes import condition_on_class
-from controllable_generation.known import GRAY_ROTATION, Known, known_gray, known_pixels
+from controllable_generation.operators import Operator, from_functions
+from controllable_generation.restoration import Conditional, Restoration, build_operator, build_restoration
 
-__all__ = ["GRAY_ROTATION", "Known", "condition_on_class", "known_gray", "known_pixels"]
+__all__ = [
+    "Conditional",
+    "Operator",
+    "Restoration",
+    "build_operator",
+    "build_restoration",
+    "condition_on_class",
+    "from_functions",
+]

@@ -4,23 +4,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import MU, QUICK, S0, SDES, load, make_score_fn, sde_of
+from analytic import SDES, load, make_score_fn, sde_of
 
 import rng
 import sampling
 from configs import base
-from controllable_generation import GRAY_ROTATION, condition_on_class, known_gray, known_pixels
+from controllable_generation import condition_on_class, operators
+from controllable_generation.projection import put_in, put_in_each_step
 from models import wideresnet
-from sde_lib import VESDE
 
 CASES = ["inpaint_vpsde", "inpaint_subvpsde", "colorize_vesde", "colorize_subvpsde"]
 COLORIZATIONS = [name for name in CASES if name.startswith("colorize")]
 
 
-def known_of(stored, name):
-    if name.startswith("colorize"):
-        return known_gray(jnp.asarray(stored["gray"]))
-    return known_pixels(jnp.asarray(stored["data"]), stored["mask"])
+def measurement_of(stored, name):
+    """The operator, and the measurement of the known images."""
+    if name in COLORIZATIONS:
+        operator, images = operators.grayscale((*stored["gray"].shape[1:3], 3)), stored["gray"]
+    else:
+        images = stored["data"]
+        mask = np.broadcast_to(stored["mask"], images.shape)[0].astype(np.float64)
+        operator = operators.inpainting(mask)
+    return operator, operator.apply(jnp.asarray(images))
+
+
+def as_noise_of_images(noise, name):
+    """The reference's noise of known values; in colorization it was drawn in the rotated basis of the channels."""
+    return noise @ load("colorize_matrix")[0]["invM"] if name in COLORIZATIONS else noise
 
 
 def sampler_config(meta, **changes):
@@ -35,13 +45,6 @@ def sampler_config(meta, **changes):
 # --- the 2021 code's arrays ------------------------------------------------------------------------------------------
 
 
-def test_rotation_is_that_of_the_2021_code_and_orthonormal():
-    stored, _ = load("colorize_matrix")
-    np.testing.assert_allclose(GRAY_ROTATION, stored["M"], atol=3e-7)  # its own distance from orthonormal
-    np.testing.assert_allclose(GRAY_ROTATION.T, stored["invM"], atol=5e-7)
-    np.testing.assert_allclose(GRAY_ROTATION @ GRAY_ROTATION.T, np.eye(3), atol=1e-15)
-
-
 @pytest.mark.parametrize("part", ["predictor", "corrector"])
 @pytest.mark.parametrize("name", CASES)
 def test_one_step_matches_the_reference(name, part, monkeypatch):
@@ -54,25 +57,27 @@ def test_one_step_matches_the_reference(name, part, monkeypatch):
     reverse_sde = sde.reverse(make_score_fn(sde, meta["score_c"]))
     settings = sampler_config(meta).sampling
     step = sampling.PREDICTORS[meta["predictor"]] if part == "predictor" else sampling._build_corrector(settings)
-    draws = iter(jnp.asarray(stored["step_noise"]))
+    own, known = stored["step_noise"]
+    draws = iter([jnp.asarray(own), jnp.asarray(as_noise_of_images(known, name))])
     monkeypatch.setattr(rng, "normal", lambda key, shape: next(draws))
-    known = known_of(stored, name)
+    operator, y = measurement_of(stored, name)
+    replace = put_in_each_step(operator, y, sde, noise=0.0, strength=1.0)
 
     @jax.jit
     def run(x):
         plain = step(jax.random.key(0), x, t, reverse_sde)
-        return plain, known.replace(sde)(jax.random.key(0), *plain, t)
+        return plain, replace(jax.random.key(0), *plain, t)
 
     plain, (got, got_mean) = run(x)
     scale, expected_mean = np.abs(stored["step_x"]).max(), stored[f"step_{part}_x_mean"]
     np.testing.assert_allclose(got, stored[f"step_{part}_x"], rtol=2e-5, atol=1e-5 * scale)
-    mean = sde.marginal_prob(known._rotate(known.images), t)[0]
-    np.testing.assert_allclose(known.combine(got, mean), expected_mean, rtol=2e-5, atol=1e-5 * scale)
-    np.testing.assert_allclose(got_mean, known.combine(plain[1], mean), rtol=1e-6, atol=1e-6 * scale)
+    mean = sde.marginal_prob(y, t)[0]
+    np.testing.assert_allclose(put_in(operator, got, mean), expected_mean, rtol=2e-5, atol=1e-5 * scale)
+    np.testing.assert_allclose(got_mean, put_in(operator, plain[1], mean), rtol=1e-6, atol=1e-6 * scale)
     assert np.abs(got_mean - expected_mean).max() > 1e-3  # the departure is one
 
 
-def inject_loop_noise(monkeypatch, noise, corrects):
+def inject_loop_noise(monkeypatch, noise, name, corrects):
     """Gives the sampler the reference's draws; a key says which stream it is of, and the number of its draw.
 
     The reference draws, after the prior, in each step: the corrector's noise if it has any, that of the known values,
@@ -80,37 +85,39 @@ def inject_loop_noise(monkeypatch, noise, corrects):
     """
     steps = jnp.asarray(noise[1:]).reshape(-1, 4 if corrects else 3, *noise.shape[1:])
     flat = lambda draws: draws.reshape(-1, *noise.shape[1:])  # noqa: E731
-    streams = {"own": flat(steps[:, [0, 2]] if corrects else steps[:, 1]), "known": flat(steps[:, [-3, -1]])}
+    streams = {
+        "own": flat(steps[:, [0, 2]] if corrects else steps[:, 1]),
+        "known": flat(as_noise_of_images(steps[:, [-3, -1]], name)),
+    }
     fold = lambda key, i: "known" if isinstance(i, int) and i > 2**31 else (key, i)  # noqa: E731
     monkeypatch.setattr(rng, "split", lambda key: ("prior", "own"))
     monkeypatch.setattr(rng, "fold_in", fold)
     monkeypatch.setattr(rng, "normal", lambda key, shape: streams[key[0]][key[1]])
 
 
-def reference_start(sde, known, name, noise):
+def reference_start(sde, operator, y, name, noise):
     """The state at t = T of the 2021 code: known values without noise, and in colorization a fault.
 
     It set the prior's red to zero where it meant the prior's grey, and then added the known grey.
     """
     prior = sde.prior_std * jnp.asarray(noise)
-    values = known._rotate(known.images)
     if name in COLORIZATIONS:
-        return prior.at[..., 0].set(0.0) + known.combine(jnp.zeros_like(prior), values)
-    return known.combine(prior, values)
+        return prior.at[..., 0].set(0.0) + operator.pseudo_inverse(y)
+    return put_in(operator, prior, y)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_whole_loop_matches_the_reference(name, monkeypatch):
     """From the reference's own start; what it returned is the last state, with the known values' mean in place."""
     stored, meta = load(name)
-    sde, known = sde_of(meta), known_of(stored, name)
-    start = reference_start(sde, known, name, stored["loop_noise"][0])
-    inject_loop_noise(monkeypatch, stored["loop_noise"], meta["corrector"] != "none")
+    sde, (operator, y) = sde_of(meta), measurement_of(stored, name)
+    replace = put_in_each_step(operator, y, sde, noise=0.0, strength=1.0)
+    start = reference_start(sde, operator, y, name, stored["loop_noise"][0])
+    inject_loop_noise(monkeypatch, stored["loop_noise"], name, meta["corrector"] != "none")
     draw = sampling.build_sampler(sampler_config(meta, noise_removal=False), sde, start.shape)
     score_fn, keys = make_score_fn(sde, meta["score_c"]), jax.random.split(jax.random.key(0))
-    x, _ = jax.jit(lambda x: draw(keys, score_fn, x, known.replace(sde)))(start)
-    mean = sde.marginal_prob(known._rotate(known.images), jnp.full(2, meta["eps"]))[0]
-    x = known.combine(x, mean)
+    x, _ = jax.jit(lambda x: draw(keys, score_fn, x, replace))(start)
+    x = put_in(operator, x, sde.marginal_prob(y, jnp.full(2, meta["eps"]))[0])
     x = (x + 1) / 2 if meta["inverse_scaler"] == "(x+1)/2" else x
     np.testing.assert_allclose(x, stored["loop_samples"], rtol=2e-4, atol=5e-5)
 
@@ -143,46 +150,7 @@ def test_class_condition_matches_the_reference(monkeypatch):
     np.testing.assert_allclose(x, stored["samples"], rtol=2e-4, atol=2e-5)
 
 
-# --- exact posteriors ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["vesde", "vpsde", "subvpsde"])
-def test_unknown_pixels_of_independent_data_do_not_see_the_known(name):
-    """The pixels of the Gaussian data are independent: the posterior of the unknown is the data's own law."""
-    sde, shape = SDES[name], (500, 4, 4, 1)
-    mask = np.zeros((4, 4, 1))
-    mask[:, :2] = 1
-    images = jnp.full(shape, 0.9)
-    known = known_pixels(images, mask)
-    config = base.get_config()
-    config.sampling.update(predictor="reverse_diffusion", num_steps=400)
-    draw = sampling.build_sampler(config, sde, shape)
-
-    @jax.jit
-    def run(key):
-        return draw(key, make_score_fn(sde), known.initial_state(jax.random.key(1), sde), known.replace(sde))[0]
-
-    x = np.asarray(run.lower(jax.random.key(0)).compile(compiler_options=QUICK)(jax.random.key(0)))
-    # The mean of the kernel at the last time, within its rounding: 1e-3 of VP's drift.
-    np.testing.assert_allclose(x[:, :, :2], 0.9, atol=1e-3)
-    unknown = x[:, :, 2:]
-    assert abs(unknown.mean() - MU) < 4 * S0 / np.sqrt(unknown.size)
-    assert unknown.std() == pytest.approx(S0, rel=0.05)
-
-
-def test_colours_of_independent_data_follow_their_conditional_law():
-    """Given the mean of three independent normal channels, the rest has mean MU and variance S0^2 per direction."""
-    sde, shape = SDES["vpsde"], (2000, 1, 1, 3)
-    known = known_gray(jnp.full(shape, 0.7))
-    config = base.get_config()
-    config.sampling.update(predictor="reverse_diffusion", num_steps=400)
-    draw = sampling.build_sampler(config, sde, shape)
-    run = jax.jit(lambda key: draw(key, make_score_fn(sde), None, known.replace(sde))[0], compiler_options=QUICK)
-    rotated = np.asarray(run(jax.random.key(0)))[:, 0, 0] @ GRAY_ROTATION
-    np.testing.assert_allclose(rotated[:, 0], 0.7 * np.sqrt(3), atol=2e-3)
-    for colour in rotated[:, 1:].T:  # the mean of equal channels is 0 in these directions
-        assert abs(colour.mean()) < 4 * S0 / np.sqrt(len(colour))
-        assert colour.std() == pytest.approx(S0, rel=4 / np.sqrt(2 * len(colour)))
+# --- classes in closed form ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vesde", "vpsde", "subvpsde"])
@@ -210,29 +178,6 @@ def test_class_condition_is_bayes_rule(name):
     np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-5)
     plain = condition_on_class(score_fn, jax.grad(log_class), sde, side, scale=0.0)(x, t)
     np.testing.assert_allclose(plain, score_fn(x, t), rtol=1e-6)
-
-
-def test_initial_state_is_noised_where_values_are_known():
-    sde, shape = VESDE(sigma_max=2.0), (4000, 1, 2, 1)
-    known = known_pixels(jnp.full(shape, 5.0), np.array([[[1], [0]]]))
-    x = np.asarray(known.initial_state(jax.random.key(0), sde))[:, 0, :, 0]
-    assert abs(x[:, 0].mean() - 5.0) < 4 * 2.0 / np.sqrt(4000)
-    assert abs(x[:, 1].mean()) < 4 * 2.0 / np.sqrt(4000)
-    np.testing.assert_allclose(x.std(0), 2.0, rtol=4 / np.sqrt(8000))
-    assert abs(np.corrcoef(x.T)[0, 1]) < 4 / np.sqrt(4000)
-
-
-# --- refusals --------------------------------------------------------------------------------------------------------
-
-
-def test_bad_measurements_are_refused():
-    images = jnp.zeros((2, 4, 4, 1))
-    with pytest.raises(ValueError, match=r"mask has shape \(3, 4, 1\), images have \(2, 4, 4, 1\); give it"):
-        known_pixels(images, np.ones((3, 4, 1)))
-    with pytest.raises(ValueError, match=r"mask has values besides 0 \(unknown\) and 1 \(known\)"):
-        known_pixels(images, np.full((4, 4, 1), 0.5))
-    with pytest.raises(ValueError, match="images have 1 channels; colorization needs 3"):
-        known_gray(images)
 
 
 def test_a_method_without_steps_refuses_a_transform():

@@ -47,7 +47,7 @@ def command(mode, workdir, *flags, program="main.py", **changes):
 
 def environment(devices=1):
     """The environment of a run on that many CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"  # see conftest.py
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # see conftest.py
     return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
 

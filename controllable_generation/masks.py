@@ -1,0 +1,96 @@
+"""Masks of in-painting, as a setting names them: half of the image, a box, pixels at random, or a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+
+_THRESHOLD = 128  # of 8 bits, from which a pixel of a picture counts as white
+
+# The half that is to be drawn, by its name: (rows, columns) of an image of H x W pixels.
+HALVES: dict[str, Callable[[int, int], tuple[slice, slice]]] = {
+    "top": lambda H, W: (slice(H // 2), slice(W)),
+    "bottom": lambda H, W: (slice(H - H // 2, H), slice(W)),
+    "left": lambda H, W: (slice(H), slice(W // 2)),
+    "right": lambda H, W: (slice(H), slice(W - W // 2, W)),
+}
+_FORMS = (
+    f"a half ({', '.join(HALVES)}), box:TOP,LEFT,HEIGHT,WIDTH in pixels, random:SHARE, or the path of a picture, white "
+    "where pixels are to be drawn"
+)
+
+
+def _box(numbers: str, H: int, W: int) -> tuple[slice, slice]:
+    """Returns the rows and columns of a box."""
+    parts = numbers.split(",")
+    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"restore.mask='box:{numbers}': expected box:TOP,LEFT,HEIGHT,WIDTH, four whole numbers")
+    top, left, height, width = map(int, parts)
+    if not (height > 0 and width > 0 and top + height <= H and left + width <= W):
+        raise ValueError(f"restore.mask='box:{numbers}' is empty or not inside the image of {H}x{W} pixels")
+    return slice(top, top + height), slice(left, left + width)
+
+
+def _random(share: str, H: int, W: int, seed: int) -> Float[np.ndarray, "H W"]:
+    """Hides a share of the pixels; which ones follows from the seed."""
+    try:
+        hidden = float(share)
+    except ValueError:
+        hidden = -1.0
+    if not 0 < hidden < 1:
+        raise ValueError(f"restore.mask='random:{share}': expected the share of pixels to be drawn, between 0 and 1")
+    num_hidden = min(max(round(hidden * H * W), 1), H * W - 1)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(H * W)
+    return (order >= num_hidden).astype(np.float64).reshape(H, W)
+
+
+def _picture(path: str, H: int, W: int) -> Float[np.ndarray, "H W"]:
+    """Reads a picture: what is white is to be drawn."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"restore.mask={path!r}: no such file; expected {_FORMS}")
+    try:
+        with Image.open(path) as picture:
+            levels = np.asarray(picture.convert("L"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"restore.mask={path!r} is not a picture that can be read ({error})") from error
+    if levels.shape != (H, W):
+        raise ValueError(
+            f"restore.mask={path!r} has {levels.shape[0]}x{levels.shape[1]} pixels; expected {H}x{W}, as the images"
+        )
+    return (levels < _THRESHOLD).astype(np.float64)
+
+
+def read_mask(setting: str, image_shape: tuple[int, int, int], seed: int) -> Float[np.ndarray, "H W C"]:
+    """Makes the mask that `restore.mask` names.
+
+    Args:
+      setting: a half ("top", "bottom", "left", "right"), "box:TOP,LEFT,HEIGHT,WIDTH", "random:SHARE", or a path; each
+        says which pixels are to be drawn.
+      image_shape: (H, W, C).
+      seed: of the pixels that are chosen at random.
+
+    Returns:
+      1 where pixels are known, 0 where they are to be drawn.
+
+    Raises:
+      ValueError: if the setting is malformed, or hides nothing or everything.
+      FileNotFoundError: if there is no such picture.
+    """
+    H, W, _ = image_shape
+    kind, _, rest = setting.partition(":")
+    if kind == "random":
+        mask = _random(rest, H, W, seed)
+    elif kind == "box" or setting in HALVES:
+        mask = np.ones((H, W))
+        mask[_box(rest, H, W) if kind == "box" else HALVES[setting](H, W)] = 0
+    elif setting:
+        mask = _picture(setting, H, W)
+    else:
+        raise ValueError(f"restore.mask is empty; set it to {_FORMS}")
+    if mask.min() == mask.max():
+        raise ValueError(f"restore.mask={setting!r} hides {'nothing' if mask.max() else 'everything'}; expected a part")
+    return np.broadcast_to(mask[..., None], image_shape).copy()

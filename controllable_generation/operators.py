@@ -1,0 +1,335 @@
+"""Linear measurements y = A x of images: what is hidden, averaged, blurred or left out.
+
+An `Operator` is A, its transpose, and the solution of (a A A^T + b I) u = v, which is all that the methods of
+restoration ask of it. Each kind below solves that in the basis in which A A^T is diagonal; an operator given as a pair
+of functions is solved by conjugate gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.ndimage
+from jaxtyping import Array, Float
+from PIL import Image
+
+from sde_lib import expand
+from sources.resize import resize
+
+Shape = tuple[int, ...]
+ImageShape = tuple[int, int, int]
+Linear = Callable[[Array], Array]
+Coefficient = Float[Array, "B"] | float
+
+_NULL = 1e-6  # eigenvalues of A A^T below this share of the largest count as 0
+CG_STEPS = 50  # of an operator given as a pair of functions
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A linear map A of images to measurements; every function takes a batch.
+
+    Attributes:
+      apply: x [B, *image_shape] -> A x [B, *measurement_shape].
+      transpose: y -> A^T y.
+      solve: (v, a, b) -> u with (a A A^T + b I) u = v, on the range of A where b is 0; a and b are numbers or [B].
+      image_shape: of an image, (H, W, C).
+      measurement_shape: of its measurement.
+      measured: 1 where an entry of a measurement is measured and 0 where it is always 0; broadcasts against it.
+      is_orthogonal: A A^T is a multiple of the identity on what is measured, so that white noise stays white.
+      picture_shape: (H, W, C) of a picture that is a measurement; None if it is no picture.
+    """
+
+    apply: Linear
+    transpose: Linear
+    solve: Callable[[Array, Coefficient, Coefficient], Array]
+    image_shape: ImageShape
+    measurement_shape: Shape
+    measured: np.ndarray
+    is_orthogonal: bool
+    picture_shape: ImageShape | None = None
+
+    def pseudo_inverse(self, y: Float[Array, "B ..."]) -> Float[Array, "B H W C"]:
+        """Returns A^+ y, the smallest image that has this measurement."""
+        return self.transpose(self.solve(y, 1.0, 0.0))
+
+    def noise(self, z: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+        """Keeps of white noise, in a measurement's shape, what is measured."""
+        return z * jnp.asarray(self.measured, z.dtype)
+
+    @property
+    def num_measured(self) -> int:
+        """Numbers that a measurement holds."""
+        return int(np.broadcast_to(self.measured, self.measurement_shape).sum())
+
+
+def _coefficient(value: Coefficient, like: Array) -> Array | float:
+    return expand(value, like) if isinstance(value, jax.Array) and value.ndim else value
+
+
+def _solve_diagonal(
+    v: Array, a: Coefficient, b: Coefficient, *, eigenvalues: np.ndarray, to_basis: Linear, from_basis: Linear
+) -> Array:
+    """Divides by a times the eigenvalues of A A^T plus b; where both are 0 the solution is 0."""
+    values = jnp.asarray(np.where(eigenvalues > _NULL * eigenvalues.max(), eigenvalues, 0.0), v.dtype)
+    coefficients = to_basis(v)
+    divisor = _coefficient(a, coefficients) * values[None] + _coefficient(b, coefficients)
+    return from_basis(jnp.where(divisor > 0, coefficients / jnp.where(divisor > 0, divisor, 1.0), 0.0))
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+# --- kinds -----------------------------------------------------------------------------------------------------------
+
+
+def inpainting(mask: Float[np.ndarray, "H W C"]) -> Operator:
+    """Keeps the pixels of the mask and sets the others to 0.
+
+    Args:
+      mask: 1 where a pixel is known, 0 where it is not.
+    """
+    keep = lambda x: x * jnp.asarray(mask, x.dtype)[None]  # noqa: E731
+    solve = functools.partial(_solve_diagonal, eigenvalues=mask, to_basis=_identity, from_basis=_identity)
+    return Operator(keep, keep, solve, mask.shape, mask.shape, mask, is_orthogonal=True, picture_shape=mask.shape)
+
+
+def grayscale(image_shape: ImageShape) -> Operator:
+    """Takes the mean of the channels, the grey value of Song et al. 2021, Appendix I.3."""
+    H, W, C = image_shape
+    solve = functools.partial(
+        _solve_diagonal, eigenvalues=np.full((1, 1, 1), 1 / C), to_basis=_identity, from_basis=_identity
+    )
+    return Operator(
+        apply=lambda x: x.mean(axis=-1, keepdims=True),
+        transpose=lambda y: jnp.repeat(y / C, C, axis=-1),
+        solve=solve,
+        image_shape=image_shape,
+        measurement_shape=(H, W, 1),
+        measured=np.ones((1, 1, 1)),
+        is_orthogonal=True,
+        picture_shape=(H, W, 1),
+    )
+
+
+def _along_axes(rows: np.ndarray, columns: np.ndarray) -> Linear:
+    """Returns x -> rows x columns^T for every channel."""
+
+    def multiply(x: Array) -> Array:
+        P, Q = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
+        return jnp.einsum("ph,bhwc,qw->bpqc", P, x, Q, precision="highest")
+
+    return multiply
+
+
+def separable(rows: Float[np.ndarray, "P H"], columns: Float[np.ndarray, "Q W"], num_channels: int) -> Operator:
+    """Multiplies the rows and the columns of every channel by a matrix each: resizing, separable blur."""
+    (U, S, _), (V, T, _) = (np.linalg.svd(matrix.astype(np.float64)) for matrix in (rows, columns))
+    eigenvalues = np.multiply.outer(S**2, T**2)[..., None]
+    shape = (len(rows), len(columns), num_channels)
+    return Operator(
+        apply=_along_axes(rows, columns),
+        transpose=_along_axes(rows.T, columns.T),
+        solve=functools.partial(
+            _solve_diagonal, eigenvalues=eigenvalues, to_basis=_along_axes(U.T, V.T), from_basis=_along_axes(U, V)
+        ),
+        image_shape=(rows.shape[1], columns.shape[1], num_channels),
+        measurement_shape=shape,
+        measured=np.ones((1, 1, 1)),
+        is_orthogonal=bool(np.ptp(eigenvalues) < _NULL * eigenvalues.max()),
+        picture_shape=shape,
+    )
+
+
+def _shrinking_matrix(size: int, factor: int, kernel: str) -> Float[np.ndarray, "P H"]:
+    """Returns the matrix that shrinks one axis by `factor`."""
+    if kernel == "box":
+        return np.kron(np.eye(size // factor), np.full((1, factor), 1 / factor))
+    return resize(np.eye(size)[..., None], size // factor, size, Image.Resampling.BICUBIC)[..., 0].astype(np.float64)
+
+
+def super_resolution(image_shape: ImageShape, factor: int, kernel: str) -> Operator:
+    """Shrinks images by a whole factor.
+
+    Args:
+      image_shape: of the large images.
+      factor: that divides height and width.
+      kernel: "box", the mean of factor x factor pixels, or "bicubic", with antialiasing as Pillow's (a = -1/2).
+    """
+    H, W, C = image_shape
+    return separable(_shrinking_matrix(H, factor, kernel), _shrinking_matrix(W, factor, kernel), C)
+
+
+def gaussian_blur(image_shape: ImageShape, std: float) -> Operator:
+    """Blurs with a Gaussian of `std` pixels, cut off at 4 std; the image is mirrored at its border."""
+    H, W, C = image_shape
+    rows, columns = (scipy.ndimage.gaussian_filter1d(np.eye(size), std, axis=0, mode="reflect") for size in (H, W))
+    return separable(rows, columns, C)
+
+
+def _motion_kernel(length: float, angle: float) -> Float[np.ndarray, "K K"]:
+    """Returns the weights of a straight line of `length` pixels through the middle, spread over the nearest pixels."""
+    half = int(np.ceil((length - 1) / 2)) + 1
+    kernel = np.zeros((2 * half + 1, 2 * half + 1))
+    steps = np.linspace(-(length - 1) / 2, (length - 1) / 2, num=max(int(16 * length), 2) + 1)
+    for place in steps:
+        y, x = half - place * np.sin(np.deg2rad(angle)), half + place * np.cos(np.deg2rad(angle))
+        top, left = int(np.floor(y)), int(np.floor(x))
+        for i, row_weight in ((top, 1 - (y - top)), (top + 1, y - top)):
+            for j, weight in ((left, 1 - (x - left)), (left + 1, x - left)):
+                if row_weight * weight > 0:
+                    kernel[i, j] += row_weight * weight
+    return kernel / kernel.sum()
+
+
+def circular(image_shape: ImageShape, kernel: Float[np.ndarray, "K L"]) -> Operator:
+    """Convolves every channel with a kernel of odd sides; the image is continued by itself beyond its border."""
+    H, W, _ = image_shape
+    padded = np.zeros((H, W))
+    for i, j in np.ndindex(*kernel.shape):  # wraps a kernel that is larger than the image
+        padded[(i - kernel.shape[0] // 2) % H, (j - kernel.shape[1] // 2) % W] += kernel[i, j]
+    transfer = np.fft.fft2(padded)[..., None]
+
+    def filtered(x: Array, factor: np.ndarray) -> Array:
+        spectrum = jnp.fft.fft2(x, axes=(1, 2))
+        return jnp.fft.ifft2(spectrum * jnp.asarray(factor, spectrum.dtype)[None], axes=(1, 2)).real.astype(x.dtype)
+
+    return Operator(
+        apply=lambda x: filtered(x, transfer),
+        transpose=lambda y: filtered(y, transfer.conj()),
+        solve=functools.partial(
+            _solve_diagonal,
+            eigenvalues=np.abs(transfer) ** 2,
+            to_basis=lambda v: jnp.fft.fft2(v, axes=(1, 2)),
+            from_basis=lambda c: jnp.fft.ifft2(c, axes=(1, 2)).real,
+        ),
+        image_shape=image_shape,
+        measurement_shape=image_shape,
+        measured=np.ones((1, 1, 1)),
+        is_orthogonal=False,
+        picture_shape=image_shape,
+    )
+
+
+def motion_blur(image_shape: ImageShape, length: float, angle: float) -> Operator:
+    """Blurs along a straight line of `length` pixels, `angle` degrees counter-clockwise from the horizontal."""
+    return circular(image_shape, _motion_kernel(length, angle))
+
+
+def _mirrored(spectrum: Array) -> Array:
+    """Returns the complex conjugate at the opposite frequency, to which a real image's spectrum is equal."""
+    return jnp.conj(jnp.roll(jnp.flip(spectrum, (1, 2)), 1, (1, 2)))
+
+
+def fourier(image_shape: ImageShape, sampled: Float[np.ndarray, "H W"]) -> Operator:
+    """Takes some coefficients of the orthonormal two-dimensional Fourier transform of every channel, as MRI does.
+
+    The measurement holds their real and imaginary parts, [2, H, W, C], frequency 0 in the corner. Of two opposite
+    frequencies of a real image both may be measured, and then count twice.
+
+    Args:
+      image_shape: of the images.
+      sampled: 1 where a frequency is measured, 0 where it is not.
+    """
+    H, W, C = image_shape
+    mask = sampled[..., None]
+    partner = np.roll(np.flip(mask, (0, 1)), 1, (0, 1)) * mask  # its opposite is measured, too
+    join = lambda y: y[:, 0] + 1j * y[:, 1]  # noqa: E731
+    part = lambda spectrum: jnp.stack([spectrum.real, spectrum.imag], 1)  # noqa: E731
+
+    def apply(x: Array) -> Array:
+        return part(jnp.fft.fft2(x, axes=(1, 2), norm="ortho") * jnp.asarray(mask, x.dtype)[None]).astype(x.dtype)
+
+    def transpose(y: Array) -> Array:
+        measured = join(y) * jnp.asarray(mask, y.dtype)[None]
+        return jnp.fft.ifft2(measured, axes=(1, 2), norm="ortho").real.astype(y.dtype)
+
+    def solve(v: Array, a: Coefficient, b: Coefficient) -> Array:
+        # A A^T is 1 on what a pair of opposites agree in, 0 on what they differ in, 1/2 on a single frequency.
+        spectrum, pairs = join(v), jnp.asarray(partner, v.dtype)[None]
+        agreed = (spectrum + _mirrored(spectrum)) / 2 * pairs
+        parts = (agreed, 1.0), (spectrum * pairs - agreed, 0.0), (spectrum * (jnp.asarray(mask)[None] - pairs), 0.5)
+        total = jnp.zeros_like(spectrum)
+        for coefficients, eigenvalue in parts:
+            divisor = jnp.asarray(_coefficient(a, spectrum) * eigenvalue + _coefficient(b, spectrum), v.dtype)
+            total += jnp.where(divisor > 0, coefficients / jnp.where(divisor > 0, divisor, 1.0), 0.0)
+        return part(total).astype(v.dtype)
+
+    shape = (2, H, W, C)
+    is_orthogonal = bool((partner == mask).all())
+    return Operator(apply, transpose, solve, image_shape, shape, mask[None], is_orthogonal=is_orthogonal)
+
+
+# --- any other -------------------------------------------------------------------------------------------------------
+
+
+def _dot(x: Array, y: Array) -> Float[Array, "B"]:
+    return jnp.sum(x * y, axis=tuple(range(1, x.ndim)))
+
+
+def conjugate_gradients(matrix: Linear, v: Float[Array, "B ..."], num_steps: int) -> Float[Array, "B ..."]:
+    """Solves matrix(u) = v for a symmetric, positive semi-definite matrix, each example with steps of its own.
+
+    Args:
+      matrix: u [B, ...] -> [B, ...]; examples must not interact.
+      v: right-hand side.
+      num_steps: of the method; it ends earlier only in that further steps change nothing.
+    """
+
+    def step(_: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        u, residual, direction = carry
+        product = matrix(direction)
+        curvature, before = _dot(direction, product), _dot(residual, residual)
+        length = expand(jnp.where(curvature > 0, before / jnp.where(curvature > 0, curvature, 1.0), 0.0), u)
+        u, residual = u + length * direction, residual - length * product
+        ratio = jnp.where(before > 0, _dot(residual, residual) / jnp.where(before > 0, before, 1.0), 0.0)
+        return u, residual, residual + expand(ratio, u) * direction
+
+    return jax.lax.fori_loop(0, num_steps, step, (jnp.zeros_like(v), v, v))[0]
+
+
+def from_functions(
+    apply: Linear,
+    transpose: Linear,
+    image_shape: ImageShape,
+    *,
+    num_steps: int = CG_STEPS,
+    picture_shape: ImageShape | None = None,
+) -> Operator:
+    """Makes an operator of a pair of functions of a batch.
+
+    Args:
+      apply: x [B, *image_shape] -> A x [B, ...]; examples must not interact.
+      transpose: y -> A^T y.
+      image_shape: (H, W, C).
+      num_steps: of conjugate gradients, which solve with A A^T.
+      picture_shape: of a picture that is a measurement; None if it is no picture.
+
+    Raises:
+      ValueError: if the functions are not linear, or not the transposes of each other.
+    """
+    generator = np.random.Generator(np.random.Philox(0))
+    x, other = (jnp.asarray(generator.standard_normal((1, *image_shape)), jnp.float32) for _ in range(2))
+    y = apply(x)
+    if not np.allclose(apply(2.0 * x - other), 2.0 * y - apply(other), rtol=1e-3, atol=1e-4):
+        raise ValueError("apply is not linear: apply(2 x - z) differs from 2 apply(x) - apply(z)")
+    z = jnp.asarray(generator.standard_normal(y.shape), jnp.float32)
+    back = transpose(z)
+    if back.shape != x.shape:
+        raise ValueError(f"transpose makes images of shape {back.shape[1:]}; expected {image_shape}")
+    left, right = float(_dot(y, z)[0]), float(_dot(x, back)[0])
+    if abs(left - right) > 1e-3 * float(jnp.linalg.norm(y) * jnp.linalg.norm(z)):
+        raise ValueError(f"transpose is not apply's: <A x, y> = {left:.6g}, but <x, A^T y> = {right:.6g}")
+
+    def solve(v: Array, a: Coefficient, b: Coefficient) -> Array:
+        matrix = lambda u: _coefficient(a, u) * apply(transpose(u)) + _coefficient(b, u) * u  # noqa: E731
+        return conjugate_gradients(matrix, v, num_steps)
+
+    ones = np.ones((1,) * (y.ndim - 1))
+    return Operator(apply, transpose, solve, image_shape, y.shape[1:], ones, False, picture_shape)
