@@ -40,6 +40,7 @@ MODES = {
     "sample": Mode(run_lib.sample, flags=("output", "snapshot", "num_images", "png")),
     "compare_samplers": Mode(run_lib.compare_samplers, flags=("output", "samplers", "snapshot", "num_images")),
     "encode": Mode(run_lib.encode, flags=("output", "snapshot", "num_images", "images")),
+    "restore": Mode(run_lib.restore, flags=("output", "snapshot", "num_images")),
     "import": Mode(run_lib.import_checkpoint, flags=("checkpoint", "dry_run"), needed=("checkpoint",)),
     "export": Mode(run_lib.export_checkpoint, flags=("checkpoint",), needed=("checkpoint",)),
 }

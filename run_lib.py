@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 import datasets
 from models.factory import require_score_network
-from runtime import classifier_training, compare, encoding, eval_loop, sample_run, smoke, train_loop
+from runtime import classifier_training, compare, encoding, eval_loop, restoring, sample_run, smoke, train_loop
 from runtime import workdir as workdirs
 from runtime.classifier_experiment import check_settings
 from runtime.experiment import Experiment, build_experiment, describe
@@ -22,6 +22,7 @@ __all__ = [
     "evaluate",
     "export_checkpoint",
     "import_checkpoint",
+    "restore",
     "sample",
     "train",
     "train_classifier",
@@ -217,4 +218,35 @@ def encode(
         snapshot=snapshot,
         num_images=num_images or encoding.NUM_IMAGES,
         images=Path(images) if images else None,
+    )
+
+
+def restore(
+    config: ConfigDict, workdir: str | Path, output: str = "", *, snapshot: int = 0, num_images: int = 0
+) -> Path:
+    """Restores images from what `config.restore` measures of them: in-painting, super-resolution and the like.
+
+    Writes a folder for each image, with its measurement, its restorations, their mean and standard deviation, and a
+    summary of all, restore.md and restore.json. What an earlier, killed run has drawn is used again; files that cannot
+    be read are named and left out.
+
+    Args:
+      config: experiment configuration.
+      workdir: folder of a training run.
+      output: folder of the results, inside the workdir; empty: "restore/ckpt_<number>_<operator>_<method>".
+      snapshot: number of the checkpoint; 0: the newest.
+      num_images: images, at the most; 0: all of restore.images, or 8 of the test split.
+
+    Returns:
+      The folder of the results.
+
+    Raises:
+      ValueError: if a setting is wrong, or there is no image that can be used.
+      FileNotFoundError: if a file of the settings is missing.
+      WorkdirError: if the workdir holds another experiment, or the folder results of other settings or images.
+      CheckpointError: if the checkpoint is missing or damaged.
+      SolverError: if a restoration diverged.
+    """
+    return restoring.restore_images(
+        _open(config, workdir), Path(workdir), output=output, snapshot=snapshot, num_images=num_images
     )

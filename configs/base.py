@@ -194,6 +194,12 @@ def _restore() -> ConfigDict:
             "scale": 1.0,  # factor on the guidance; "dps": its step size; "projection": share of the way
             "data_std": 0.5,  # "pigdm": standard deviation of the data, in the network's range
             "cg_steps": 5,  # "mmps": steps of conjugate gradients in an evaluation
+            # the images
+            "images": "",  # a picture, a folder of pictures or an .npz file of levels; empty: the test split
+            "input": "image",  # each is an "image", to be measured here, or a "measurement" of one that is not known
+            "resize": "none",  # pictures of another size: "none" (left out), "crop" (to the middle) or "stretch"
+            "convert_channels": False,  # colour becomes grey, or grey colour, where the network's images are so
+            "num_draws": 4,  # restorations of each image
         }
     )
 

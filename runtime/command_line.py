@@ -46,7 +46,8 @@ def define_flags(modes: Mapping[str, Mode]) -> None:
     flags.DEFINE_integer(
         "num_images",
         0,
-        "sample: samples, 0: 64. compare_samplers: of each, 0: eval.num_samples. encode: test images, 0: 16.",
+        "sample: samples, 0: 64. compare_samplers: of each, 0: eval.num_samples. encode: test images, 0: 16. restore: "
+        "images, 0: all of restore.images, or 8 of the test split.",
     )
     flags.DEFINE_string("images", "", "encode: .npz file of levels, such as samples.npz; empty: the test split.")
     flags.DEFINE_bool("png", False, "sample: write each sample as a PNG of its own, too.")

@@ -104,11 +104,11 @@ class TrainingProgress:
         self._since += time.monotonic() - start
 
 
-def track(items: Sequence[Item], name: str) -> Iterator[Item]:
-    """Yields the items under a progress bar on a terminal, between two log lines elsewhere."""
+def track(items: Sequence[Item], name: str, units: str = "batches") -> Iterator[Item]:
+    """Yields the items, of which `units` says what they are, under a progress bar on a terminal; logs their number."""
     show = distributed.is_main_process()
     terminal = show and sys.stderr.isatty()
     start = time.monotonic()
-    yield from tqdm(items, desc=name, unit="batch", disable=not terminal, leave=False)
+    yield from tqdm(items, desc=name, unit=f" {units}", disable=not terminal, leave=False)
     if show:
-        logging.info("%s: %d batches in %.1f s", name, len(items), time.monotonic() - start)
+        logging.info("%s: %d %s in %.1f s", name, len(items), units, time.monotonic() - start)

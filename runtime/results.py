@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,15 @@ def cached(
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
-def open_folder(folder: Path, config: ConfigDict, names: tuple[str, ...], params: Any, *, flag: str) -> None:
+def open_folder(
+    folder: Path,
+    config: ConfigDict,
+    names: tuple[str, ...],
+    params: Any,
+    *,
+    flag: str,
+    contents: Mapping[str, str] | None = None,
+) -> None:
     """Makes a folder of results, or checks that what it holds was made with the same settings and parameters.
 
     Args:
@@ -60,12 +68,14 @@ def open_folder(folder: Path, config: ConfigDict, names: tuple[str, ...], params
       names: beginnings of the keys that the results depend on.
       params: of the network, numpy arrays.
       flag: of the command line that names the folder, for the message.
+      contents: hashes of what the results depend on besides, by name.
 
     Raises:
       WorkdirError: naming what differs.
     """
     given = {key: value for key, value in workdirs.flatten(config).items() if key.startswith(names)}
     given["params_crc32"] = functools.reduce(lambda crc, leaf: zlib.crc32(leaf, crc), jax.tree.leaves(params), 0)
+    given |= {f"{name}_sha256": digest for name, digest in (contents or {}).items()}
     path = folder / SETTINGS_FILE
     if not path.exists():
         if distributed.is_main_process():

@@ -1,0 +1,64 @@
+"""How near a restored image is to the true one: PSNR and SSIM, by scikit-image."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+SSIM_WINDOW = 7  # pixels: side of the uniform window in which SSIM compares two images
+SMALLEST_WINDOW = 3  # of one pixel there is no covariance
+
+
+def psnr(truth: Float[np.ndarray, "H W C"], image: Float[np.ndarray, "H W C"]) -> float:
+    """Returns the peak signal-to-noise ratio -10 log10(mean squared error), in dB; infinite for the truth itself.
+
+    Args:
+      truth: in [0, 1].
+      image: in [0, 1].
+    """
+    from skimage.metrics import peak_signal_noise_ratio  # lazily: half a second
+
+    with np.errstate(divide="ignore"):
+        return float(peak_signal_noise_ratio(*_as_float64(truth, image), data_range=1.0))
+
+
+def ssim_window(height: int, width: int) -> int | None:
+    """Returns the side of SSIM's window: 7 pixels, or the largest odd number that fits; None if that is 1."""
+    side = min(height, width, SSIM_WINDOW)
+    side -= 1 - side % 2
+    return side if side >= SMALLEST_WINDOW else None
+
+
+def ssim(truth: Float[np.ndarray, "H W C"], image: Float[np.ndarray, "H W C"]) -> float:
+    """Returns the structural similarity index (Wang et al. 2004), at most 1, averaged over pixels and channels.
+
+    In the uniform window of `ssim_window`, at the places where it fits whole, with K1 = 0.01, K2 = 0.03 and sample
+    covariances: scikit-image's defaults. (The window of Wang et al. is a Gaussian of 11 pixels.)
+
+    Args:
+      truth: in [0, 1].
+      image: in [0, 1].
+
+    Raises:
+      ValueError: if the images are too small for a window.
+    """
+    from skimage.metrics import structural_similarity  # lazily: half a second
+
+    window = ssim_window(*truth.shape[:2])
+    if window is None:
+        raise ValueError(
+            f"images of shape {truth.shape} are too small for SSIM; expected {SMALLEST_WINDOW} pixels or more"
+        )
+    truth, image = _as_float64(truth, image)
+    return float(structural_similarity(truth, image, win_size=window, data_range=1.0, channel_axis=-1))
+
+
+def _as_float64(truth: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Checks that both have one shape; scikit-image would compute in float32 what is given so.
+
+    Raises:
+      ValueError: naming the shapes, if they differ.
+    """
+    if truth.shape != image.shape:
+        raise ValueError(f"truth has shape {truth.shape}, image {image.shape}; expected the same [H, W, C]")
+    return truth.astype(np.float64), image.astype(np.float64)
