@@ -125,7 +125,7 @@ def sample(
       workdir: folder of a training run.
       output: folder of the samples, inside the workdir; empty: "samples/ckpt_<number>_<method>_<steps>".
       snapshot: number of the checkpoint; 0: the newest.
-      num_images: samples to draw; 0: 64.
+      num_images: samples to draw; 0: 64, rounded up to as many of each of `sampling.labels`.
       png: write png/00000.png and so on, one sample each, too.
 
     Returns:

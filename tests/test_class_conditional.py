@@ -18,13 +18,15 @@ import losses
 import plots
 import run_lib
 from files import read_npz
-from models import create_model
+from models import create_model, factory
+from models.layers import Dense, LabelEmbedding
 from models.ncsnpp import NCSNpp
 from runtime import drawing, sample_run
 from runtime.experiment import build_experiment
 from runtime.smoke import shrink
+from sde_lib import VPSDE, expand
 
-SMALL = {"data.image_size": 4, "data.num_channels": 1, "model.ch_mult": (1,)}
+SMALL = {"data.image_size": 4, "data.num_channels": 1, "model.ch_mult": (1,), "model.num_res_blocks": 0}
 
 # --- the network -----------------------------------------------------------------------------------------------------
 
@@ -48,7 +50,7 @@ def make_pair(name, nf):
     return [create_model(config_of(settings | {"model.num_classes": num_classes})) for num_classes in (0, 3)]
 
 
-@pytest.mark.parametrize(("name", "nf"), [("ncsnpp", 8), ("ddpm", 32)])
+@pytest.mark.parametrize(("name", "nf"), [("ncsnpp", 8), pytest.param("ddpm", 32, marks=pytest.mark.exhaustive)])
 def test_classes_add_one_table_and_change_no_other_parameter(name, nf):
     x, t, keys = jnp.zeros((1, 4, 4, 1)), jnp.ones(1), {"params": jax.random.key(0)}
     without, told = (jax.eval_shape(model.init, keys, x, t)["params"] for model in make_pair(name, nf))
@@ -159,34 +161,61 @@ def test_a_smoke_run_is_told_the_digits():
 
 # --- a run -----------------------------------------------------------------------------------------------------------
 
-MEANS = (3, 12)  # level of all pixels of the images of each class, of 16
+
+class OneImageOfEachClass(nn.Module):
+    """Predicts the noise of flat images whose level its label embedding says: the smallest network told classes."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, time_cond, train=False, class_labels=None):
+        level = Dense(1, name="level")(
+            LabelEmbedding(self.num_classes, 8, name="label_embedding")(class_labels, len(x))
+        )
+        t = time_cond / 999
+        mean, std = VPSDE().marginal_prob(jnp.broadcast_to(level[:, :, None, None], x.shape), t)
+        return (x - mean) / expand(std, x)
+
+
+def build_network(*, num_classes):
+    return OneImageOfEachClass(num_classes)
+
+
+LEVELS = (3, 12)  # of all pixels of the images of each class, of 0 .. 16
+SETTINGS = {
+    "model__name": "one_image",
+    "data__dataset": "npz",
+    "data__image_size": 4,
+    "model__num_classes": 2,
+    "training__label_dropout": 0.3,
+    "training__batch_size": 32,
+    "training__n_iters": 400,
+    "training__n_jitted_steps": 20,
+    "training__log_freq": 200,
+    "training__eval_freq": 1000,
+    "training__snapshot_freq": 200,
+    "training__snapshot_freq_for_preemption": 200,
+    "training__snapshot_num_samples": 6,
+    "optim__warmup": 0,
+    "optim__lr": 2e-2,
+    "model__ema_rate": 0.98,
+    "sampling__labels": "1,0",
+    "sampling__method": "ddim",
+    "sampling__num_steps": 8,
+    "eval__batch_size": 8,
+}
 
 
 def configure(folder, **changes):
-    settings = {
-        "data__dataset": "npz",
-        "data__path": str(folder),
-        "data__image_size": 4,
-        "model__num_res_blocks": 0,
-        "model__num_classes": 2,
-        "model__ema_rate": 0.9,
-        "training__label_dropout": 0.3,
-        "training__batch_size": 32,
-        "training__n_iters": 400,
-        "training__n_jitted_steps": 20,
-        "training__log_freq": 200,
-        "training__eval_freq": 1000,
-        "training__snapshot_freq": 400,
-        "training__snapshot_freq_for_preemption": 400,
-        "training__snapshot_sampling": False,
-        "optim__warmup": 20,
-        "optim__lr": 1e-2,
-        "sampling__labels": "1,0",
-        "sampling__method": "ddim",
-        "sampling__num_steps": 8,
-        "eval__batch_size": 8,
-    }
-    return tiny.make_config(**settings | changes).lock()
+    return tiny.make_config(**SETTINGS | {"data__path": str(folder)} | changes).lock()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def network():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(factory.NETWORKS, "one_image", build_network)
+        patch.setitem(factory.SCORE_NETWORKS, "one_image", build_network)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +223,7 @@ def data(tmp_path_factory):
     """Flat images of two classes, dark and bright."""
     folder = tmp_path_factory.mktemp("data")
     labels = np.arange(64) % 2
-    images = np.broadcast_to(np.array(MEANS, np.uint8)[labels, None, None, None], (64, 4, 4, 1))
+    images = np.broadcast_to(np.array(LEVELS, np.uint8)[labels, None, None, None], (64, 4, 4, 1))
     for split in ("train", "test"):
         np.savez(folder / f"{split}.npz", images=images, labels=labels)
     return folder
@@ -212,23 +241,81 @@ def sampled(data, workdir):
     return run_lib.sample(configure(data), workdir, num_images=13)
 
 
+def levels_of(folder):
+    """The mean level of each sample: a level's pixels are even on [level, level + 1), which rounds down to it."""
+    return read_npz(folder / "samples.npz")["samples"].mean(axis=(1, 2, 3))
+
+
 def test_the_network_learns_two_classes_apart(sampled):
-    """Samples of either class are nearer to its level; the labels are those of the file."""
     stored = read_npz(sampled / "samples.npz")
     np.testing.assert_array_equal(stored["labels"], [1, 0] * 6 + [1])
-    distances = np.abs(stored["samples"].mean(axis=(1, 2, 3))[:, None] - np.array(MEANS))
-    np.testing.assert_array_equal(distances.argmin(axis=1), stored["labels"])
+    np.testing.assert_array_equal(levels_of(sampled), np.array(LEVELS)[stored["labels"]])
     assert int(stored["nfe"]) == 9
 
 
-def test_the_picture_has_a_row_for_each_label(sampled):
-    assert sampled.name == "ckpt_1_ddim_8_labels_1,0"
+def test_without_labels_the_network_knows_the_mean_of_all(data, workdir):
+    """The best that one level can be for both classes; learned from the images that were shown without their label."""
+    folder = run_lib.sample(configure(data, sampling__labels=""), workdir, num_images=2)
+    np.testing.assert_allclose(levels_of(folder), np.mean(LEVELS), atol=1.01)
+    assert "labels" not in read_npz(folder / "samples.npz")
+
+
+def test_guidance_goes_beyond_the_class(data, workdir):
+    """The scores are linear in the levels: guided samples have mean + w (level - mean). Both evaluations count."""
+    folder = run_lib.sample(configure(data, sampling__guidance_scale=1.5), workdir, num_images=4)
+    assert folder.name == "ckpt_2_ddim_8_labels_1,0_scale_1.5"
+    mean = np.mean(LEVELS)
+    guided = mean + 1.5 * (np.array(LEVELS) - mean)
+    np.testing.assert_allclose(levels_of(folder), guided[[1, 0, 1, 0]], atol=1.01)
+    assert int(read_npz(folder / "samples.npz")["nfe"]) == 18
+
+
+def test_the_picture_has_a_row_for_each_label(workdir, sampled):
+    assert sampled.name == "ckpt_2_ddim_8_labels_1,0"
     levels = read_npz(sampled / "samples.npz")["samples"]
     rows = np.concatenate([levels[:12:2], levels[1:12:2]])  # six whole columns of thirteen samples
     with Image.open(sampled / "samples.png") as image:
         np.testing.assert_array_equal(np.array(image), plots.grid_of_levels(rows, 17, num_columns=6))
     facts = json.loads((sampled / "settings.json").read_text())["facts"]
     assert (facts["labels"], facts["sampler"]["sampling.labels"]) == ([1, 0], "1,0")
+    levels = read_npz(workdir / "samples" / "iter_400" / "sample.npz")["samples"]  # as in training
+    with Image.open(workdir / "samples" / "iter_400" / "sample.png") as image:
+        expected = plots.grid_of_levels(np.concatenate([levels[::2], levels[1::2]]), 17, num_columns=3)
+        np.testing.assert_array_equal(np.array(image), expected)
+
+
+@pytest.mark.exhaustive
+def test_a_killed_run_ends_with_the_same_parameters(data, workdir, tmp_path):
+    """Bit for bit: labels and their dropout follow from (seed, step)."""
+    run_lib.train(configure(data, training__n_iters=200), tmp_path)
+    run_lib.train(configure(data), tmp_path)
+    ends = [drawing.restore(build_experiment(configure(data)), folder).params for folder in (workdir, tmp_path)]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_four_devices_draw_the_same_digits(tmp_path):
+    """From the command line, with a network of a few thousand parameters that has been told nothing yet."""
+    settings = {
+        "model__num_classes": 10,
+        "sampling__labels": "0..9",
+        "training__n_iters": 12,
+        "sampling__method": "ddim",
+    }
+    settings |= {"sampling__num_steps": 4, "sampling__guidance_scale": 2.0, "eval__batch_size": 4}
+    for mode, flags, devices in (
+        ("train", (), 1),
+        ("sample", ("--num_images=12", "--output=one"), 1),
+        ("sample", ("--num_images=12", "--output=four"), 4),
+    ):
+        result = tiny.run(tiny.command(mode, tmp_path, *flags, **settings), devices=devices)
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, four = (read_npz(tmp_path / name / "samples.npz") for name in ("one", "four"))
+    np.testing.assert_array_equal(one["labels"], four["labels"])
+    difference = one["samples"].astype(int) - four["samples"]
+    assert np.abs(difference).max() <= 1  # a value on the edge of a level may round either way
+    assert (difference == 0).mean() > 0.99
 
 
 def test_as_many_are_drawn_of_each_label():

@@ -1,5 +1,6 @@
 """Samples of classes: the list of labels, classifier-free guidance in closed form, and the program that draws them."""
 
+import functools
 import math
 
 import jax
@@ -75,14 +76,14 @@ def score_of(sde, labels, seen=None):
 
     def score(x, t):
         if seen is not None:
-            seen.append(len(x))
+            seen.append(len(x))  # once, while it is traced
         every = jnp.stack([mixture.score_fn(sde)(x, t) for mixture in (*COMPONENTS, TRIANGLE)])
         return every[labels, jnp.arange(len(x))]
 
     return score
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", ["vesde", pytest.param("subvpsde", marks=pytest.mark.exhaustive)])
 def test_the_guided_score_is_that_of_the_tilted_density(name):
     """Against the gradient of log p_t(x)^(1 - w) p_t(x | label)^w, which is differentiated here."""
     sde, w = SDES[name], 2.5
@@ -97,8 +98,9 @@ def test_the_guided_score_is_that_of_the_tilted_density(name):
 
     seen = []
     guidance = ClassifierFree(sde, NO_LABEL, scale=w)
-    guided = guidance.guide(lambda labels: score_of(sde, labels, seen), jnp.asarray(labels))(x, t)
-    np.testing.assert_allclose(guided, jax.grad(log_density)(x), rtol=2e-4, atol=1e-5)
+    guide = jax.jit(lambda x: guidance.guide(lambda labels: score_of(sde, labels, seen), jnp.asarray(labels))(x, t))
+    guided = guide(x)
+    np.testing.assert_allclose(guided, jax.jit(jax.grad(log_density))(x), rtol=2e-4, atol=1e-5)
     assert (seen, guidance.evaluations) == ([12], 2)  # both scores of six examples in one call
 
 
@@ -106,8 +108,8 @@ def test_a_scale_of_one_is_the_conditional_score_itself():
     sde, labels = SDES["vpsde"], jnp.array([0, 2])
     x, t, seen = jnp.ones((2, 2)), jnp.array([0.2, 0.6]), []
     guidance = ClassifierFree(sde, NO_LABEL, scale=1.0)
-    guided = guidance.guide(lambda labels: score_of(sde, labels, seen), labels)(x, t)
-    np.testing.assert_array_equal(guided, score_of(sde, labels)(x, t))
+    guided = jax.jit(guidance.guide(lambda labels: score_of(sde, labels, seen), labels))(x, t)
+    np.testing.assert_array_equal(guided, jax.jit(score_of(sde, labels))(x, t))
     assert (seen, guidance.evaluations) == ([2], 1)
 
 
@@ -117,21 +119,26 @@ def test_outside_the_interval_there_is_no_guidance():
     t = jnp.array([0.1, 0.3, 0.9])
     sigma = np.sqrt(np.expm1(0.1 * t + 9.95 * t**2))  # the variance is 1 - m^2, m^-2 = exp of the integral of beta
     everywhere = ClassifierFree(sde, NO_LABEL, scale=3.0)
-    parts = lambda guidance: guidance.guide(lambda labels: score_of(sde, labels), labels)(x, t)  # noqa: E731
-    plain = score_of(sde, labels)(x, t)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def parts(guidance):
+        return guidance.guide(lambda labels: score_of(sde, labels), labels)(x, t)
+
+    plain = jax.jit(score_of(sde, labels))(x, t)
     assert (np.abs(parts(everywhere) - plain).max(axis=1) > 1e-4).all()
     for interval, inside in (
         ((0.5, 5.0), [False, True, False]),
-        ((0.5, math.inf), [False, True, True]),
-        ((0.0, 0.5), [True, False, False]),
         ((float(sigma[1]) * (1 + 1e-5), math.inf), [False, False, True]),
     ):
         guidance = ClassifierFree(sde, NO_LABEL, 3.0, interval)
         expected = np.where(np.array(inside)[:, None], parts(everywhere), plain)
-        np.testing.assert_array_equal(parts(guidance), expected)
+        np.testing.assert_allclose(parts(guidance), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["pc", "ode", "adaptive_sde", "heun"])
+@pytest.mark.parametrize(
+    "method",
+    ["pc", "ode", *(pytest.param(method, marks=pytest.mark.exhaustive) for method in ("adaptive_sde", "heun"))],
+)
 def test_every_sampler_takes_a_guided_score(method):
     """Guided samples lie around the component of their own label, in the order of the labels."""
     changes = {"num_steps": 10, "predictor": "euler_maruyama", "rtol": 1e-2, "atol": 1e-2, "adaptive_rtol": 0.1}
@@ -200,8 +207,7 @@ def test_a_guide_and_its_parameters_reach_the_samples(monkeypatch):
         return score
 
     def draw(program, means, indices):
-        replaced = Guide(apply, distributed.replicate(np.float32(means)), num_classes=3)
-        program._guide = replaced
+        program._guide = Guide(apply, distributed.replicate(np.float32(means)), num_classes=3)
         return program(distributed.replicate(np.zeros(1, np.float32)), np.asarray(indices))[0] / 8.5 - 1
 
     guide = Guide(apply, distributed.replicate(np.zeros(3, np.float32)), num_classes=3)
@@ -209,5 +215,5 @@ def test_a_guide_and_its_parameters_reach_the_samples(monkeypatch):
     for means in ([-0.5, 0.9, 0.5], [0.4, 0.9, 0.0]):
         x = draw(program, means, range(4)).mean(axis=(1, 2, 3))
         np.testing.assert_allclose(x, np.array(means)[[2, 0, 2, 0]], atol=0.1)
-    two = draw(SamplingProgram(experiment, 2, guide=guide), means, [2, 3])
-    np.testing.assert_array_equal(two, draw(program, means, range(4))[2:])
+    two = draw(SamplingProgram(experiment, 2, guide=guide), means, [1, 2])
+    np.testing.assert_array_equal(two, draw(program, means, range(4))[1:3])
