@@ -17,7 +17,7 @@ from configs.ve import cifar10_ncsnpp_continuous
 from controllable_generation import condition_on_class
 from files import read_npz, write_json
 from models import wideresnet
-from runtime import classifier_experiment, classifier_guidance
+from runtime import classifier_experiment, classifier_guidance, eval_loop
 from runtime import workdir as workdirs
 from runtime.classifier_experiment import Normalization
 from runtime.experiment import Experiment, build_experiment
@@ -123,7 +123,9 @@ def bayes_gradient(x, sigma, labels):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "pc", "predictor": "reverse_diffusion", "num_steps": 200},
+        pytest.param(
+            {"method": "pc", "predictor": "reverse_diffusion", "num_steps": 200}, marks=pytest.mark.exhaustive
+        ),
         {"method": "ode", "rtol": 1e-4, "atol": 1e-4},
         {"method": "dpmpp_2m", "num_steps": 30},
     ],
@@ -196,6 +198,18 @@ def test_samples_of_classes_are_drawn_from_the_command_line(workdir, monkeypatch
         run_lib.sample(tiny.make_config(**settings | GUIDED | {"sampling__labels": "0..10"}), workdir)
     with pytest.raises(ValueError, match=r"no classifier guides it; .*set sampling.classifier_scale"):
         run_lib.sample(tiny.make_config(**settings | GUIDED | {"sampling__classifier_scale": 0.0}), workdir)
+
+
+def test_an_evaluation_is_guided_by_the_same_classifier(workdir):
+    """And so are its labels; without samples no classifier is looked for."""
+    experiment = build_experiment(tiny.make_config(**GUIDED))
+    classifier = eval_loop._load_classifier(experiment, workdir)
+    program = eval_loop.Evaluator(experiment, classifier).draw
+    assert program.labels == tuple(range(10))
+    got = jax.tree.map(lambda leaf: leaf[0], program._guide.params)
+    jax.tree.map(np.testing.assert_array_equal, got, params_of(workdir / "classifier"))
+    without = build_experiment(tiny.make_config(**GUIDED, eval__enable_sampling=False))
+    assert eval_loop._load_classifier(without, workdir / "none") is None
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
