@@ -1,6 +1,6 @@
 """Whether samples of a class are of that class, in the eyes of a classifier that had no part in drawing them.
 
-  python benchmarks/class_agreement.py --config configs/vp/digits_ddpmpp_continuous.py --samples W/samples/.../samples.npz
+  python benchmarks/class_agreement.py --config configs/vp/digits_ddpmpp_continuous.py --samples FOLDER/samples.npz
 
 The classifier is a support vector machine with a Gaussian kernel (scikit-learn), fitted to the clean training images:
 another kind of model than the network that guides, and one that has never seen noise. What it gets right of the clean

@@ -67,7 +67,8 @@ def build_labels(config: ConfigDict, *, guide_classes: int = 0) -> tuple[int, ..
     if text and not known:
         raise ValueError(
             f"sampling.labels={text!r}, but the network was trained without labels (model.num_classes=0) and no "
-            "classifier guides it; set sampling.labels='', or train a network with model.num_classes"
+            "classifier guides it; set sampling.labels='', or train a classifier (--mode train_classifier) and set "
+            "sampling.classifier_scale, or train a network with model.num_classes"
         )
     return parse_labels(text, min(known, default=0))
 

@@ -81,6 +81,11 @@ class Classifier:
         return Guide(apply=self.guided, params=distributed.replicate(self.params), num_classes=self.num_classes)
 
 
+def all_params(params: Any, classifier: Classifier | None) -> Any:
+    """Returns the parameters that samples depend on: the score network's and, if there is one, the classifier's."""
+    return params if classifier is None else (params, classifier.params)
+
+
 def check_guidance(config: ConfigDict) -> None:
     """Checks the settings of guidance by a classifier; no file is read.
 

@@ -17,8 +17,9 @@ import plots
 from evaluation import sample_metrics
 from report import CheckpointInfo, DataInfo, number_text
 from report.comparison import Comparison, SamplerResult, write_comparison
-from runtime import drawing, results
+from runtime import classifier_guidance, drawing, results
 from runtime import workdir as workdirs
+from runtime.classifier_guidance import Classifier
 from runtime.drawing import NUM_SHOWN, Samples, Snapshot
 from runtime.experiment import Experiment, SamplingProgram
 from runtime.real_features import RealFeatures
@@ -43,12 +44,14 @@ class Comparer:
       folder: of the comparison.
       num_images: samples of each sampler.
       real: features of the real images.
+      classifiers: that guide the samples of each sampler, by its text; None for none.
     """
 
     snapshot: Snapshot
     folder: Path
     num_images: int
     real: RealFeatures
+    classifiers: Mapping[str, Classifier | None]
 
     @functools.cached_property
     def params(self) -> Any:
@@ -59,8 +62,11 @@ class Comparer:
         """Draws the samples of one sampler, using what is in its folder; returns them and the batch size."""
         folder = self.folder / spec.folder
         names = drawing.settings_of_samples(experiment.config)
-        results.open_folder(folder, experiment.config, names, self.snapshot.params, flag="--output")
-        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, self.num_images))
+        classifier = self.classifiers[spec.text]
+        params = classifier_guidance.all_params(self.snapshot.params, classifier)
+        results.open_folder(folder, experiment.config, names, params, flag="--output")
+        guide = classifier.guide() if classifier else None
+        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, self.num_images), guide=guide)
         samples = drawing.draw_samples(program, self.params, folder, self.num_images)
         if distributed.is_main_process():
             grid = plots.grid_of_levels(samples.levels[:NUM_SHOWN], experiment.scaler.num_levels)
@@ -134,12 +140,12 @@ def compare(
     chosen, skipped = choose_samplers(experiment, samplers)
     for spec, of_sampler in chosen:
         drawing.warn_of_batch(of_sampler.config, spec.text)
+    classifiers = {spec.text: classifier_guidance.load_classifier(each, workdir) for spec, each in chosen}
     train, test = (datasets.build_source(config, split) for split in ("train", "test"))
     restored = drawing.restore(experiment, workdir, snapshot)
     folder = workdirs.output_folder(workdir, output or f"compare_ckpt_{restored.number}")
-    comparer = Comparer(
-        restored, folder, num_images or config.eval.num_samples, RealFeatures.compute(config, train, test, workdir)
-    )
+    real = RealFeatures.compute(config, train, test, workdir)
+    comparer = Comparer(restored, folder, num_images or config.eval.num_samples, real, classifiers)
     data = DataInfo(config.data.dataset, len(train), len(test), config.data.num_levels)
     frame = _build_frame(experiment, comparer, data)
     measured: list[SamplerResult] = []

@@ -24,7 +24,8 @@ from evaluation import gaussian_bits_per_dim, sample_metrics
 from losses import TrainState
 from metrics.metric import Metric, mean_metric
 from report import CheckpointInfo, DataInfo, Report, SamplerInfo, number_text, save_report, write_report
-from runtime import results
+from runtime import classifier_guidance, results
+from runtime.classifier_guidance import Classifier
 from runtime.drawing import NUM_SHOWN, draw_samples
 from runtime.experiment import Experiment, SamplingProgram, build_bpd_program, build_loss_program
 from runtime.progress import track
@@ -59,15 +60,19 @@ def check_evaluation(config: ConfigDict) -> None:
             f"eval.begin_ckpt={config.eval.begin_ckpt} is after eval.end_ckpt={config.eval.end_ckpt}; swap them"
         )
     distributed.check_batch_size("eval.batch_size", config.eval.batch_size)
-    if config.eval.enable_sampling:
-        build_labels(config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """What is shared by the checkpoints of a sweep; each program compiles at its first call."""
+    """What is shared by the checkpoints of a sweep; each program compiles at its first call.
+
+    Attributes:
+      experiment: that the workdir holds.
+      classifier: that guides the samples; None for none.
+    """
 
     experiment: Experiment
+    classifier: Classifier | None = None
 
     @property
     def config(self) -> ConfigDict:
@@ -103,7 +108,8 @@ class Evaluator:
     @functools.cached_property
     def draw(self) -> SamplingProgram:
         """Program of the sampler."""
-        return SamplingProgram(self.experiment, self.config.eval.batch_size)
+        guide = self.classifier.guide() if self.classifier else None
+        return SamplingProgram(self.experiment, self.config.eval.batch_size, guide=guide)
 
     @functools.cached_property
     def bpd(self) -> Callable[..., dict[str, np.ndarray]]:
@@ -227,7 +233,8 @@ def evaluate_checkpoint(
 ) -> Report:
     """Measures what the configuration enables of one checkpoint, using what is on disk already."""
     config, of_checkpoint = evaluator.config, folder / f"ckpt_{number}"
-    results.open_folder(of_checkpoint, config, SETTINGS, state.params_ema, flag="--eval_folder")
+    of_samples = classifier_guidance.all_params(state.params_ema, evaluator.classifier)
+    results.open_folder(of_checkpoint, config, SETTINGS, of_samples, flag="--eval_folder")
     params = distributed.replicate(state.params_ema)
     fields: dict[str, Any] = _sampling_part(evaluator, params, real, of_checkpoint) if real else {"metrics": ()}
     if config.eval.enable_bpd:
@@ -239,10 +246,19 @@ def evaluate_checkpoint(
     return Report(checkpoint=checkpoint, seed=config.seed, data=data, **fields)
 
 
+def _load_classifier(experiment: Experiment, workdir: Path) -> Classifier | None:
+    """Loads what guides the samples, if any are drawn, and checks their labels."""
+    if not experiment.config.eval.enable_sampling:
+        return None
+    classifier = classifier_guidance.load_classifier(experiment, workdir)
+    build_labels(experiment.config, guide_classes=classifier.num_classes if classifier else 0)
+    return classifier
+
+
 def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) -> None:
     """Evaluates the checkpoints of a sweep, each as soon as it is there, and writes the report after each."""
     config = experiment.config
-    evaluator = Evaluator(experiment)
+    evaluator = Evaluator(experiment, _load_classifier(experiment, workdir))
     numbers = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
     template = experiment.state_template()
     with Checkpoints(

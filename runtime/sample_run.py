@@ -15,8 +15,9 @@ import checks
 import distributed
 import plots
 from controllable_generation.labels import build_labels, labels_of_samples
-from runtime import drawing, results
+from runtime import classifier_guidance, drawing, results
 from runtime import workdir as workdirs
+from runtime.classifier_guidance import Classifier
 from runtime.drawing import Samples, Snapshot
 from runtime.experiment import Experiment, SamplingProgram
 
@@ -29,12 +30,16 @@ Labels = tuple[int, ...]  # that the samples have in turn; empty: none
 
 
 def default_output(config: ConfigDict, number: int) -> str:
-    """Returns the folder of samples whose folder is not given, such as "samples/ckpt_2_pc_250_labels_0..9_scale_2"."""
+    """Returns the folder of samples whose folder is not given, such as "samples/ckpt_2_pc_250_labels_0..9_scale_2".
+
+    With a classifier it ends as "_classifier_2", the factor on its gradient.
+    """
     settings = config.sampling
     name = f"samples/ckpt_{number}_{settings.method}"
     name += f"_{settings.num_steps}" if settings.num_steps else ""
     name += f"_labels_{settings.labels.replace(' ', '')}" if settings.labels else ""
-    return name + (f"_scale_{settings.guidance_scale:g}" if settings.guidance_scale != 1 else "")
+    name += f"_scale_{settings.guidance_scale:g}" if settings.guidance_scale != 1 else ""
+    return name + (f"_classifier_{settings.classifier_scale:g}" if settings.classifier_scale else "")
 
 
 def _default_number(labels: Labels) -> int:
@@ -42,11 +47,20 @@ def _default_number(labels: Labels) -> int:
     return math.ceil(NUM_IMAGES / len(labels)) * len(labels) if labels else NUM_IMAGES
 
 
-def _draw(experiment: Experiment, snapshot: Snapshot, folder: Path, labels: Labels, num_images: int) -> Samples:
+def _draw(
+    experiment: Experiment,
+    snapshot: Snapshot,
+    folder: Path,
+    *,
+    labels: Labels,
+    num_images: int,
+    classifier: Classifier | None,
+) -> Samples:
     """Draws the samples, or reads them if they are complete; the file has their labels, too."""
 
     def compute() -> dict[str, Any]:
-        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, num_images))
+        guide = classifier.guide() if classifier else None
+        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, num_images), guide=guide)
         params = distributed.replicate(snapshot.params)
         arrays = drawing.draw_samples(program, params, folder / ROUNDS, num_images).to_arrays()
         return arrays | ({"labels": labels_of_samples(labels, np.arange(num_images))} if labels else {})
@@ -99,18 +113,22 @@ def write_samples(
 
     Raises:
       ValueError: if a number is negative, the folder outside the workdir, or labels are asked for that nothing knows.
+      FileNotFoundError: if there is no classifier where one is to guide.
       CheckpointError: if there is no such checkpoint.
       WorkdirError: if the folder holds samples of other settings.
     """
     config = experiment.config
     checks.not_negative("--num_images", num_images)
-    labels = build_labels(config)
+    classifier = classifier_guidance.load_classifier(experiment, workdir)
+    labels = build_labels(config, guide_classes=classifier.num_classes if classifier else 0)
     workdirs.output_folder(workdir, output)
     drawing.warn_of_batch(config)
     restored = drawing.restore(experiment, workdir, snapshot)
     folder = workdirs.output_folder(workdir, output or default_output(config, restored.number))
-    results.open_folder(folder, config, drawing.settings_of_samples(config), restored.params, flag="--output")
-    samples = _draw(experiment, restored, folder, labels, num_images or _default_number(labels))
+    params = classifier_guidance.all_params(restored.params, classifier)
+    results.open_folder(folder, config, drawing.settings_of_samples(config), params, flag="--output")
+    num_images = num_images or _default_number(labels)
+    samples = _draw(experiment, restored, folder, labels=labels, num_images=num_images, classifier=classifier)
     if distributed.is_main_process():
         num_levels = experiment.scaler.num_levels
         plots.save_png(folder / "samples.png", drawing.picture(samples.levels, labels, num_levels))

@@ -17,7 +17,7 @@ from configs.ve import cifar10_ncsnpp_continuous
 from controllable_generation import condition_on_class
 from files import read_npz, write_json
 from models import wideresnet
-from runtime import classifier_experiment, classifier_guidance
+from runtime import classifier_experiment, classifier_guidance, eval_loop
 from runtime import workdir as workdirs
 from runtime.classifier_experiment import Normalization
 from runtime.experiment import Experiment, build_experiment
@@ -70,16 +70,26 @@ def load(workdir, **changes):
 # --- the guided score ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder", ["", "other"])
-def test_the_guided_score_is_score_and_gradient(workdir, folder):
-    """grad_x log p(label | x) written out in x itself, not in x / m; of the averaged parameters of the folder."""
+def params_of(folder):
+    config = classifier_experiment.classifier_config(tiny.make_config(), 10)
+    template = classifier_experiment.build_classifier_experiment(config, NORMALIZATION).state_template()
+    with Checkpoints(folder, snapshot_freq=4, template=template, read_only=True) as checkpoints:
+        return checkpoints.restore_snapshot(1).params_ema
+
+
+def test_the_classifier_is_that_of_the_folder(workdir):
+    for classifier, folder in (
+        (load(workdir), "classifier"),
+        (load(workdir, sampling__classifier=str(workdir / "other")), "other"),
+    ):
+        assert (classifier.num_classes, classifier.normalization) == (10, NORMALIZATION)
+        jax.tree.map(np.testing.assert_array_equal, classifier.params, params_of(workdir / folder))
+
+
+def test_the_guided_score_is_score_and_gradient(workdir):
+    """grad_x log p(label | x) written out in x itself, not in x / m."""
     experiment = build_experiment(tiny.make_config(**GUIDED))
-    where = {"sampling__classifier": str(workdir / folder)} if folder else {}
-    classifier = load(workdir, **where)
-    assert classifier.num_classes == 10
-    stored = Checkpoints(workdir / (folder or "classifier"), snapshot_freq=4, template=template(), read_only=True)
-    with stored as checkpoints:
-        params = checkpoints.restore_snapshot(1).params_ema
+    classifier, params = load(workdir), params_of(workdir / "classifier")
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
     t, labels = jnp.array([0.02, 0.3, 0.9]), jnp.array([3, 0, 7])
     m, std = (fn(t)[:, None, None, None] for fn in (experiment.sde.mean_coeff, experiment.sde.std))
@@ -96,18 +106,13 @@ def test_the_guided_score_is_score_and_gradient(workdir, folder):
     assert np.abs(gradient).max() > 1e-3
 
 
-def template():
-    config = classifier_experiment.classifier_config(tiny.make_config(), 10)
-    return classifier_experiment.build_classifier_experiment(config, NORMALIZATION).state_template()
-
-
 CENTRES, SPREAD = jnp.array([-0.5, 0.7]), 0.2  # of two classes, in every dimension
 
 
 def log_classes(x, m, std):
     """log p_t(x, class) of both classes, up to a constant of t."""
     variance = (m * SPREAD) ** 2 + std**2
-    return -((x[:, :, None] - m[:, None, None] * CENTRES) ** 2).sum(axis=1) / (2 * variance[:, None])
+    return -((x[:, :, None] - m[:, None, None] * CENTRES[None, None]) ** 2).sum(axis=1) / (2 * variance[:, None])
 
 
 def bayes_gradient(x, sigma, labels):
@@ -118,7 +123,9 @@ def bayes_gradient(x, sigma, labels):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "pc", "predictor": "reverse_diffusion", "num_steps": 200},
+        pytest.param(
+            {"method": "pc", "predictor": "reverse_diffusion", "num_steps": 200}, marks=pytest.mark.exhaustive
+        ),
         {"method": "ode", "rtol": 1e-4, "atol": 1e-4},
         {"method": "dpmpp_2m", "num_steps": 30},
     ],
@@ -185,12 +192,24 @@ def test_samples_of_classes_are_drawn_from_the_command_line(workdir, monkeypatch
     stored = read_npz(folder / "samples.npz")
     np.testing.assert_array_equal(stored["labels"], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1])
     other = tiny.make_config(**settings | GUIDED, sampling__classifier=str(workdir / "other"))
-    with pytest.raises(WorkdirError, match=r"sampling.classifier: '' there, .* now; params_crc32"):
+    with pytest.raises(WorkdirError, match=r"params_crc32: .* now; sampling.classifier: '' there, '.*other' now"):
         run_lib.sample(other, workdir, folder.relative_to(workdir), num_images=12)
     with pytest.raises(ValueError, match="there is no label 10; the 10 classes are 0 to 9"):
         run_lib.sample(tiny.make_config(**settings | GUIDED | {"sampling__labels": "0..10"}), workdir)
-    with pytest.raises(ValueError, match=r"no classifier guides it .*sampling.classifier_scale"):
+    with pytest.raises(ValueError, match=r"no classifier guides it; .*set sampling.classifier_scale"):
         run_lib.sample(tiny.make_config(**settings | GUIDED | {"sampling__classifier_scale": 0.0}), workdir)
+
+
+def test_an_evaluation_is_guided_by_the_same_classifier(workdir):
+    """And so are its labels; without samples no classifier is looked for."""
+    experiment = build_experiment(tiny.make_config(**GUIDED))
+    classifier = eval_loop._load_classifier(experiment, workdir)
+    program = eval_loop.Evaluator(experiment, classifier).draw
+    assert program.labels == tuple(range(10))
+    got = jax.tree.map(lambda leaf: leaf[0], program._guide.params)
+    jax.tree.map(np.testing.assert_array_equal, got, params_of(workdir / "classifier"))
+    without = build_experiment(tiny.make_config(**GUIDED, eval__enable_sampling=False))
+    assert eval_loop._load_classifier(without, workdir / "none") is None
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def shared_programs():
     """Compiles each sampler of these tests once."""
     programs = {}
 
-    def build(experiment, batch_size):
+    def build(experiment, batch_size, guide=None):
+        assert guide is None
         key = (str(experiment.config.sampling), experiment.image_shape, batch_size)
         return programs.setdefault(key, SamplingProgram(experiment, batch_size))
 
