@@ -192,6 +192,7 @@ def _restore() -> ConfigDict:
             # the method
             "method": "pigdm",  # "replacement", "projection", "dps", "pigdm" or "mmps"
             "scale": 1.0,  # factor on the guidance; "dps": its step size; "projection": share of the way
+            "clip": True,  # "dps", "pigdm", "mmps": clip predictions of clean images to the range of the data
             "data_std": 0.5,  # "pigdm": standard deviation of the data, in the network's range
             "cg_steps": 5,  # "mmps": steps of conjugate gradients in an evaluation
             # the images

@@ -222,5 +222,5 @@ def colour16(config: ConfigDict) -> None:
     config.data.update(dataset="npz", image_size=16, num_channels=3, random_flip=True, uniform_dequantization=True)
     config.model.update(nf=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,), ema_rate=0.998)
     config.optim.lr = 1e-3
-    config.training.update(batch_size=64, n_iters=6000, snapshot_freq=2000, snapshot_freq_for_preemption=500)
-    config.eval.update(end_ckpt=3, batch_size=64, num_samples=1000)
+    config.training.update(batch_size=64, n_iters=4000, snapshot_freq=2000, snapshot_freq_for_preemption=500)
+    config.eval.update(end_ckpt=2, batch_size=64, num_samples=1000)

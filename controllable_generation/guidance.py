@@ -3,6 +3,10 @@
 For y = A x0 + noise the second term needs the law of the clean image x0 given x. Each method here takes it to be a
 Gaussian around the network's own prediction E[x0 | x], and they differ in its covariance. The gradient goes through the
 network: an evaluation costs about as much as two. A guided score is a score like any other, for any sampler.
+
+A score is a prediction of x0 and the other way round (Tweedie's formula). Where the noise is strong, a small error of
+the network's score is a large one of its prediction, far outside the range of any image, and guidance makes more of it:
+so diverged PiGDM with networks of the digits. Therefore predictions are clipped to the range of the data.
 """
 
 from __future__ import annotations
@@ -22,7 +26,15 @@ Pullback = Callable[[Array], Array]
 Weighting = Callable[[Array, Pullback, Float[Array, "B"]], Array]
 
 
-def guide(score_fn: ScoreFn, operator: Operator, y: Float[Array, "B ..."], sde: SDE, weight: Weighting) -> ScoreFn:
+def guide(
+    score_fn: ScoreFn,
+    operator: Operator,
+    y: Float[Array, "B ..."],
+    sde: SDE,
+    weight: Weighting,
+    *,
+    bounds: tuple[float, float] | None = None,
+) -> ScoreFn:
     """Returns the score with the guidance of a measurement added.
 
     Args:
@@ -31,7 +43,9 @@ def guide(score_fn: ScoreFn, operator: Operator, y: Float[Array, "B ..."], sde: 
       y: measurements.
       sde: forward SDE.
       weight: makes of a residual what is pulled back through the prediction.
+      bounds: range of the data, to which predictions are clipped, without and with the guidance; None: unbounded.
     """
+    clip = lambda x0: x0 if bounds is None else jnp.clip(x0, *bounds)  # noqa: E731
 
     def guided(x: Float[Array, "B H W C"], t: Float[Array, "B"]) -> Float[Array, "B H W C"]:
         m, variance = expand(sde.mean_coeff(t), x), expand(jnp.square(sde.std(t)), x)
@@ -42,8 +56,11 @@ def guide(score_fn: ScoreFn, operator: Operator, y: Float[Array, "B ..."], sde: 
 
         x0, vjp, score = jax.vjp(predict, x, has_aux=True)
         pullback = lambda v: vjp(v)[0]  # noqa: E731
-        residual = y - operator.apply(x0)
-        return score + pullback(operator.transpose(weight(residual, pullback, t)))
+        residual = y - operator.apply(clip(x0))
+        guidance = pullback(operator.transpose(weight(residual, pullback, t)))
+        step = variance / m * guidance
+        # What clipping changes is 0 where it does nothing, to the last digit.
+        return score + guidance + m / variance * (clip(clip(x0) + step) - (x0 + step))
 
     return guided
 

@@ -58,10 +58,6 @@ class Operator:
         """Returns A^+ y, the smallest image that has this measurement."""
         return self.transpose(self.solve(y, 1.0, 0.0))
 
-    def noise(self, z: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-        """Keeps of white noise, in a measurement's shape, what is measured."""
-        return z * jnp.asarray(self.measured, z.dtype)
-
     @property
     def num_measured(self) -> int:
         """Numbers that a measurement holds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -195,8 +196,11 @@ def _build_weighting(config: ConfigDict, sde: SDE, operator: Operator) -> guidan
 
 
 def _build_guidance(config: ConfigDict, sde: SDE, operator: Operator) -> Restoration:
-    weighting = _build_weighting(config, sde, operator)
-    return lambda score_fn, y: Conditional(guidance.guide(score_fn, operator, y, sde, weighting), None, None)
+    weighting, bounds = _build_weighting(config, sde, operator), None
+    if config.restore.clip:
+        bounds = (-1.0, 1.0) if config.data.centered else (0.0, 1.0)
+    guide = functools.partial(guidance.guide, operator=operator, sde=sde, weight=weighting, bounds=bounds)
+    return lambda score_fn, y: Conditional(guide(score_fn, y=y), None, None)
 
 
 METHODS: dict[str, Callable[[ConfigDict, SDE, Operator], Restoration]] = {
@@ -216,7 +220,7 @@ def build_restoration(config: ConfigDict, sde: SDE, operator: Operator) -> Resto
     `guidance`).
 
     Args:
-      config: read here: `restore`, `sampling.method`, `model.num_scales`, `data.centered`.
+      config: read here: `restore`, `sampling.method`, `model.num_scales`, `data.centered` (the range of the data).
       sde: forward SDE.
       operator: A, from `build_operator`.
 

@@ -22,7 +22,7 @@ PC = {"method": "pc", "predictor": "reverse_diffusion", "num_steps": 200, "noise
 
 def configure(restore, **sampling_settings):
     config = base.get_config()
-    config.restore.update(restore)
+    config.restore.update({"clip": False} | restore)  # Gaussian data have no bounds
     config.sampling.update(sampling_settings)
     return config
 
@@ -161,6 +161,26 @@ def test_dps_takes_the_step_of_its_algorithm(name):
     step = lambda score_fn: sampling.euler_maruyama(jax.random.key(1), x, t, sde.reverse(score_fn))[0]  # noqa: E731
     taken = np.asarray(step(score_fn) - step(guided))
     np.testing.assert_allclose(taken, scale * jax.grad(distance)(x), rtol=2e-3, atol=2e-5 * float(sde.std(t)[0] + 1))
+
+
+def test_clipping_changes_a_prediction_outside_the_range_and_no_other():
+    """With scores of a network that is wrong by a constant: Tweedie's formula of the result stays in the range."""
+    sde, data = SDES["vpsde"], Gaussian((4, 4, 1), correlated=True)
+    config = configure(HALF | {"method": "pigdm", "noise": NOISE, "clip": True})
+    config.data.centered = True
+    operator = build_operator(config, data.shape)
+    with jax.enable_x64(True):
+        y = operator.apply(jnp.full((2, *data.shape), 0.2))
+        x, t = 0.1 * jax.random.normal(jax.random.key(0), (2, *data.shape)), jnp.array([0.02, 0.999])
+        wrong = lambda x, t: data.score_fn(sde)(x, t) + jnp.where(t > 0.5, 1.0, 0.0)[:, None, None, None]  # noqa: E731
+        clipped = build_restoration(config, sde, operator)(wrong, y).score_fn(x, t)
+        config.restore.clip = False
+        free = build_restoration(config, sde, operator)(wrong, y).score_fn(x, t)
+        m, std = (value[:, None, None, None] for value in (sde.mean_coeff(t), sde.std(t)))
+        predicted, unclipped = (np.asarray((x + std**2 * score) / m) for score in (clipped, free))
+    np.testing.assert_array_equal(clipped[0], free[0])
+    assert np.abs(unclipped[1]).min() > 10
+    assert np.abs(predicted[1]).max() == pytest.approx(1.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("method", ["dps", "pigdm", "mmps"])
