@@ -93,7 +93,7 @@ def test_a_flat_image_has_a_gradient_and_leaves_others_theirs(monkeypatch):
     monkeypatch.setattr(wideresnet, "WideGroup", lambda *args, **kwargs: lambda h, embedding: h)  # quicker to compile
     model = wideresnet.build(image_size=(8, 8), blocks_per_group=1, channel_multiplier=1, num_classes=3)
     textured = jnp.linspace(0, 1, 64).reshape(1, 8, 8, 1) ** 2
-    x = jnp.concatenate([jnp.full((1, 8, 8, 1), 0.3), textured])
+    x = jnp.concatenate([jnp.full((1, 8, 8, 1), 0.25), textured])
     params = jax.jit(model.init)(jax.random.key(0), x, jnp.ones(2))["params"]
     grad_fn = wideresnet.make_classifier_grad_fn(wideresnet.make_logit_fn(model, params, mean=(0.0,), std=(1.0,)))
     gradient = jax.jit(lambda x: grad_fn(x, jnp.ones(2), jnp.array([1, 1])))

@@ -51,7 +51,7 @@ def test_metrics_are_those_of_tensorflow_gan():
     assert tfgan_metrics() == pytest.approx(TFGAN, rel=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow_gan") is None, reason="tensorflow_gan is not installed")
 def test_the_recorded_values_are_what_tensorflow_gan_computes():
     command = [sys.executable, TESTS / "tfgan_oracle.py"]

@@ -138,7 +138,7 @@ def test_a_smoke_run_trains_two_steps(leaf, tmp_path, quick_compilation):
     assert all(gradient < 1e-11 for gradient, change in zip(gradients, second, strict=True) if change == 0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_smoke_run_is_evaluated(tmp_path, quick_compilation):
     config = smoke_config("vp/digits_ddpmpp_continuous")
     run_lib.train(config, tmp_path)
