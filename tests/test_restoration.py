@@ -56,7 +56,8 @@ class Gaussian:
         is_measured = np.abs(matrix).sum(axis=1) > 0
         y, A = np.zeros(len(matrix)), matrix[is_measured]
         generator = np.random.default_rng(1)
-        image = generator.multivariate_normal(self.mean, self.covariance)
+        # By the Cholesky factor, which is unique: the same image on every machine and by every version of NumPy.
+        image = self.mean + np.linalg.cholesky(self.covariance) @ generator.standard_normal(len(self.mean))
         y[is_measured] = A @ image + noise * generator.standard_normal(len(A))
         gain = self.covariance @ A.T @ np.linalg.inv(A @ self.covariance @ A.T + noise**2 * np.eye(len(A)))
         posterior = self.mean + gain @ (y[is_measured] - A @ self.mean), self.covariance - gain @ A @ self.covariance
@@ -111,8 +112,8 @@ def test_exact_methods_draw_from_the_posterior(sde, method, operator, sampler):
 @pytest.mark.parametrize(
     ("settings", "mean_bias", "variances"),
     [
-        ({"method": "replacement"}, 0.16, (1.0, 1.26)),
-        ({"method": "dps", "noise": NOISE, "scale": 0.01}, 0.17, (0.84, 1.68)),
+        ({"method": "replacement"}, 0.20, (1.0, 1.26)),
+        ({"method": "dps", "noise": NOISE, "scale": 0.01}, 0.08, (0.71, 1.62)),
     ],
     ids=["replacement", "dps"],
 )
