@@ -68,6 +68,11 @@ def _coefficient(value: Coefficient, like: Array) -> Array | float:
     return expand(value, like) if isinstance(value, jax.Array) and value.ndim else value
 
 
+def _divide(numerator: Array, divisor: Array) -> Array:
+    """Divides by what is above 0; elsewhere the result is 0, as of a pseudo-inverse."""
+    return jnp.where(divisor > 0, numerator / jnp.where(divisor > 0, divisor, 1.0), 0.0)
+
+
 def _solve_diagonal(
     v: Array, a: Coefficient, b: Coefficient, *, eigenvalues: np.ndarray, to_basis: Linear, from_basis: Linear
 ) -> Array:
@@ -75,7 +80,7 @@ def _solve_diagonal(
     values = jnp.asarray(np.where(eigenvalues > _NULL * eigenvalues.max(), eigenvalues, 0.0), v.dtype)
     coefficients = to_basis(v)
     divisor = _coefficient(a, coefficients) * values[None] + _coefficient(b, coefficients)
-    return from_basis(jnp.where(divisor > 0, coefficients / jnp.where(divisor > 0, divisor, 1.0), 0.0))
+    return from_basis(_divide(coefficients, divisor))
 
 
 def _identity(x: Array) -> Array:
@@ -254,7 +259,7 @@ def fourier(image_shape: ImageShape, sampled: Float[np.ndarray, "H W"]) -> Opera
         total = jnp.zeros_like(spectrum)
         for coefficients, eigenvalue in parts:
             divisor = jnp.asarray(_coefficient(a, spectrum) * eigenvalue + _coefficient(b, spectrum), v.dtype)
-            total += jnp.where(divisor > 0, coefficients / jnp.where(divisor > 0, divisor, 1.0), 0.0)
+            total += _divide(coefficients, divisor)
         return part(total).astype(v.dtype)
 
     shape = (2, H, W, C)
@@ -282,9 +287,9 @@ def conjugate_gradients(matrix: Linear, v: Float[Array, "B ..."], num_steps: int
         u, residual, direction = carry
         product = matrix(direction)
         curvature, before = _dot(direction, product), _dot(residual, residual)
-        length = expand(jnp.where(curvature > 0, before / jnp.where(curvature > 0, curvature, 1.0), 0.0), u)
+        length = expand(_divide(before, curvature), u)
         u, residual = u + length * direction, residual - length * product
-        ratio = jnp.where(before > 0, _dot(residual, residual) / jnp.where(before > 0, before, 1.0), 0.0)
+        ratio = _divide(_dot(residual, residual), before)
         return u, residual, residual + expand(ratio, u) * direction
 
     return jax.lax.fori_loop(0, num_steps, step, (jnp.zeros_like(v), v, v))[0]

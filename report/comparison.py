@@ -11,7 +11,7 @@ import plots
 from files import write_bytes, write_json
 from metrics.metric import Metric
 from report.data import CheckpointInfo, DataInfo, FeatureInfo, ReferenceInfo, finite
-from report.page import metric_text, settings_rows, table
+from report.page import machine_rows, metric_text, settings_rows, table
 
 NAME = "samplers"  # of the three files
 QUALITIES = {"frechet_distance": "FD", "kernel_distance": "KID"}  # metric -> heading
@@ -129,7 +129,7 @@ def _introduction(comparison: Comparison) -> str:
 
 
 def _dependence_table(comparison: Comparison) -> str:
-    checkpoint, data, machine = comparison.checkpoint, comparison.data, comparison.machine
+    checkpoint, data = comparison.checkpoint, comparison.data
     common = dict(comparison.results[0].settings)
     for result in comparison.results[1:]:
         common = {key: value for key, value in common.items() if result.settings.get(key) == value}
@@ -140,8 +140,7 @@ def _dependence_table(comparison: Comparison) -> str:
         ("seconds of compiling", ", ".join(f"{r.sampler} {r.compile_seconds:.1f}" for r in comparison.results)),
         ("feature extractor", f"{comparison.features.name}, `{comparison.features.hash[:16]}`"),
         ("reference", f"{comparison.reference.split} split, `{comparison.reference.hash[:16]}`"),
-        ("machine", ", ".join(f"{key} {value}" for key, value in machine.items() if not isinstance(value, Mapping))),
-        ("packages", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())),
+        *machine_rows(comparison.machine),
     ]
     return table(("setting", "value"), rows)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import plots
 from files import write_bytes
@@ -155,6 +156,13 @@ def settings_rows(checkpoint: CheckpointInfo, seed: int, data: DataInfo) -> list
             f"{data.num_levels} levels",
         ),
     ]
+
+
+def machine_rows(machine: Mapping[str, Any]) -> list[Sequence[object]]:
+    """Returns the rows (setting, value) that say what computed, and with which packages."""
+    described = ", ".join(f"{key} {value}" for key, value in machine.items() if not isinstance(value, Mapping))
+    packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return [("machine", described), ("packages", packages)]
 
 
 def _settings_table(report: Report) -> str:

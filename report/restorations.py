@@ -15,7 +15,7 @@ import plots
 from files import write_bytes, write_json
 from metrics.metric import Metric, make_metric, mean_metric
 from report.data import CheckpointInfo, finite
-from report.page import NOT_RUN, metric_text, number_text, table
+from report.page import NOT_RUN, machine_rows, metric_text, number_text, table
 
 NAME = "restore"  # of restore.json and restore.md
 COMPARISON = "comparison.png"
@@ -259,15 +259,14 @@ def _images_table(restored: Restorations) -> str:
 
 
 def _dependence_table(restored: Restorations) -> str:
-    checkpoint, machine = restored.checkpoint, restored.machine
+    checkpoint = restored.checkpoint
     rows = [
         ("checkpoint", f"number {checkpoint.number}, step {checkpoint.step:,}, exponential moving average (EMA)"),
         ("images", f"{restored.source}, content `{restored.sha256[:16]}`"),
         ("values of a measurement", f"{restored.num_measured:,}"),
         ("settings", ", ".join(f"{key}={value}" for key, value in restored.settings.items())),
         ("seconds of compiling", f"{restored.compile_seconds:.1f}"),
-        ("machine", ", ".join(f"{key} {value}" for key, value in machine.items() if not isinstance(value, Mapping))),
-        ("packages", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())),
+        *machine_rows(restored.machine),
     ]
     return table(("setting", "value"), rows)
 
