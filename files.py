@@ -13,6 +13,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+CACHE = "~/.cache/score_sde"  # $SCORE_SDE_CACHE replaces it
+
+
+def cache_folder(name: str) -> Path:
+    """Returns a folder for what can be made again, such as prepared images; it may not exist yet."""
+    return Path(os.environ.get("SCORE_SDE_CACHE") or os.path.expanduser(CACHE)) / name
+
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     """Writes a file under a temporary name and renames it: it appears whole, or the old one stays.

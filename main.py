@@ -20,6 +20,7 @@ from absl import app
 
 import run_lib
 from checkpoints import CheckpointError
+from files import cache_folder
 from ode import SolverError
 from runtime import command_line, logs
 from runtime import workdir as workdirs
@@ -29,19 +30,21 @@ from runtime.train_loop import DivergedError
 # What a user can mend: told in one sentence. Anything else is our fault and ends with its traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, workdirs.WorkdirError, CheckpointError, SolverError, DivergedError)
 EXIT_FAILED = 1
-DEFAULT_CACHE = "~/.cache/score_sde/xla"  # $JAX_COMPILATION_CACHE_DIR replaces it
 MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
 
 # Every value of --mode. The keywords of a function of run_lib are the flags of the same names.
 MODES = {
-    "train": Mode(run_lib.train, ignored=("eval_folder",)),  # which scripts of the 2021 code give always
-    "train_classifier": Mode(run_lib.train_classifier),
+    # Scripts of the 2021 code always give --eval_folder.
+    "train": Mode(run_lib.train, ignored=("eval_folder",), workdir="writable"),
+    "train_classifier": Mode(run_lib.train_classifier, workdir="writable"),
     "eval": Mode(run_lib.evaluate, flags=("eval_folder",)),
     "sample": Mode(run_lib.sample, flags=("output", "snapshot", "num_images", "png")),
     "compare_samplers": Mode(run_lib.compare_samplers, flags=("output", "samplers", "snapshot", "num_images")),
     "encode": Mode(run_lib.encode, flags=("output", "snapshot", "num_images", "images")),
     "restore": Mode(run_lib.restore, flags=("output", "snapshot", "num_images")),
-    "import": Mode(run_lib.import_checkpoint, flags=("checkpoint", "dry_run"), needed=("checkpoint",)),
+    "import": Mode(
+        run_lib.import_checkpoint, flags=("checkpoint", "dry_run"), needed=("checkpoint",), workdir="unmade"
+    ),
     "export": Mode(run_lib.export_checkpoint, flags=("checkpoint",), needed=("checkpoint",)),
 }
 command_line.define_flags(MODES)
@@ -49,52 +52,54 @@ command_line.define_flags(MODES)
 
 def set_up_jax() -> None:
     """Turns on the persistent compilation cache, so that a program is compiled once a machine and not once a run."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser(DEFAULT_CACHE)
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder("xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
 
 
-def prepare(workdir: Path) -> None:
+def prepare(files: Sequence[str]) -> None:
     """Checks the flags and the workdir that a mode needs, and starts its log file."""
-    command_line.check_flags(FLAGS.mode, MODES[FLAGS.mode])
-    if FLAGS.mode == "import":
-        return  # makes its workdir when all has been checked
-    if FLAGS.mode in ("train", "train_classifier"):
-        workdirs.check_writable(workdir)
-    else:
-        workdirs.check_trained(workdir)
-    logs.set_up_file(workdir)
+    mode = MODES[FLAGS.mode]
+    command_line.check_flags(FLAGS.mode, mode, files)
+    if mode.workdir in ("none", "unmade"):
+        return
+    check = workdirs.check_trained if mode.workdir == "trained" else workdirs.check_writable
+    check(FLAGS.workdir)
+    logs.set_up_file(Path(FLAGS.workdir))
 
 
-def run(workdir: Path) -> None:
+def run(files: Sequence[str]) -> None:
     """Runs the mode with its flags; a mode that returns False has said why it failed."""
     mode = MODES[FLAGS.mode]
     settings = {name: FLAGS[name].value for name in mode.flags}
-    if mode.run(config=FLAGS.config.lock(), workdir=workdir, **settings) is False:
+    if mode.config:
+        settings["config"] = FLAGS.config.lock()
+    if mode.workdir != "none":
+        settings["workdir"] = Path(FLAGS.workdir)
+    if mode.files:
+        settings["files"] = files
+    if mode.run(**settings) is False:
         sys.exit(EXIT_FAILED)
 
 
-def fail(error: BaseException, workdir: Path) -> NoReturn:
+def fail(error: BaseException) -> NoReturn:
     """Ends the program with the error in one sentence; its traceback goes to stdout.txt, if there is one."""
     print(f"score_sde: {error}", file=sys.stderr)
-    if (workdir / logs.FILE).exists():
-        with (workdir / logs.FILE).open("a") as file:
+    if FLAGS.workdir and (log := Path(FLAGS.workdir) / logs.FILE).exists():
+        with log.open("a") as file:
             traceback.print_exception(error, file=file)
     sys.exit(EXIT_FAILED)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the chosen mode."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every setting is a flag, such as --workdir DIR")
-    workdir = Path(FLAGS.workdir)
     logs.set_up_console()
     set_up_jax()
     try:
-        prepare(workdir)
-        run(workdir)
+        prepare(argv[1:])
+        run(argv[1:])
     except USER_ERRORS as error:
-        fail(error, workdir)
+        fail(error)
 
 
 if __name__ == "__main__":

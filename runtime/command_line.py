@@ -21,16 +21,23 @@ class Mode:
     """A value of --mode.
 
     Attributes:
-      run: what it does; called with `config`, `workdir` and its flags by name. False: it failed and has said why.
+      run: what it does; called with `config` and `workdir` if it uses them, its flags by name, and `files`, the
+        arguments that are no flags, if it takes some. False: it failed and has said why.
       flags: that it takes besides --config and --workdir.
       needed: those of them that must be given.
       ignored: that it takes and does nothing with.
+      config: --config must be given.
+      workdir: what --workdir must be: "trained", "writable", "unmade" (made by the mode itself), or "none", not given.
+      files: what the arguments that are no flags stand for, such as "A.json B.json"; empty: there may be none.
     """
 
     run: Callable[..., Any]
     flags: tuple[str, ...] = ()
     needed: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    config: bool = True
+    workdir: str = "trained"
+    files: str = ""
 
 
 def define_flags(modes: Mapping[str, Mode]) -> None:
@@ -52,7 +59,7 @@ def define_flags(modes: Mapping[str, Mode]) -> None:
     flags.DEFINE_string("images", "", "encode: .npz file of levels, such as samples.npz; empty: the test split.")
     flags.DEFINE_bool("png", False, "sample: write each sample as a PNG of its own, too.")
     flags.DEFINE_string("samplers", "", "compare_samplers: METHOD[:STEPS][:KEY=VALUE...], separated by commas.")
-    flags.mark_flags_as_required(["config", "workdir", "mode"])
+    flags.mark_flags_as_required(["mode"])
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -67,12 +74,17 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     sys.exit(EXIT_BAD_FLAG)
 
 
-def check_flags(name: str, mode: Mode) -> None:
-    """Checks that the flags go with the mode.
+def check_flags(name: str, mode: Mode, files: Sequence[str] = ()) -> None:
+    """Checks that the flags, and the arguments that are none, go with the mode.
 
     Raises:
       ValueError: naming a flag that the mode does not take, or one that it needs.
     """
+    if files and not mode.files:
+        raise ValueError(f"unexpected argument {files[0]!r}; every setting is a flag, such as --workdir DIR")
+    for flag, wanted, value in (("config", mode.config, "FILE"), ("workdir", mode.workdir != "none", "DIR")):
+        if wanted and FLAGS[flag].value is None:
+            raise ValueError(f"--mode {name} needs --{flag} {value}")
     for flag in OF_MODES:
         if FLAGS[flag].present and flag not in mode.flags + mode.ignored:
             taken = ", ".join(f"--{each}" for each in mode.flags) or "none of its own"

@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 import main
 from runtime import command_line
+from runtime.command_line import Mode
 
 SECONDS = 30  # a bound for a busy machine; imports take most of it
 
@@ -58,7 +59,9 @@ def test_the_compilation_cache_is_on(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", main.MODES)
 def test_the_flags_of_a_mode_are_arguments_of_its_function(name):
     mode = main.MODES[name]
-    assert {"config", "workdir", *mode.flags} == set(inspect.signature(mode.run).parameters)
+    given = {"config": mode.config, "workdir": mode.workdir != "none", "files": bool(mode.files)}
+    assert {*(each for each in given if given[each]), *mode.flags} == set(inspect.signature(mode.run).parameters)
+    assert mode.workdir in ("trained", "writable", "unmade", "none")
     assert set(mode.needed) <= set(mode.flags) <= set(command_line.OF_MODES)
 
 
@@ -79,12 +82,30 @@ def test_every_flag_belongs_to_a_mode():
         ("sample", ["--output=x", "--snapshot=0", "--png", "--num_images=3"], ""),
     ],
 )
-def test_flags_that_a_mode_does_not_take_are_refused(mode, flags, message):
+def test_flags_that_do_not_go_with_a_mode_are_refused(mode, flags, message):
     with flagsaver.flagsaver():
         command_line.parse_flags(["main.py", *tiny.command(mode, "w")[2:6], "--workdir=w", f"--mode={mode}", *flags])
         refused = contextlib.nullcontext() if not message else pytest.raises(ValueError, match=message)
         with refused:
             command_line.check_flags(mode, main.MODES[mode])
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags", "files", "message"),
+    [
+        (Mode(print), ["--workdir=w"], [], "--mode x needs --config FILE"),
+        (Mode(print, config=False), [], [], "--mode x needs --workdir DIR"),
+        (Mode(print, config=False, workdir="none"), [], [], ""),
+        (Mode(print, config=False, workdir="none"), [], ["a.json"], "unexpected argument 'a.json'"),
+        (Mode(print, config=False, workdir="none", files="A.json"), [], ["a.json"], ""),
+    ],
+)
+def test_what_a_mode_needs_must_be_given(mode, flags, files, message):
+    with flagsaver.flagsaver():
+        command_line.parse_flags(["main.py", "--mode=train", *flags])
+        refused = contextlib.nullcontext() if not message else pytest.raises(ValueError, match=message)
+        with refused:
+            command_line.check_flags("x", mode, files)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
