@@ -22,14 +22,19 @@ import distributed
 import rng
 from sources.base import Source
 from sources.digits import load_digits
+from sources.folder import Rules, load_folder
 from sources.npz import load_npz_split
+from sources.pictures import RESIZE, Fit
 from sources.tfds import load_celeba, load_lsun, load_tfds
 from sources.tfrecord import load_tfrecord
 
 # Every data set by the name that `data.dataset` gives it: (configuration, "train" or "test") -> Source.
 SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
     "digits": lambda config, split: load_digits(split),
-    "npz": lambda config, split: load_npz_split(config.data.path, split, image_shape(config), config.data.num_levels),
+    "folder": lambda config, split: load_folder(config.data.path, split, rules_of(config)),
+    "npz": lambda config, split: load_npz_split(
+        config.data.path, split, image_shape(config), config.data.num_levels, config.data.test_share
+    ),
     "CIFAR10": lambda config, split: load_tfds("cifar10", split, config.data.path),
     "SVHN": lambda config, split: load_tfds("svhn_cropped", split, config.data.path),
     "CELEBA": lambda config, split: load_celeba(split, config.data.image_size, config.data.path),
@@ -37,6 +42,18 @@ SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
     "FFHQ": lambda config, split: load_tfrecord(config.data.tfrecords_path, image_shape(config)),
     "CelebAHQ": lambda config, split: load_tfrecord(config.data.tfrecords_path, image_shape(config)),
 }
+
+
+def rules_of(config: ConfigDict) -> Rules:
+    """Returns what `config.data` says is done to pictures of any size and kind.
+
+    Raises:
+      ValueError: if data.resize is unknown.
+    """
+    data = config.data
+    checks.one_of("data.resize", data.resize, RESIZE)
+    fit = Fit(image_shape(config), data.resize, convert_channels=True, group="data")
+    return Rules(fit, data.num_levels, data.strict, data.test_share, data.cache_gib)
 
 
 def build_source(config: ConfigDict, split: str) -> Source:

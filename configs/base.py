@@ -20,7 +20,11 @@ def _data() -> ConfigDict:
             "centered": False,  # the network's range is [-1, 1] if set, [0, 1] otherwise
             "random_flip": False,  # mirror each training image left to right with probability 1/2
             "uniform_dequantization": False,  # train on (level + u) / num_levels, u uniform on [0, 1)
-            "path": "",  # folder of the data, for "npz" of train.npz and test.npz; empty: the source's own default
+            "path": "",  # folder of the data, or its .zip ("folder"), .npz or .npy ("npz"); empty: the default
+            "resize": "crop",  # pictures of another size: "crop" to the middle, "stretch", or "none" (left out)
+            "strict": False,  # refuse pictures that cannot be used instead of leaving them out
+            "test_share": 0.1,  # share of the images that is held out where no split is made
+            "cache_gib": 16.0,  # prepared images that are kept, in GiB; larger data are decoded whenever they are read
             "category": "",  # LSUN: the scene, such as "bedroom" or "church_outdoor"
             "tfrecords_path": "",  # FFHQ and CelebA-HQ: the .tfrecords file, in the layout of progressive GANs
         }

@@ -19,7 +19,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffrax", "nu
 
 # A workdir belongs to one network on one kind of data under one SDE: these may not change when a run is resumed.
 FIXED_GROUPS = ("model.", "data.", "training.sde", "training.continuous")
-FREE_KEYS = ("data.path", "model.ema_rate")  # where the data lie, and a rate that may be changed on the way
+# Where the data lie, how they are kept, and a rate that may be changed on the way.
+FREE_KEYS = ("data.path", "data.strict", "data.cache_gib", "model.ema_rate")
 
 
 class WorkdirError(RuntimeError):
@@ -81,6 +82,8 @@ def check_trained(workdir: str | Path) -> None:
 def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
     """Checks that an existing workdir was made with the same network, data and SDE.
 
+    A setting that the program did not have when the workdir was made is no difference.
+
     Raises:
       WorkdirError: naming every setting that differs.
     """
@@ -89,9 +92,9 @@ def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
         return
     stored, given = json.loads(path.read_text())["config"], flatten(config)
     differences = {
-        key: (stored.get(key), given.get(key))
-        for key in sorted(stored.keys() | given.keys())
-        if key.startswith(FIXED_GROUPS) and key not in FREE_KEYS and stored.get(key) != given.get(key)
+        key: (stored[key], given[key])
+        for key in sorted(stored.keys() & given.keys())
+        if key.startswith(FIXED_GROUPS) and key not in FREE_KEYS and stored[key] != given[key]
     }
     if differences:
         listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differences.items())

@@ -1,13 +1,16 @@
-"""Images in .npz files: a data set of one's own, or samples that a network has drawn."""
+"""Images in .npz and .npy files: a data set of one's own, or samples that a network has drawn."""
 
 from __future__ import annotations
 
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from files import read_npz
-from sources.base import ArraySource
+from files import content_hash, read_npz
+from sources import cache
+from sources.base import ArraySource, Selection, Source, held_out
 
 ARRAYS = ("samples", "images")  # names that the array of images may have
 LABELS, NUM_CLASSES = "labels", "num_classes"
@@ -29,6 +32,24 @@ def _classes(arrays: dict[str, np.ndarray], path: str | Path, num_images: int) -
     return labels.astype(np.int64), num_classes
 
 
+def _name_of_images(path: str | Path, names: list[str]) -> str:
+    """Returns which of the arrays of an .npz file has the images."""
+    name = next((name for name in ARRAYS if name in names), None)
+    if name is None:
+        raise ValueError(f"{path} has {', '.join(sorted(names)) or 'nothing'}; expected an array 'samples' or 'images'")
+    return name
+
+
+def _check_levels(levels: np.ndarray, name: str, image_shape: tuple[int, int, int], num_levels: int) -> None:
+    if levels.dtype != np.uint8 or levels.shape[1:] != image_shape:
+        raise ValueError(
+            f"{name} are {levels.dtype} of shape {levels.shape}; expected levels, uint8, of shape "
+            f"(N, {', '.join(map(str, image_shape))}), as the configuration's images"
+        )
+    if num_levels < 256 and levels.size and levels.max() >= num_levels:
+        raise ValueError(f"{name} have level {levels.max()}; expected levels below data.num_levels={num_levels}")
+
+
 def load_npz(path: str | Path, image_shape: tuple[int, int, int], num_levels: int) -> ArraySource:
     """Loads the images of an .npz file.
 
@@ -45,44 +66,110 @@ def load_npz(path: str | Path, image_shape: tuple[int, int, int], num_levels: in
       FileNotFoundError: if there is no such file.
     """
     arrays = read_npz(path)
-    name = next((name for name in ARRAYS if name in arrays), None)
-    if name is None:
-        raise ValueError(
-            f"{path} has {', '.join(sorted(arrays)) or 'nothing'}; expected an array 'samples' or 'images'"
-        )
-    levels = arrays[name]
-    if levels.dtype != np.uint8 or levels.shape[1:] != image_shape:
-        raise ValueError(
-            f"{name} of {path} are {levels.dtype} of shape {levels.shape}; expected levels, uint8, of shape "
-            f"(N, {', '.join(map(str, image_shape))}), as the configuration's images"
-        )
-    if levels.size and levels.max() >= num_levels:
-        raise ValueError(
-            f"{name} of {path} have level {levels.max()}; expected levels below data.num_levels={num_levels}"
-        )
-    classes, num_classes = _classes(arrays, path, len(levels))
-    return ArraySource(levels, classes, num_levels, num_classes)
+    name = _name_of_images(path, list(arrays))
+    _check_levels(arrays[name], f"{name} of {path}", image_shape, num_levels)
+    classes, num_classes = _classes(arrays, path, len(arrays[name]))
+    return ArraySource(arrays[name], classes, num_levels, num_classes)
 
 
-def load_npz_split(folder: str, split: str, image_shape: tuple[int, int, int], num_levels: int) -> ArraySource:
-    """Loads train.npz or test.npz of a folder (see `load_npz`).
+# --- data sets -------------------------------------------------------------------------------------------------------
+
+
+def _read_small(path: Path, name: str) -> tuple[dict[str, np.ndarray], str]:
+    """Reads the arrays of an .npz file but its images, and returns with them the SHA-256 of its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as stored:
+            key = content_hash(*(f"{each.filename} {each.file_size} {each.CRC}" for each in archive.infolist()))
+            return {each: stored[each] for each in stored.files if each != name}, key
+    except (EOFError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged or not an .npz file: {error}") from error
+
+
+def _extract(path: Path, name: str, folder: Path) -> None:
+    """Writes the images of an .npz file as images.npy, which can be mapped to memory."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stored:
+        cache.check_room(archive.getinfo(f"{name}.npy").file_size)
+        try:
+            with open(folder / "images.npy", "wb") as file:
+                shutil.copyfileobj(stored, file, 2**20)
+        except (EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged: {error}; get it anew") from error
+
+
+def map_file(path: Path, image_shape: tuple[int, int, int], num_levels: int) -> ArraySource:
+    """Maps the images of an .npz or .npy file to memory, for data sets that memory need not hold.
+
+    Those of an .npz file (see `load_npz`) are kept in the cache as they are inside it. A .npy file has no labels.
 
     Args:
-      folder: of both files, `data.path`.
-      split: "train" or "test".
+      path: of the file.
       image_shape: height, width and channels that the images must have.
       num_levels: above all their levels.
 
     Raises:
-      ValueError: if no folder is named, the file has no images, or as `load_npz`.
+      ValueError: as `load_npz`.
+    """
+    if path.suffix.lower() == ".npy":
+        try:
+            levels = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or not an .npy file: {error}") from error
+        status = path.stat()
+        key = content_hash(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
+        _check_levels(levels, f"images of {path}", image_shape, num_levels)
+        return ArraySource(levels, np.zeros(len(levels), np.int64), num_levels, 0, content=key)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = _name_of_images(path, [each.removesuffix(".npy") for each in archive.namelist()])
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is damaged or not an .npz file: {error}") from error
+    arrays, key = _read_small(path, name)
+    folder = cache.prepared_folder(content_hash(f"npz {name}", key), lambda folder: _extract(path, name, folder))
+    levels = cache.map_images(folder / "images.npy")
+    _check_levels(levels, f"{name} of {path}", image_shape, num_levels)
+    classes, num_classes = _classes(arrays, path, len(levels))
+    return ArraySource(levels, classes, num_levels, num_classes, content=key)
+
+
+def _digests(source: ArraySource) -> np.ndarray:
+    """Returns the SHA-256 of each image, in hex."""
+    compute = lambda: "\n".join(content_hash(image) for image in source.levels)  # noqa: E731
+    return np.array(cache.remembered(content_hash("digests", source.fingerprint), compute).split("\n"))
+
+
+def load_npz_split(
+    path: str, split: str, image_shape: tuple[int, int, int], num_levels: int, test_share: float = 0.1
+) -> Source:
+    """Opens train or test .npz or .npy files of a folder (see `load_npz`), or a part of a single file.
+
+    Args:
+      path: of the folder that has both files, or of one file, `data.path`.
+      split: "train" or "test".
+      image_shape: height, width and channels that the images must have.
+      num_levels: above all their levels.
+      test_share: of the images of a single file.
+
+    Raises:
+      ValueError: if nothing is named, a file has no images, or as `load_npz`.
       FileNotFoundError: if there is no such file.
     """
-    if not folder:
-        raise ValueError("data.path is empty; set --config.data.path to the folder of train.npz and test.npz")
-    path = Path(folder) / f"{split}.npz"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; data.dataset='npz' reads train.npz and test.npz of data.path")
-    source = load_npz(path, image_shape, num_levels)
+    if not path:
+        raise ValueError(
+            "data.path is empty; set --config.data.path to the folder of train.npz and test.npz, or a file"
+        )
+    place = Path(path).expanduser()
+    one_file = place.is_file()
+    candidates = [place] if one_file else [place / f"{split}{suffix}" for suffix in (".npz", ".npy")]
+    file = next((each for each in candidates if each.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(
+            f"{candidates[0]} does not exist; data.dataset='npz' reads train.npz and test.npz (or .npy) of data.path, "
+            "or data.path itself if it is a file"
+        )
+    source = map_file(file, image_shape, num_levels)
     if not len(source):
-        raise ValueError(f"{path} has no images")
-    return source
+        raise ValueError(f"{file} has no images")
+    if not one_file:
+        return source
+    chosen = held_out(_digests(source), test_share)
+    return Selection(source, np.flatnonzero(chosen if split == "test" else ~chosen))

@@ -1,11 +1,12 @@
-"""Pictures of a user's own: a file, a folder of them or an .npz file, brought to what a network expects.
+"""Pictures of a user's own: how one is decoded and brought to what a network expects; those that `restore` is given.
 
-What is done to a picture is written down in docs/controllable.md. Size and channels change only by a setting; what
-cannot be read or does not fit is named and left out, so that one bad file does not stop the others.
+What is done to a picture is written down in docs/data.md. Of a few pictures, what cannot be read or does not fit is
+named and left out, so that one bad file does not stop the others; a whole data set of them is in `folder.py`.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -15,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sources.npz import load_npz
 from sources.resize import resize
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-RESIZE = ("none", "crop", "stretch")  # values of `restore.resize`
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
+RESIZE = ("none", "crop", "stretch")  # values of `data.resize` and `restore.resize`
 NUM_NAMED = 5  # files that an error lists
 # What Pillow raises for damaged files: the first four came up when 16,500 files were cut off or had bytes changed.
 DAMAGED = (OSError, ValueError, SyntaxError, TypeError, EOFError, struct.error, zlib.error)
@@ -37,11 +38,28 @@ class Fit:
       resize: "none"; "crop": the largest part in the middle that has the proportions, then resized; "stretch": resized
         as a whole, whatever its proportions.
       convert_channels: colour may become grey (luma) and grey colour (repeated).
+      group: of the settings that say so, for messages: "restore" or "data".
     """
 
     shape: tuple[int, int, int]
     resize: str = "none"
     convert_channels: bool = False
+    group: str = "restore"
+
+    @property
+    def keeps_alpha(self) -> bool:
+        """Whether the last of the channels is the transparency: of 2 (grey) or 4 (RGB) channels."""
+        return self.shape[-1] in (2, 4)
+
+    @property
+    def rule(self) -> str:
+        """Says in a report what is done to pictures."""
+        ways = {
+            "none": "no resizing",
+            "crop": "largest central part of the right proportions, antialiased bicubic resizing",
+            "stretch": "antialiased bicubic resizing of the whole",
+        }
+        return f"{ways[self.resize]} to {self.shape[0]}x{self.shape[1]}, {self.shape[2]} channel(s)"
 
 
 @dataclass(frozen=True)
@@ -61,25 +79,36 @@ class Pictures:
     skipped: dict[str, str]
 
     def to_levels(self, num_levels: int) -> UInt8[np.ndarray, "N H W C"]:
-        """Returns the nearest of the levels 0 .. num_levels - 1, spread evenly from black to white."""
-        return np.rint(self.values * (num_levels - 1)).astype(np.uint8)
+        """Returns the nearest levels, 0 .. num_levels - 1."""
+        return to_levels(self.values, num_levels)
 
 
 # --- one picture -----------------------------------------------------------------------------------------------------
 
 
-def _on_white(image: Image.Image) -> Float[np.ndarray, "H W C"]:
-    """Lays a picture with transparency on white."""
-    values = np.asarray(image.convert("LA" if image.mode in ("L", "LA", "La", "1") else "RGBA"), np.float32) / 255
+def _is_gray(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA", "La")
+
+
+def _with_alpha(image: Image.Image) -> Float[np.ndarray, "H W C"]:
+    return np.asarray(image.convert("LA" if _is_gray(image) else "RGBA"), np.float32) / 255
+
+
+def _on_white(values: Float[np.ndarray, "H W C"]) -> Float[np.ndarray, "..."]:
+    """Lays a picture with transparency, its last channel, on white."""
     color, alpha = values[..., :-1], values[..., -1:]
     return alpha * color + (1 - alpha)
 
 
-def to_array(image: Image.Image) -> Float[np.ndarray, "H W C"]:
+def to_array(image: Image.Image, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
     """Returns a picture as values in [0, 1], of 1 channel if it is grey and of 3 if it is not.
 
     Turned as its EXIF orientation says, transparency laid on white, palettes and other colour spaces turned into RGB,
     16 bits kept. Of several frames the first counts.
+
+    Args:
+      image: that Pillow has opened.
+      keep_alpha: add the opacity as a last channel, 1 where there is no transparency, and lay nothing on white.
 
     Raises:
       ValueError: if its values have no known black and white (32 bits).
@@ -88,25 +117,51 @@ def to_array(image: Image.Image) -> Float[np.ndarray, "H W C"]:
     if image.mode in ("I", "F"):
         raise ValueError("its values have 32 bits, of which black and white are not known; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.float32)[..., None] / 65535
+        values = np.asarray(image).astype(np.float32)[..., None] / 65535
+        return np.concatenate([values, np.ones_like(values)], axis=-1) if keep_alpha else values
+    if keep_alpha:
+        return _with_alpha(image)
     if image.has_transparency_data:
-        return _on_white(image)
-    if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"), np.float32)[..., None] / 255
-    return np.asarray(image.convert("RGB"), np.float32) / 255
+        return _on_white(_with_alpha(image))
+    return np.asarray(image.convert("L" if _is_gray(image) else "RGB"), np.float32).reshape(*image.size[::-1], -1) / 255
 
 
-def read_picture(path: str | Path) -> Float[np.ndarray, "H W C"]:
-    """Reads a picture with Pillow (see `to_array`).
+def _decode_array(data: bytes) -> Float[np.ndarray, "H W C"]:
+    """Decodes a .npy file: uint8 or uint16 of shape [H, W] or [H, W, C], with any number of channels."""
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or not array.size:
+        raise ValueError(f"it is {array.dtype}{list(array.shape)}; expected uint8 or uint16 of [H, W] or [H, W, C]")
+    return array.reshape(*array.shape[:2], -1).astype(np.float32) / np.iinfo(array.dtype).max
+
+
+def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
+    """Decodes the content of a file: a .npy array by its name, anything else with Pillow (see `to_array`).
 
     Raises:
       ValueError: saying why it cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            return to_array(image)
+        if name.lower().endswith(".npy"):
+            return _decode_array(data)
+        with Image.open(io.BytesIO(data)) as image:
+            return to_array(image, keep_alpha=keep_alpha)
+    except UnidentifiedImageError as error:
+        raise ValueError("it cannot be read: what it holds is no picture") from error
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(f"it cannot be read: {error or type(error).__name__}") from error
+        raise ValueError(f"it cannot be read: {str(error) or type(error).__name__}") from error
+
+
+def read_picture(path: str | Path, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
+    """Reads a picture from a file (see `decode_picture`).
+
+    Raises:
+      ValueError: saying why it cannot be read.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"it cannot be read: {error.strerror}") from error
+    return decode_picture(data, str(path), keep_alpha=keep_alpha)
 
 
 def central_part(image: Float[np.ndarray, "h w C"], height: int, width: int) -> Float[np.ndarray, "..."]:
@@ -118,19 +173,35 @@ def central_part(image: Float[np.ndarray, "h w C"], height: int, width: int) -> 
     return image[top : top + part_h, left : left + part_w]
 
 
-def _fit_channels(image: Float[np.ndarray, "H W c"], channels: int, convert: bool) -> Float[np.ndarray, "..."]:
-    found = image.shape[-1]
-    if found == channels:
+def _fit_channels(image: Float[np.ndarray, "H W c"], fit: Fit) -> Float[np.ndarray, "..."]:
+    """Makes grey of colour or colour of grey, as far as the settings allow; opacity stays the last channel."""
+    found, expected = image.shape[-1], fit.shape[-1]
+    if found == expected:
         return image
-    if not convert:
+    if not fit.convert_channels:
         raise ValueError(
-            f"it has {found} channel(s), expected {channels}; convert it, or set restore.convert_channels=True"
+            f"it has {found} channel(s), expected {expected}; convert it, or set {fit.group}.convert_channels=True"
         )
-    if (found, channels) == (3, 1):
-        return (image @ GRAY_WEIGHTS)[..., None]
-    if found == 1:
-        return np.repeat(image, channels, axis=-1)
-    raise ValueError(f"it has {found} channels, which cannot be converted to {channels}")
+    colors = (found - fit.keeps_alpha, expected - fit.keeps_alpha)
+    color, alpha = image[..., : colors[0]], image[..., colors[0] :]
+    if colors == (3, 1):
+        color = (color @ GRAY_WEIGHTS)[..., None]
+    elif colors == (1, 3):
+        color = np.repeat(color, 3, axis=-1)
+    else:
+        raise ValueError(f"it has {found} channels, which cannot be converted to {expected}")
+    return np.concatenate([color, alpha], axis=-1)
+
+
+def _resize(image: Float[np.ndarray, "h w C"], height: int, width: int, keeps_alpha: bool) -> Float[np.ndarray, "..."]:
+    """Resizes, weighting colours by their opacity: those of transparent pixels, which nobody sees, must not bleed."""
+    if not keeps_alpha:
+        return np.clip(resize(image, height, width, Image.Resampling.BICUBIC), 0, 1)
+    color, alpha = image[..., :-1], image[..., -1:]
+    both = resize(np.concatenate([color * alpha, alpha], axis=-1), height, width, Image.Resampling.BICUBIC)
+    alpha = np.clip(both[..., -1:], 0, 1)
+    color = np.divide(both[..., :-1], alpha, out=np.zeros_like(both[..., :-1]), where=alpha > 0)
+    return np.concatenate([np.clip(color, 0, 1), alpha], axis=-1)
 
 
 def fit_picture(image: Float[np.ndarray, "h w c"], fit: Fit) -> Float[np.ndarray, "H W C"]:
@@ -146,17 +217,22 @@ def fit_picture(image: Float[np.ndarray, "h w c"], fit: Fit) -> Float[np.ndarray
     Raises:
       ValueError: naming what was found, what is expected, and the setting that would change it.
     """
-    height, width, channels = fit.shape
-    image = _fit_channels(image, channels, fit.convert_channels)
+    height, width, _ = fit.shape
+    image = _fit_channels(image, fit)
     if image.shape == fit.shape:
         return image
     if fit.resize == "none":
         raise ValueError(
             f"it has {image.shape[0]}x{image.shape[1]} pixels (height x width), expected {height}x{width}; resize it, "
-            "or set restore.resize to 'crop' or 'stretch'"
+            f"or set {fit.group}.resize to 'crop' or 'stretch'"
         )
     part = central_part(image, height, width) if fit.resize == "crop" else image
-    return np.clip(resize(part, height, width, Image.Resampling.BICUBIC), 0, 1)
+    return _resize(part, height, width, fit.keeps_alpha)
+
+
+def to_levels(values: Float[np.ndarray, "*shape"], num_levels: int) -> UInt8[np.ndarray, "*shape"]:
+    """Returns the nearest of the levels 0 .. num_levels - 1, spread evenly from black, 0, to white, 1."""
+    return np.rint(values * (num_levels - 1)).astype(np.uint8)
 
 
 # --- many ------------------------------------------------------------------------------------------------------------
@@ -170,7 +246,7 @@ def _list_files(folder: Path) -> list[Path]:
 def _read_file(path: Path, fit: Fit) -> Float[np.ndarray, "H W C"]:
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"it is no picture by its name; expected {', '.join(SUFFIXES)}")
-    return fit_picture(read_picture(path), fit)
+    return fit_picture(read_picture(path, keep_alpha=fit.keeps_alpha), fit)
 
 
 def _read_files(paths: list[Path], fit: Fit, limit: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sources import resize
+from sources.base import AS_STORED
 
 
 def unchanged(image: np.ndarray) -> np.ndarray:
@@ -26,12 +27,16 @@ class TfdsSource:
       num_classes: of the labels; 0 if there are none.
       prepare: makes an image of the size that the network expects from a stored one, levels from levels.
       num_levels: that a value can take.
+      preparation: what `prepare` does, in words.
+      fingerprint: name, version and split, and what `prepare` does.
     """
 
     records: Any
     num_classes: int
     prepare: Callable[[np.ndarray], np.ndarray] = unchanged
     num_levels: int = 256
+    preparation: str = AS_STORED
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -76,7 +81,12 @@ def load_tfds(name: str, split: str, path: str = "") -> TfdsSource:
             f"is installed: tfds build {name} --file_format=array_record --data_dir={folder}"
         ) from error
     features = builder.info.features
-    return TfdsSource(records, num_classes=features["label"].num_classes if "label" in features else 0)
+    num_classes = features["label"].num_classes if "label" in features else 0
+    return TfdsSource(records, num_classes, fingerprint=f"{builder.info.full_name} {split}")
+
+
+def _prepared(source: TfdsSource, prepare: Callable[[np.ndarray], np.ndarray], rule: str) -> TfdsSource:
+    return replace(source, prepare=prepare, preparation=rule, fingerprint=f"{source.fingerprint} {rule}")
 
 
 def _test_is_validation(split: str) -> str:
@@ -96,7 +106,8 @@ def load_celeba(split: str, image_size: int, path: str = "") -> TfdsSource:
       FileNotFoundError: if the data are not prepared.
     """
     source = load_tfds("celeb_a", _test_is_validation(split), path)
-    return replace(source, prepare=lambda image: resize.nearest_level(resize.celeba(image, image_size)))
+    prepare = lambda image: resize.nearest_level(resize.celeba(image, image_size))  # noqa: E731
+    return _prepared(source, prepare, f"central {resize.CELEBA_CROP} pixels, antialiased bilinear to {image_size}")
 
 
 def load_lsun(category: str, split: str, image_size: int, path: str = "") -> TfdsSource:
@@ -119,4 +130,6 @@ def load_lsun(category: str, split: str, image_size: int, path: str = "") -> Tfd
         raise ValueError(f"data.category={category!r} is no scene of LSUN; set it to one of {', '.join(known)}")
     source = load_tfds(f"lsun/{category}", _test_is_validation(split), path)
     recipe = resize.lsun_128 if image_size == 128 else resize.lsun
-    return replace(source, prepare=lambda image: resize.nearest_level(recipe(image, image_size)))
+    rule = "smaller side antialiased bilinear, then central" if image_size == 128 else "central square, then bicubic"
+    prepare = lambda image: resize.nearest_level(recipe(image, image_size))  # noqa: E731
+    return _prepared(source, prepare, f"{rule}, to {image_size}")

@@ -20,6 +20,9 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from files import content_hash
+from sources.base import AS_STORED
+
 HEADER = struct.Struct("<QI")  # length of the data in bytes, checksum of those eight bytes
 FOOTER_BYTES = 4  # checksum of the data
 CASTAGNOLI = 0x82F63B78  # polynomial of CRC-32C, bits reversed
@@ -36,6 +39,7 @@ class TfrecordSource:
       shape: (H, W, C) that every image must have.
       num_levels: that a value can take.
       num_classes: the images carry no labels.
+      preparation: nothing is done to the images.
     """
 
     path: str
@@ -43,6 +47,13 @@ class TfrecordSource:
     shape: tuple[int, int, int]
     num_levels: int = 256
     num_classes: int = 0
+    preparation: str = AS_STORED
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that changes when the file does."""
+        status = os.stat(self.path)
+        return content_hash(f"{self.path} {status.st_size} {status.st_mtime_ns}")
 
     def __len__(self) -> int:
         """Returns the number of images."""

@@ -1,0 +1,230 @@
+"""The pictures of a folder or a .zip file: which there are, their content, and how splits and classes are told apart.
+
+Names are paths inside the folder or file, with "/" between folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int64
+
+from sources.pictures import SUFFIXES
+
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first one that is there is the test split
+
+
+class PictureFiles(Protocol):
+    """Pictures by name."""
+
+    @property
+    def path(self) -> Path:
+        """Of the folder or file."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the pictures, sorted."""
+        ...
+
+    @property
+    def others(self) -> int:
+        """Number of files that are no pictures by their name."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what can be known without reading: names, sizes, and times of change or checksums."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Reads the content of a picture, from any thread.
+
+        Raises:
+          ValueError: saying why it cannot be read.
+        """
+        ...
+
+    def content(self) -> str:
+        """Returns the SHA-256 of names and contents."""
+        ...
+
+
+def _digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FolderPictures:
+    """The pictures of a folder and of the folders in it (see `PictureFiles`)."""
+
+    path: Path
+    names: tuple[str, ...]
+    others: int
+    fingerprint: str
+
+    def read(self, name: str) -> bytes:
+        """Reads the content of a picture."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise ValueError(f"it cannot be read: {error.strerror}") from error
+
+    def content(self) -> str:
+        """Returns the SHA-256 of names and contents; reads every file."""
+        return _digest([f"{name} {self._content_of(name)}" for name in self.names])
+
+    def _content_of(self, name: str) -> str:
+        try:
+            return hashlib.sha256(self.read(name)).hexdigest()
+        except ValueError:
+            return "unreadable"
+
+
+def _walk(folder: str, inside: str = "") -> Iterator[tuple[str, os.DirEntry]]:
+    """Yields the files of a folder and of those in it, with their names inside it.
+
+    Links to folders are not followed: they may lead in a circle.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_hidden(entry.name):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(entry.path, f"{inside}{entry.name}/")
+            elif entry.is_file():
+                yield f"{inside}{entry.name}", entry
+
+
+def list_folder(folder: Path) -> FolderPictures:
+    """Lists the pictures of a folder and of the folders in it; hidden ones do not count."""
+    found: dict[str, str] = {}
+    others = 0
+    for name, entry in _walk(str(folder)):
+        if not _is_picture(name):
+            others += 1
+            continue
+        status = entry.stat()
+        found[name] = f"{name} {status.st_size} {status.st_mtime_ns}"
+    names = tuple(sorted(found))
+    fingerprint = _digest([str(folder.resolve()), *(found[name] for name in names)])
+    return FolderPictures(folder, names, others, fingerprint)
+
+
+# --- .zip files ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ZipPictures:
+    """The pictures of a .zip file (see `PictureFiles`); their checksums say what they hold before they are read."""
+
+    path: Path
+    names: tuple[str, ...]
+    others: int
+    fingerprint: str
+    archives: threading.local  # an open file for each thread, since threads would wait for one another at one
+
+    def read(self, name: str) -> bytes:
+        """Reads the content of a picture and checks it against its checksum."""
+        if not hasattr(self.archives, "file"):
+            self.archives.file = zipfile.ZipFile(self.path)
+        try:
+            return self.archives.file.read(name)
+        except (OSError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"it cannot be read: {error}") from error
+
+    def content(self) -> str:
+        """Returns the fingerprint, which is made of names, sizes and checksums."""
+        return self.fingerprint
+
+
+def list_zip(path: Path) -> ZipPictures:
+    """Lists the pictures of a .zip file; hidden ones do not count.
+
+    Raises:
+      ValueError: if it is no .zip file, or a damaged one.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_hidden(entry.filename)]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"data.path={str(path)!r} is damaged or no .zip file: {error}") from error
+    found = {entry.filename: f"{entry.filename} {entry.file_size} {entry.CRC:08x}" for entry in entries}
+    names = tuple(sorted(name for name in found if _is_picture(name)))
+    return ZipPictures(path, names, len(found) - len(names), _digest([found[n] for n in names]), threading.local())
+
+
+# --- splits and classes ----------------------------------------------------------------------------------------------
+
+
+def root(names: Sequence[str]) -> str:
+    """Returns the innermost folder that holds all names, with "/" at the end; empty if there is none.
+
+    A folder that is named like a split is not entered.
+    """
+    found = ""
+    while True:
+        tops = {name.removeprefix(found).partition("/")[:2] for name in names}
+        if len(tops) != 1:
+            return found
+        top, slash = tops.pop()
+        if not slash or top.lower() in TRAIN_NAMES + TEST_NAMES:
+            return found
+        found += f"{top}/"
+
+
+def find_splits(names: Sequence[str]) -> dict[str, str]:
+    """Returns the folders of the splits, {"train": folder, "test": folder} or only "train", with "/" at their ends.
+
+    If all pictures lie in folders that are named like splits, these are the splits. Otherwise all of them are "train".
+    """
+    start = root(names)
+    tops = {name.removeprefix(start).partition("/")[:2] for name in names}
+    folders = {top.lower(): f"{start}{top}/" for top, slash in tops if slash}
+    is_split = all(slash and top.lower() in TRAIN_NAMES + TEST_NAMES for top, slash in tops)
+    train = next((folders[name] for name in TRAIN_NAMES if name in folders), None)
+    test = next((folders[name] for name in TEST_NAMES if name in folders), None)
+    if not is_split or train is None:
+        return {"train": start}
+    return {"train": train} | ({"test": test} if test is not None else {})
+
+
+def find_classes(names: Sequence[str], splits: dict[str, str]) -> tuple[str, ...]:
+    """Returns the classes: the names of the folders in the splits, sorted; empty unless every picture lies in one.
+
+    A single folder makes no class.
+    """
+    rests = [name[len(folder) :] for folder in splits.values() for name in names if name.startswith(folder)]
+    tops = {rest.partition("/")[:2] for rest in rests}
+    if not all(slash for _, slash in tops):
+        return ()
+    classes = tuple(sorted(top for top, _ in tops))
+    return classes if len(classes) > 1 else ()
+
+
+def classes_of(names: Sequence[str], splits: dict[str, str], classes: Sequence[str]) -> Int64[np.ndarray, "n"]:
+    """Returns the numbers of the classes of pictures; 0 without classes and outside of the splits."""
+    numbers = {f"{folder}{name}": number for folder in splits.values() for number, name in enumerate(classes)}
+    depth = splits["train"].count("/") + 1  # of the folders of classes; the splits lie beside each other
+    class_folders = ["/".join(name.split("/")[:depth]) for name in names]
+    return np.array([numbers.get(folder, 0) for folder in class_folders], np.int64)
