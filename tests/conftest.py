@@ -1,11 +1,13 @@
 """Settings for every test: the CPU, the checkout on the path, errors where JAX would only be lenient."""
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+runpy.run_path(str(ROOT / "tests" / "offline" / "sitecustomize.py"))  # from here on nothing reaches the network
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Compiling is what the tests spend their time on, and what they run is tiny: half of it is optimization.

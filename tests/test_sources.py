@@ -441,3 +441,52 @@ def test_bad_npz_data_are_refused(tmp_path, arrays, changes, message):
 def test_missing_npz_data_say_what_is_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"test.npz does not exist; data.dataset='npz' reads train.npz and"):
         datasets.build_source(npz_config(tmp_path), "test")
+
+
+def test_npz_data_are_mapped_and_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCORE_SDE_CACHE", str(tmp_path / "cache"))
+    images = write_npz(tmp_path)
+    first = datasets.build_source(npz_config(tmp_path), "train")
+    again = datasets.build_source(npz_config(tmp_path), "train")
+    assert isinstance(first.levels, np.memmap)
+    assert first.levels.filename == again.levels.filename
+    np.testing.assert_array_equal(again.images(np.array([2, 0])), images[[2, 0]])
+    assert write_npz(tmp_path, images=images[::-1]) is not None
+    changed = datasets.build_source(npz_config(tmp_path), "train")
+    np.testing.assert_array_equal(changed.levels, images[::-1])
+    assert changed.fingerprint != first.fingerprint == again.fingerprint
+
+
+@pytest.mark.parametrize("suffix", ["npz", "npy"])
+def test_a_single_file_is_split_by_content(tmp_path, monkeypatch, suffix):
+    """Turning the order around changes no split; every image is in one of them, with its own label."""
+    monkeypatch.setenv("SCORE_SDE_CACHE", str(tmp_path / "cache"))
+    images = np.random.default_rng(0).integers(0, 256, (9, 2, 2, 3), dtype=np.uint8)
+    found = []
+    for order in (np.arange(9), np.arange(9)[::-1]):
+        path = tmp_path / f"own.{suffix}"
+        if suffix == "npz":
+            np.savez(path, images=images[order], labels=order)
+        else:
+            np.save(path, images[order])
+        config = npz_config(path, test_share=0.3)
+        splits = [datasets.build_source(config, split) for split in ("train", "test")]
+        assert [len(split) for split in splits] == [6, 3]
+        found.append([{image.tobytes() for image in split.images(np.arange(len(split)))} for split in splits])
+        if suffix == "npz":
+            for split in splits:
+                labels = split.labels(np.arange(len(split)))
+                np.testing.assert_array_equal(split.images(np.arange(len(split))), images[labels])
+    assert found[0] == found[1]
+    assert found[0][0] | found[0][1] == {image.tobytes() for image in images}
+
+
+def test_a_damaged_npz_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCORE_SDE_CACHE", str(tmp_path / "cache"))
+    images = write_npz(tmp_path)
+    content = bytearray((tmp_path / "train.npz").read_bytes())
+    content[content.index(images.tobytes()) + 5] ^= 1
+    (tmp_path / "train.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"train.npz is damaged: Bad CRC-32"):
+        datasets.build_source(npz_config(tmp_path), "train")
+    assert list((tmp_path / "cache/data").iterdir()) == []

@@ -54,9 +54,9 @@ def command(mode, workdir, *flags, program="main.py", **changes):
 
 
 def environment(devices=1):
-    """The environment of a run on that many CPU devices."""
+    """The environment of a run on that many CPU devices, which cannot reach the network."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # see conftest.py
-    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'offline'}"}
 
 
 def run(arguments, *, devices=1, timeout=300):
