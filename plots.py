@@ -26,6 +26,7 @@ VISIBLE_PIXELS = 32  # shorter side that an image of a grid should have at least
 BETWEEN_IMAGES = 0.5  # grey that parts the images of a grid, also those that are black or white at the edge
 CAPTION_PIXELS = 20  # height of the strip that names a grid; Pillow's own font is 11 pixels high
 LEGEND_CHARACTERS = 150  # that fit beside each other under a figure 11 inches wide
+MAX_PNG_CHANNELS = 4
 LOSS_KEYS = ("loss", "eval_loss")
 LOSS_LABELS = {"loss": "training", "eval_loss": "test images"}
 
@@ -71,15 +72,27 @@ def upscale(images: Num[np.ndarray, "*N H W C"], factor: int) -> Num[np.ndarray,
     return np.repeat(np.repeat(images, factor, axis=-3), factor, axis=-2)
 
 
+def to_rgb(images: UInt8[np.ndarray, "*N H W C"]) -> UInt8[np.ndarray, "*N H W 3"]:
+    """Makes images visible: grey becomes RGB, what is transparent (the last of 2 or 4 channels) is laid on white.
+
+    Of images of five or more channels the first three are shown.
+    """
+    C = images.shape[-1]
+    if C in (2, 4):
+        color, alpha = images[..., :-1] / 255, images[..., -1:] / 255
+        images = to_uint8(alpha * color + (1 - alpha))
+    return images[..., :3] if C >= 3 else np.repeat(images, 3, axis=-1)
+
+
 def image_grid(
     images: Num[np.ndarray, "N H W C"], *, num_columns: int = 8, padding: int = 2, pad_value: float = 0.0
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Lays images out row by row, `padding` pixels around and between them; grey ones become RGB.
+    """Lays images out row by row, `padding` pixels around and between them, as `to_rgb` shows them.
 
     The layout of the 2021 code's `utils.save_image`: places that no image fills have the colour of the padding.
 
     Args:
-      images: float in [0, 1], or uint8; 1 or 3 channels.
+      images: float in [0, 1], or uint8.
       num_columns: images in a row; fewer if there are fewer.
       padding: pixels.
       pad_value: grey of the padding, in [0, 1].
@@ -88,11 +101,11 @@ def image_grid(
       The grid, uint8 RGB.
 
     Raises:
-      ValueError: if there is no image, the channels are not 1 or 3, or `num_columns` or `padding` is out of range.
+      ValueError: if there is no image, or `num_columns` or `padding` is out of range.
     """
     images = np.asarray(images)
-    if images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3):
-        raise ValueError(f"images have shape {images.shape}; expected [N, H, W, C] with N >= 1 and C = 1 or 3")
+    if images.ndim != 4 or not images.size:
+        raise ValueError(f"images have shape {images.shape}; expected [N, H, W, C] with N >= 1")
     if num_columns < 1 or padding < 0:
         raise ValueError(f"num_columns={num_columns}, padding={padding}; expected num_columns >= 1 and padding >= 0")
     N, H, W, _ = images.shape
@@ -100,7 +113,7 @@ def image_grid(
     rows = math.ceil(N / columns)
     shape = (rows * (H + padding) + padding, columns * (W + padding) + padding, 3)
     grid = np.full(shape, to_uint8(np.array(pad_value, np.float64)), np.uint8)
-    for index, image in enumerate(to_uint8(images)):
+    for index, image in enumerate(to_rgb(to_uint8(images))):
         top, left = (padding + (index // columns) * (H + padding), padding + (index % columns) * (W + padding))
         grid[top : top + H, left : left + W] = image
     return grid
@@ -156,14 +169,20 @@ def samples_beside_real(
 
 
 def png_bytes(image: UInt8[np.ndarray, "h w C"]) -> bytes:
-    """Encodes an RGB image, or a grey one of 1 channel, as PNG, which loses nothing."""
+    """Encodes an image as PNG, which loses nothing: grey, RGB, or either with transparency.
+
+    Raises:
+      ValueError: if it has more than 4 channels, which no PNG can hold.
+    """
+    if image.shape[-1] > MAX_PNG_CHANNELS:
+        raise ValueError(f"an image of {image.shape[-1]} channels is no picture; a PNG holds 1 to {MAX_PNG_CHANNELS}")
     buffer = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def save_png(path: str | Path, image: UInt8[np.ndarray, "h w C"]) -> None:
-    """Writes an RGB or grey image as PNG, whole or not at all; the folder is made if need be."""
+    """Writes an image as PNG (see `png_bytes`), whole or not at all; the folder is made if need be."""
     write_bytes(path, png_bytes(image))
 
 

@@ -119,6 +119,8 @@ def write_samples(
     """
     config = experiment.config
     checks.not_negative("--num_images", num_images)
+    if png and config.data.num_channels > plots.MAX_PNG_CHANNELS:
+        raise ValueError(f"--png with data.num_channels={config.data.num_channels}: a PNG holds 1 to 4; leave it away")
     classifier = classifier_guidance.load_classifier(experiment, workdir)
     labels = build_labels(config, guide_classes=classifier.num_classes if classifier else 0)
     workdirs.output_folder(workdir, output)

@@ -58,6 +58,20 @@ class TestGrid:
         grid = plots.grid_of_levels(np.zeros((4, 32, 40, 3), np.uint8), 256, num_columns=4)
         assert grid.shape == (36, 4 * 42 + 2, 3)
 
+    def test_any_number_of_channels_can_be_seen(self):
+        image = np.array([[[255, 0, 40, 51, 7, 9]]], np.uint8)
+        shown = {C: plots.to_rgb(image[..., :C]).ravel().tolist() for C in (1, 2, 3, 4, 6)}
+        opaque = 51 / 255
+        on_white = [round(255 * (opaque * v / 255 + 1 - opaque)) for v in (255, 0, 40)]
+        assert shown == {1: [255] * 3, 2: [255] * 3, 3: [255, 0, 40], 4: on_white, 6: [255, 0, 40]}
+
+    def test_transparency_survives_a_png_file(self, tmp_path):
+        images = np.random.default_rng(0).integers(0, 256, (4, 5, 4), dtype=np.uint8)
+        for image in (images, images[..., :2]):
+            plots.save_png(tmp_path / "image.png", image)
+            with Image.open(tmp_path / "image.png") as stored:
+                np.testing.assert_array_equal(np.asarray(stored), image)
+
     def test_survives_a_png_file(self, tmp_path, golden):
         path = tmp_path / "new" / "grid.png"
         plots.save_png(path, golden["nrow2_pad2"])
@@ -87,7 +101,7 @@ class TestGrid:
         ("call", "message"),
         [
             (lambda: plots.image_grid(np.zeros((0, 8, 8, 1))), r"images have shape \(0, 8, 8, 1\); expected"),
-            (lambda: plots.image_grid(np.zeros((1, 8, 8, 2))), "with N >= 1 and C = 1 or 3"),
+            (lambda: plots.png_bytes(np.zeros((8, 8, 5), np.uint8)), "an image of 5 channels is no picture"),
             (lambda: plots.image_grid(np.zeros((1, 8, 8, 1)), num_columns=0), "num_columns=0, padding=2; expected"),
             (lambda: plots.to_uint8(np.zeros(3, np.int64)), "images have type int64; expected uint8, or float"),
             (lambda: plots.to_uint8(np.array([0.5, np.nan])), "NaN or infinite; the sampler diverged"),
