@@ -229,7 +229,7 @@ def colour16(config: ConfigDict) -> None:
 def cifar10_cpu(config: ConfigDict) -> None:
     """CIFAR-10 from a folder of pictures, and a network of 1.3 million parameters that a CPU trains for an hour."""
     config.data.update(dataset="folder", uniform_dequantization=True)
-    config.model.update(nf=32, ch_mult=(1, 2, 2), num_res_blocks=1, dropout=0.0, ema_rate=0.999)
+    config.model.update(nf=32, ch_mult=(1, 2, 2), num_res_blocks=1, dropout=0.0, ema_rate=0.995)
     config.optim.update(lr=1e-3, warmup=500)
     config.training.update(batch_size=64, n_iters=4000, n_jitted_steps=10, log_freq=50, eval_freq=100)
     config.training.update(snapshot_freq=500, snapshot_freq_for_preemption=200)

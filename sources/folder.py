@@ -261,7 +261,8 @@ def _tell(prepared: Prepared, train: Int64[np.ndarray, "n"], test: Int64[np.ndar
         f"{len(classes)} classes: {', '.join(classes[:NUM_CLASSES_NAMED])}" if classes else "no classes",
     )
     if prepared.problems:
-        logging.warning("%d pictures are left out: %s", len(prepared.problems), _named(prepared.problems))
+        named = _named(prepared.problems)
+        logging.warning("left out %d of %d pictures: %s", len(prepared.problems), len(prepared.digests), named)
     shared = int(np.isin(prepared.digests[test], prepared.digests[train]).sum())
     if shared:
         logging.warning("%d pictures of the test split are in the training split, too", shared)

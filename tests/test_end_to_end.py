@@ -191,3 +191,34 @@ def test_a_run_that_diverges_stops_and_keeps_its_good_checkpoints(tmp_path):
     assert result.returncode == 1
     assert "the checkpoints before it are kept: lower optim.lr" in result.stderr
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1"]
+
+
+@pytest.mark.exhaustive
+def test_a_mixed_folder_trains_and_evaluates(tmp_path):
+    """Pictures of many sizes, one of them grey, one with transparency and one broken; the network is not square."""
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        folder = tmp_path / "data" / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = (*generator.integers(6, 30, 2), 4 if number == 1 else 3)
+        picture = Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8))
+        (picture.convert("L") if number == 2 else picture).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes((folder / f"{number}.png").read_bytes()[:100])
+    changes = {"path": tmp_path / "data", "dataset": "folder", "num_levels": 256, "num_channels": 3, "image_width": 12}
+    settings = {f"data__{key}": value for key, value in changes.items()}
+    settings |= {"eval__batch_size": 8, "eval__num_samples": 12, "training__n_iters": 12, "eval__end_ckpt": 1}
+    for mode in ("train", "eval"):
+        result = succeed(tiny.command(mode, tmp_path / "run", **settings))
+        assert (
+            "36 pictures to train on, 4 to test (held out by data.test_share=0.1), 2 classes: cat, dog" in result.stderr
+        )
+        assert "left out 1 of 41 pictures: cat/broken.png: it cannot be read: " in result.stderr
+    stored, metrics = report(tmp_path / "run", 1)
+    assert (stored["data"]["train_images"], stored["data"]["test_images"]) == (36, 4)
+    assert metrics["loss"]["num_samples"] == metrics["bits_per_dim"]["num_samples"] == 4
+    assert metrics["frechet_distance"]["num_samples"] == 12
+    with np.load(tmp_path / "run/eval/ckpt_1/samples_from_0.npz") as drawn:
+        assert drawn["samples"].shape[1:] == (8, 12, 3)
+    strict = tiny.run(tiny.command("train", tmp_path / "other", **settings, data__strict=True))
+    assert strict.returncode == 1
+    assert "1 of 41 pictures of data.path=" in strict.stderr
