@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 import checks
-from metrics import efficientnet, inception
+from metrics import efficientnet, inception, tfgan
 from metrics.images import RGB, check_channels
 
 AUTO = "auto"
@@ -84,3 +84,25 @@ def resolve_extractor(name: str, *, channels: int, weights: str = "") -> str:
     if weights or inception.weights_path().exists():  # a file that was named must be there: building says so
         return "inception"
     return "efficientnet_lite0" if efficientnet.is_installed() else "classifier"
+
+
+def build_extractor(key: str, *, num_levels: int, weights: str = "") -> Extractor:
+    """Builds an extractor whose weights are fixed.
+
+    Args:
+      key: of it; see `resolve_extractor`.
+      num_levels: of the images: 0 is black and the last level white.
+      weights: "inception": file of its weights; "tfgan": folder or URL of a SavedModel; empty: the usual ones.
+
+    Raises:
+      ValueError: if the key has no fixed weights, or the weights are damaged or another network's.
+      FileNotFoundError: if weights are missing; it says how to get them.
+    """
+    if key == "classifier":
+        raise ValueError("the extractor 'classifier' has no fixed weights; build_feature_extractor trains it on data")
+    checks.one_of("eval.extractor", key, KEYS)
+    if key == "efficientnet_lite0":
+        return efficientnet.build_efficientnet(num_levels=num_levels)
+    if key == "tfgan":
+        return tfgan.build_tfgan(num_levels=num_levels, weights=weights)
+    return inception.build_inception(num_levels=num_levels, weights=weights)

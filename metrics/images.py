@@ -51,6 +51,16 @@ def check_channels(extractor: str, channels: int) -> None:
         )
 
 
+def check_photographs(extractor: str, levels: UInt8[np.ndarray, "N H W C"], num_levels: int) -> None:
+    """Checks that a network trained on photographs can take these images.
+
+    Raises:
+      ValueError: if they have neither 1 nor 3 channels, or are no images of so many levels.
+    """
+    check_levels("levels", levels, num_levels)
+    check_channels(extractor, levels.shape[-1])
+
+
 def as_rgb(levels: UInt8[np.ndarray, "N H W c"]) -> UInt8[np.ndarray, "N H W 3"]:
     """Repeats the channel of grey images; RGB images stay as they are."""
     return np.broadcast_to(levels, (*levels.shape[:3], RGB))
