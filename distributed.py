@@ -76,6 +76,11 @@ def device_count() -> int:
     return jax.device_count()
 
 
+def local_device_count() -> int:
+    """Returns the number of devices of this host."""
+    return jax.local_device_count()
+
+
 def round_up(batch_size: int) -> int:
     """Returns the least batch size, of at least the given one, that the devices of all hosts divide."""
     devices = device_count()
@@ -96,6 +101,19 @@ def shard(array: np.ndarray, axis: int = 0) -> Array:
     """Places a host's batch on its devices, split along `axis`; the device axis comes first in the result."""
     parts = np.stack(np.split(array, jax.local_device_count(), axis=axis))
     return jax.device_put(parts, _local_sharding())
+
+
+def place_batch(array: np.ndarray) -> Array:
+    """Places a batch on this host's devices, split along its first axis, for a function that is jitted, not mapped.
+
+    The compiler spreads the work as the batch is spread. The devices of this host must divide the batch.
+    """
+    return jax.device_put(array, _local_sharding())
+
+
+def place_copies(tree: PyTree) -> PyTree:
+    """Copies a tree of arrays to every device of this host, for a function that is jitted, not mapped."""
+    return jax.device_put(tree, NamedSharding(_local_sharding().mesh, PartitionSpec()))
 
 
 def replicate(tree: PyTree) -> PyTree:

@@ -1,7 +1,7 @@
 """Metrics of generated images as pure functions of feature arrays, each with its standard error.
 
 All in numpy float64, by symmetric eigendecompositions and singular values, so that nothing is ever complex. Where
-features come from is no concern of this module (features.py); metrics that compare all pairs are in pairwise.py.
+features come from is no concern of this module (extractors.py); metrics that compare all pairs are in pairwise.py.
 """
 
 from __future__ import annotations

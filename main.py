@@ -46,6 +46,9 @@ MODES = {
         run_lib.import_checkpoint, flags=("checkpoint", "dry_run"), needed=("checkpoint",), workdir="unmade"
     ),
     "export": Mode(run_lib.export_checkpoint, flags=("checkpoint",), needed=("checkpoint",)),
+    "convert_weights": Mode(
+        run_lib.convert_weights, flags=("checkpoint", "output"), needed=("checkpoint",), config=False, workdir="none"
+    ),
 }
 command_line.define_flags(MODES)
 

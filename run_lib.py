@@ -8,6 +8,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import datasets
+from metrics import inception_weights
 from models.factory import require_score_network
 from runtime import classifier_training, compare, encoding, eval_loop, restoring, sample_run, smoke, train_loop
 from runtime import workdir as workdirs
@@ -18,6 +19,7 @@ from runtime.importing import export_checkpoint, import_checkpoint
 __all__ = [
     "build_experiment",
     "compare_samplers",
+    "convert_weights",
     "encode",
     "evaluate",
     "export_checkpoint",
@@ -250,3 +252,17 @@ def restore(
     return restoring.restore_images(
         _open(config, workdir), Path(workdir), output=output, snapshot=snapshot, num_images=num_images
     )
+
+
+def convert_weights(checkpoint: str | Path, output: str | Path = "") -> None:
+    """Makes the weights file of the extractor "inception" of a public one; see docs/extractors.md.
+
+    Args:
+      checkpoint: pt_inception-2015-12-05-6726825d.pth, or TensorFlow's frozen graph or SavedModel of that network.
+      output: file to write; empty: where the extractor looks.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it does not hold the weights of that network.
+    """
+    inception_weights.convert_weights(checkpoint, output)

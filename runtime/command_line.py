@@ -46,9 +46,15 @@ def define_flags(modes: Mapping[str, Mode]) -> None:
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
     flags.DEFINE_enum("mode", None, list(modes), "What to do; the README says what each does.")
     flags.DEFINE_string("eval_folder", "eval", "eval: folder of the evaluation, inside the workdir.")
-    flags.DEFINE_string("checkpoint", None, "import, export: file of score_sde or score_sde_pytorch.")
+    flags.DEFINE_string(
+        "checkpoint", None, "import, export: file of score_sde or score_sde_pytorch. convert_weights: file or folder."
+    )
     flags.DEFINE_bool("dry_run", False, "import: print where every tensor would go, and write nothing.")
-    flags.DEFINE_string("output", "", "Folder of the results, inside the workdir; named after what is in it if empty.")
+    flags.DEFINE_string(
+        "output",
+        "",
+        "Folder of the results, inside the workdir; named after what is in it if empty. convert_weights: the file.",
+    )
     flags.DEFINE_integer("snapshot", 0, "Number of the checkpoint; 0: the newest.")
     flags.DEFINE_integer(
         "num_images",

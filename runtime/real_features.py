@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 import datasets
 from files import content_hash
-from metrics import features
+from metrics import classifier
+from metrics.extractors import Extractor
 from report import FeatureInfo, ReferenceInfo
 
 
@@ -30,7 +31,7 @@ class RealFeatures:
       test: (features, logits) of the test split.
     """
 
-    extractor: features.Extractor
+    extractor: Extractor
     train: Float[np.ndarray, "N D"]
     test: tuple[Float[np.ndarray, "M D"], Float[np.ndarray, "M K"]]
 
@@ -47,7 +48,7 @@ class RealFeatures:
                 "cannot be measured; --mode eval does without if eval.enable_sampling=False"
             )
         train_levels, test_levels = every_image(train), every_image(test)
-        extractor = features.build_feature_extractor(
+        extractor = classifier.build_feature_extractor(
             train_levels,
             train.labels(np.arange(len(train))),
             test_levels,

@@ -63,7 +63,7 @@ def test_the_recorded_values_are_what_tensorflow_gan_computes():
 def test_the_metrics_load_no_tensorflow_and_drawing_no_pyplot():
     code = """
 import sys, evaluation, plots, report
-from metrics import features
+from metrics import classifier
 print([name for name in ("tensorflow", "matplotlib") if name in sys.modules])
 plots.figure_bytes(plots.metric_figure([1, 2], [1.0, 2.0], [0.1, None], label="FD"))
 print([name for name in ("tensorflow", "matplotlib.pyplot") if name in sys.modules])

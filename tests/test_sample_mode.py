@@ -17,7 +17,7 @@ import sampling
 from checkpoints import CheckpointError, Checkpoints
 from evaluation import sample_metrics
 from files import read_npz
-from metrics.features import build_feature_extractor
+from metrics.classifier import build_feature_extractor
 from runtime import compare, drawing, eval_loop, results, sample_run
 from runtime import workdir as workdirs
 from runtime.experiment import Experiment, SamplingProgram, build_experiment

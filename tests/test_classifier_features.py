@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import datasets
-from metrics import features
-from metrics.features import ClassifierSettings, build_feature_extractor
+from metrics import classifier
+from metrics.classifier import ClassifierSettings, build_feature_extractor
 
 TRAIN, TEST = (datasets.load_digits(split) for split in ("train", "test"))
 SHORT = ClassifierSettings(num_steps=3)  # the same compiled functions as the full training
@@ -32,7 +32,7 @@ def extractor(folder):
 @pytest.fixture
 def warnings(monkeypatch):
     said = []
-    monkeypatch.setattr(features.logging, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(classifier.logging, "warning", lambda text, *values: said.append(text % values))
     return said
 
 
@@ -67,15 +67,15 @@ def test_training_is_repeated_to_the_last_bit_and_follows_the_seed(tmp_path):
 
 
 def test_the_cache_is_used(folder, extractor, monkeypatch):
-    monkeypatch.setattr(features, "_train", None)  # to call it is an error
+    monkeypatch.setattr(classifier, "_train", None)  # to call it is an error
     cached = build(folder, settings=None)
     assert (cached.hash, cached.accuracy, cached.name) == (extractor.hash, extractor.accuracy, extractor.name)
     np.testing.assert_array_equal(cached(TEST.levels)[0], extractor(TEST.levels)[0])
 
 
 def test_the_cache_knows_data_labels_settings_and_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "_train", lambda model, *_: {"network": {}, "scale": np.float32(1)})
-    monkeypatch.setattr(features, "_apply", lambda model, params, x: (None, np.zeros((len(x), 10))))
+    monkeypatch.setattr(classifier, "_train", lambda model, *_: {"network": {}, "scale": np.float32(1)})
+    monkeypatch.setattr(classifier, "_apply", lambda model, params, x: (None, np.zeros((len(x), 10))))
     levels, labels = TRAIN.levels.copy(), TRAIN.classes.copy()
     levels[5, 4, 4, 0] = 3 if levels[5, 4, 4, 0] != 3 else 4
     labels[7] = (labels[7] + 1) % 10
@@ -109,7 +109,7 @@ def test_a_damaged_cache_is_named_and_trained_anew(tmp_path, warnings):
 
 def test_every_image_comes_once_before_any_comes_twice():
     settings = ClassifierSettings(num_steps=7, batch_size=4)
-    batches = list(features._batches(14, settings, seed=0))
+    batches = list(classifier._batches(14, settings, seed=0))
     assert [len(batch) for batch in batches] == [4] * 7
     order = np.concatenate(batches)
     assert sorted(order[:14]) == sorted(order[14:]) == list(range(14))
@@ -120,7 +120,7 @@ def test_larger_images_have_a_bounded_number_of_parameters():
     import jax
 
     for side, colours in ((8, 1), (28, 1), (32, 3)):
-        model = features.Classifier(16, 64, 10)
+        model = classifier.Classifier(16, 64, 10)
         shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, side, side, colours), np.float32))
         dense = shapes["params"]["Dense_0"]["kernel"].shape
         assert dense[1] == 64

@@ -1,8 +1,7 @@
-"""Where the features that metrics compare come from.
+"""The extractor "classifier": a small network trained on the labels of the data themselves.
 
-A feature extractor is any object with the fields and the call of `Extractor`. For labelled data without a standard
-network, such as the embedded digits, a small classifier is trained here on the training split, once: it is cached by
-the content of the data and the settings. Metrics of different extractors cannot be compared, hence name and hash.
+For data that no standard network knows, such as the embedded digits. It is trained on the training split, once: it is
+cached by the content of the data and the settings.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -22,34 +21,10 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Integer, UInt8
 
 from files import content_hash, read_npz, write_atomically
+from metrics.images import apply_in_batches, check_levels, flatten_params, params_hash
 
 EVAL_BATCH_SIZE = 256  # images of a batch of features: one compiled function serves any number of images
 SMALLEST_SIDE = 8  # pixels: images are pooled by 2 while their shorter side is at least this
-
-
-class Extractor(Protocol):
-    """Turns images into features and class scores."""
-
-    @property
-    def name(self) -> str:
-        """What it is, for the report."""
-        ...
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of its parameters, in hex."""
-        ...
-
-    @property
-    def accuracy(self) -> float | None:
-        """Share of held-out images that it classifies rightly; None if it is not known."""
-        ...
-
-    def __call__(
-        self, levels: UInt8[np.ndarray, "N H W C"]
-    ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]]:
-        """Returns (features, logits) of images given as levels, float64."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +85,8 @@ class FeatureExtractor:
         training images, so that KID, whose kernel has a scale, is of a common size}.
       image_shape: (H, W, C) of the images it takes.
       num_levels: of their pixels.
+      key: name in the table of extractors.
+      resize: rule by which images are resized: they are not.
     """
 
     name: str
@@ -120,6 +97,14 @@ class FeatureExtractor:
     image_shape: tuple[int, ...]
     num_levels: int
 
+    key: ClassVar[str] = "classifier"
+    resize: ClassVar[str] = "none"
+
+    @property
+    def num_features(self) -> int:
+        """D, units of the last layer but one."""
+        return self.model.num_features
+
     def __call__(
         self, levels: UInt8[np.ndarray, "N H W C"]
     ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]]:
@@ -128,14 +113,24 @@ class FeatureExtractor:
         Raises:
           ValueError: if images have another shape, or a level is not below `num_levels`.
         """
-        _check_levels("levels", levels, self.num_levels)
+        check_levels("levels", levels, self.num_levels)
         if levels.shape[1:] != self.image_shape:
             raise ValueError(f"images have shape {levels.shape[1:]}; the {self.name} takes {self.image_shape}")
-        return _apply(self.model, self.params, _scale(levels, self.num_levels))
+        return _apply(self.model, self.params, _Scaled(levels, self.num_levels))
 
 
-def _scale(levels: np.ndarray, num_levels: int) -> np.ndarray:
-    return levels.astype(np.float32) / np.float32(num_levels - 1)
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """Levels as float32 in [0, 1], made when they are asked for: whole data sets of floats do not fit in memory."""
+
+    levels: UInt8[np.ndarray, "N H W C"]
+    num_levels: int
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> Float[np.ndarray, "B H W C"]:
+        return self.levels[chosen].astype(np.float32) / np.float32(self.num_levels - 1)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -144,15 +139,8 @@ def _apply_batch(model: Classifier, params: Any, x: Array) -> Any:
     return features * params["scale"], logits
 
 
-def _apply(model: Classifier, params: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    parts = []
-    for start in range(0, len(x), EVAL_BATCH_SIZE):
-        batch = x[start : start + EVAL_BATCH_SIZE]
-        padding = np.zeros((EVAL_BATCH_SIZE - len(batch), *batch.shape[1:]), batch.dtype)
-        outputs = _apply_batch(model, params, np.concatenate([batch, padding]))
-        parts.append([np.asarray(output, np.float64)[: len(batch)] for output in outputs])
-    features, logits = (np.concatenate(outputs) for outputs in zip(*parts, strict=True))
-    return features, logits
+def _apply(model: Classifier, params: Any, images: _Scaled) -> tuple[np.ndarray, np.ndarray]:
+    return apply_in_batches(lambda x: _apply_batch(model, params, x), images, EVAL_BATCH_SIZE)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -181,35 +169,26 @@ def _batches(num_images: int, settings: ClassifierSettings, seed: int) -> Iterat
     return iter(np.concatenate(epochs)[:needed].reshape(settings.num_steps, settings.batch_size))
 
 
-def _train(model: Classifier, settings: ClassifierSettings, x: np.ndarray, labels: np.ndarray, seed: int) -> Any:
+def _train(model: Classifier, settings: ClassifierSettings, images: _Scaled, labels: np.ndarray, seed: int) -> Any:
     """Returns trained parameters as numpy arrays.
 
     One compiled call for each step: within a loop XLA's gradients of convolutions are tens of times slower on a CPU.
     """
-    params = jax.jit(model.init)(jax.random.key(seed), x[:1])["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), images[:1])["params"]
     state = (params, ADAM.init(params))
-    for step, chosen in enumerate(_batches(len(x), settings, seed)):
+    for step, chosen in enumerate(_batches(len(images), settings, seed)):
         decay = 0.5 * (1.0 + np.cos(np.pi * step / settings.num_steps))
-        state = _train_step(model, state, np.float32(settings.learning_rate * decay), x[chosen], labels[chosen])
+        state = _train_step(model, state, np.float32(settings.learning_rate * decay), images[chosen], labels[chosen])
     params = {"network": jax.tree.map(np.asarray, state[0]), "scale": np.float32(1.0)}
-    features, _ = _apply(model, params, x)
+    features, _ = _apply(model, params, images)
     return params | {"scale": np.float32(1.0 / np.sqrt(np.mean(features**2)))}
 
 
 # --- cache -----------------------------------------------------------------------------------------------------------
 
 
-def _flatten(params: Any) -> dict[str, np.ndarray]:
-    return dict(sorted(traverse_util.flatten_dict(params, sep="/").items()))
-
-
-def params_hash(params: Any) -> str:
-    """Returns the SHA-256 of a tree of parameters, in hex: of their paths, shapes and values."""
-    return content_hash(*(part for item in _flatten(params).items() for part in item))
-
-
 def _save(path: Path, params: Any, accuracy: float) -> None:
-    arrays: dict[str, Any] = {f"params/{name}": array for name, array in _flatten(params).items()}
+    arrays: dict[str, Any] = {f"params/{name}": array for name, array in flatten_params(params).items()}
     arrays |= {"accuracy": accuracy, "hash": params_hash(params)}
     write_atomically(path, lambda file: np.savez(file, **arrays))
 
@@ -231,13 +210,6 @@ def _load(path: Path) -> tuple[Any, float] | None:
 
 
 # --- building --------------------------------------------------------------------------------------------------------
-
-
-def _check_levels(name: str, levels: np.ndarray, num_levels: int) -> None:
-    if levels.ndim != 4 or levels.dtype != np.uint8 or not len(levels):
-        raise ValueError(f"{name} is {levels.dtype}{list(levels.shape)}; expected uint8[N, H, W, C] with N >= 1")
-    if levels.max() >= num_levels:
-        raise ValueError(f"{name} has level {levels.max()}, not below num_levels={num_levels}; give the data's levels")
 
 
 def _check_labels(name: str, labels: np.ndarray | None, num_images: int) -> np.ndarray:
@@ -285,7 +257,7 @@ def build_feature_extractor(
     """
     settings = settings or ClassifierSettings()
     for name, levels in (("train_levels", train_levels), ("test_levels", test_levels)):
-        _check_levels(name, levels, num_levels)
+        check_levels(name, levels, num_levels)
     train_labels = _check_labels("train_labels", train_labels, len(train_levels))
     test_labels = _check_labels("test_labels", test_labels, len(test_levels))
     described = f"{settings} num_levels={num_levels} seed={seed} SMALLEST_SIDE={SMALLEST_SIDE}"
@@ -296,8 +268,8 @@ def build_feature_extractor(
     trained = _load(path)
     if trained is None:
         logging.info("training the feature extractor: %d images, %d steps", len(train_levels), settings.num_steps)
-        params = _train(model, settings, _scale(train_levels, num_levels), train_labels, seed)
-        _, logits = _apply(model, params, _scale(test_levels, num_levels))
+        params = _train(model, settings, _Scaled(train_levels, num_levels), train_labels, seed)
+        _, logits = _apply(model, params, _Scaled(test_levels, num_levels))
         trained = params, float((logits.argmax(axis=1) == test_labels).mean())
         _save(path, *trained)
     params, accuracy = trained

@@ -1,0 +1,159 @@
+"""The extractor "tfgan": what tensorflow_gan makes of images with a TF-Hub SavedModel, as the 2021 code did.
+
+TensorFlow is loaded when such an extractor is built, into the process that asked for it, and not before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from files import content_hash
+from metrics.images import RGB, apply_in_batches, as_rgb, check_photographs
+
+TFHUB_URL = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
+BATCH_SIZE = 64
+PROBE_SIDE = 299  # pixels of the image by which the outputs of a SavedModel are found out
+RESIZE = "by the SavedModel"
+HOW_TO_INSTALL = "python -m pip install -r requirements.txt"
+OUTPUTS = ("pool_3", "logits")  # features and class scores
+
+
+@functools.cache
+def _import_tfgan() -> tuple[Any, Any]:
+    """Returns TensorFlow, and tensorflow_gan's evaluation, which as it is does not import on TensorFlow >= 2.16.
+
+    Its package subclasses estimators, which TensorFlow no longer has; so empty packages stand in for the two levels
+    above tensorflow_gan.python.eval, all that is wanted here. That, and TensorFlow Hub, need the Keras before 3.
+
+    Raises:
+      FileNotFoundError: if it is not installed; it says how to.
+    """
+    spec = importlib.util.find_spec("tensorflow_gan")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"the extractor 'tfgan' needs tensorflow_gan; to install it: {HOW_TO_INSTALL}")
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    folder = Path(spec.submodule_search_locations[0])
+    for name, path in (("tensorflow_gan", folder), ("tensorflow_gan.python", folder / "python")):
+        package = types.ModuleType(name)
+        package.__path__ = [str(path)]
+        sys.modules.setdefault(name, package)
+    tensorflow = importlib.import_module("tensorflow")
+    for device in tensorflow.config.list_physical_devices("GPU"):
+        tensorflow.config.experimental.set_memory_growth(device, True)  # otherwise JAX is left without memory
+    return tensorflow, importlib.import_module("tensorflow_gan.python.eval")
+
+
+def _find_model(handle: str) -> Path:
+    """Returns the folder of a SavedModel, downloading it if the handle is a URL that TensorFlow Hub has not cached."""
+    _import_tfgan()
+    if "://" in handle:
+        try:
+            return Path(importlib.import_module("tensorflow_hub").resolve(handle))
+        except OSError as error:
+            raise ValueError(
+                f"TensorFlow Hub cannot get {handle}: {error}; download it where there is a network, and give its "
+                "unpacked folder as the weights of the extractor 'tfgan'"
+            ) from error
+    if not (Path(handle) / "saved_model.pb").exists():
+        raise FileNotFoundError(f"{handle} is no SavedModel: it has no saved_model.pb; the extractor 'tfgan' needs one")
+    return Path(handle)
+
+
+def _folder_hash(folder: Path) -> str:
+    """Returns the SHA-256 of the names and the content of the files in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    parts = [(str(path.relative_to(folder)), np.frombuffer(path.read_bytes(), np.uint8)) for path in files]
+    return content_hash(*(part for pair in parts for part in pair))
+
+
+@dataclasses.dataclass(frozen=True)
+class TfganExtractor:
+    """Features by tensorflow_gan and a SavedModel.
+
+    Attributes:
+      name: what it is, for the report.
+      hash: SHA-256 of the SavedModel's files, in hex.
+      num_features: D.
+      num_levels: of the images; level 0 is black, the last one white.
+      run: maps images in [-1, 1] to (features, class scores).
+      key: name in the table of extractors.
+      resize: rule by which images are resized, in words.
+      accuracy: None: nobody measures it here.
+    """
+
+    name: str
+    hash: str
+    num_features: int
+    num_levels: int
+    run: Callable[[np.ndarray], tuple[Any, Any]]
+
+    key: ClassVar[str] = "tfgan"
+    resize: ClassVar[str] = RESIZE
+    accuracy: ClassVar[float | None] = None
+
+    def __call__(
+        self, levels: UInt8[np.ndarray, "N H W C"]
+    ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]]:
+        """Returns (features, logits) of images given as levels, float64; grey ones are seen as RGB.
+
+        Raises:
+          ValueError: if images have neither 1 nor 3 channels, or a level is not below `num_levels`.
+        """
+        check_photographs(self.key, levels, self.num_levels)
+        middle = np.float32((self.num_levels - 1) / 2)
+        apply = lambda batch: self.run((as_rgb(batch).astype(np.float32) - middle) / middle)  # noqa: E731
+        return apply_in_batches(apply, levels, BATCH_SIZE)
+
+
+def _load(folder: Path) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Loads a SavedModel and returns a function that tensorflow_gan applies it with."""
+    tensorflow, tfgan = _import_tfgan()
+    model = importlib.import_module("tensorflow_hub").load(str(folder))
+
+    def run(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        outputs = tfgan.run_classifier_fn(tensorflow.constant(x), model)
+        missing = [name for name in OUTPUTS if name not in outputs] if isinstance(outputs, Mapping) else OUTPUTS
+        if missing:
+            raise ValueError(f"the SavedModel {folder} has no output {missing[0]}; the extractor 'tfgan' needs it")
+        features, logits = (np.asarray(outputs[name]).reshape(len(x), -1) for name in OUTPUTS)
+        return features, logits
+
+    return run
+
+
+def build_tfgan(*, num_levels: int, weights: str = "") -> TfganExtractor:
+    """Builds the extractor; TensorFlow is loaded.
+
+    Args:
+      num_levels: of the images.
+      weights: folder or URL of a SavedModel that maps images in [-1, 1] to "pool_3" and "logits"; empty: TF-GAN's own,
+        which TensorFlow Hub downloads unless it has it cached.
+
+    Raises:
+      FileNotFoundError: if tensorflow_gan is not installed, or the folder is no SavedModel; it says what to do.
+      ValueError: if it cannot be downloaded, or has other outputs.
+    """
+    handle = weights or TFHUB_URL
+    folder = _find_model(handle)
+    run = _load(folder)
+    features, _ = run(np.zeros((1, PROBE_SIDE, PROBE_SIDE, RGB), np.float32))
+    return TfganExtractor(
+        name=f"tensorflow_gan with {handle}",
+        hash=_folder_hash(folder),
+        num_features=features.shape[1],
+        num_levels=num_levels,
+        run=run,
+    )
