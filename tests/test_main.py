@@ -49,6 +49,7 @@ def test_the_compilation_cache_is_on(monkeypatch, tmp_path):
     main.set_up_jax()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("SCORE_SDE_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     main.set_up_jax()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache/score_sde/xla")
