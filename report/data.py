@@ -48,20 +48,31 @@ class SamplerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureInfo:
-    """Name of the feature extractor, hash of its parameters, share of test images that it classifies rightly."""
+    """The feature extractor: name in words, hash of its parameters, share of test images that it classifies rightly.
+
+    `key` is its name in metrics.extractors.KEYS, `resize` the rule by which it resizes images.
+    """
 
     name: str
     hash: str
     accuracy: float | None
+    key: str = "classifier"
+    resize: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceInfo:
-    """Split that samples are compared with, number of its images, hash of the statistics of its features."""
+    """What samples are compared with: split or file, number of its images, hash of its features or statistics.
+
+    `data_hash` is the fingerprint of the images that the features come from, `preparation` what was done to them; both
+    empty if they are not known.
+    """
 
     split: str
     num_samples: int
     hash: str
+    data_hash: str = ""
+    preparation: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,8 @@ class RealFeatures:
     @property
     def feature_info(self) -> FeatureInfo:
         """Says in a report what computed the features."""
-        return FeatureInfo(self.extractor.name, self.extractor.hash, self.extractor.accuracy)
+        of = self.extractor
+        return FeatureInfo(of.name, of.hash, of.accuracy, of.key, of.resize)
 
     @property
     def reference_info(self) -> ReferenceInfo:
