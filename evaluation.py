@@ -1,36 +1,34 @@
 """Metrics of generated images as pure functions of feature arrays, each with its standard error.
 
-All in numpy float64, by symmetric eigendecompositions and singular values, so that nothing is ever complex. Where
-features come from is no concern of this module (extractors.py); metrics that compare all pairs are in pairwise.py.
+The door to metrics/, with the Inception Score, bits/dim of a Gaussian, and all metrics of samples at once. Where
+features come from is no concern of this module (extractors.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Integer, Num
 from scipy.special import softmax, xlogy
 
-from files import content_hash, read_npz, write_atomically
-from metrics.metric import (
-    Metric,
-    as_features,
-    check_dimensions,
-    check_finite,
-    make_metric,
-    mean_metric,
-    stderr_of_mean,
-)
-from metrics.pairwise import kernel_distance, kernel_distance_blocks, kernel_distance_subsets, precision_recall
+import checks
+from files import content_hash
+from metrics.extractors import KEYS
+from metrics.frechet import FeatureStatistics, frechet_distance
+from metrics.frechet_unbiased import frechet_distance_unbiased
+from metrics.metric import Metric, as_features, make_metric, mean_metric, stderr_of_mean
+from metrics.neighbors import density_coverage, precision_recall
+from metrics.pairwise import kernel_distance, kernel_distance_blocks, kernel_distance_subsets
 
 __all__ = [
     "FeatureStatistics",
     "Metric",
     "content_hash",
+    "density_coverage",
     "frechet_distance",
+    "frechet_distance_unbiased",
     "gaussian_bits_per_dim",
     "inception_score",
     "inception_score_from_logits",
@@ -43,132 +41,6 @@ __all__ = [
 ]
 
 FULL_KERNEL_IMAGES = 10_000  # up to which KID takes all pairs; above, disjoint blocks
-
-# --- Frechet distance ------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureStatistics:
-    """Mean and covariance of features, all that a Frechet distance needs to know of a data set.
-
-    Attributes:
-      mean: float64[D].
-      cov: unbiased covariance, float64[D, D].
-      num_samples: images that they come from; 0 if they are exact or it is not known.
-    """
-
-    mean: Float[np.ndarray, "D"]
-    cov: Float[np.ndarray, "D D"]
-    num_samples: int
-
-    @classmethod
-    def from_features(cls, features: Num[np.ndarray, "N D"]) -> FeatureStatistics:
-        """Computes the statistics of two or more rows of finite features."""
-        features = as_features("features", features)
-        cov = np.cov(features, rowvar=False).reshape(features.shape[1], features.shape[1])
-        return cls(features.mean(axis=0), cov, len(features))
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 in hex, to say in a report which statistics were used."""
-        return content_hash(self.mean, self.cov, str(self.num_samples))
-
-    def save(self, path: str | Path) -> None:
-        """Writes an .npz file, whole or not at all."""
-        write_atomically(path, lambda file: np.savez(file, **dataclasses.asdict(self)))
-
-    @classmethod
-    def load(cls, path: str | Path) -> FeatureStatistics:
-        """Reads an .npz file of `save`, or one with "mu" and "sigma" as other FID programs write it.
-
-        Raises:
-          ValueError: if it cannot be read as one, or its arrays do not fit together.
-        """
-        file = read_npz(path)
-        mean, cov = file.get("mean", file.get("mu")), file.get("cov", file.get("sigma"))
-        if mean is None or cov is None:
-            raise ValueError(f"{path} holds {sorted(file)}; expected mean and cov, or mu and sigma")
-        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-            raise ValueError(f"{path} has mean {mean.shape} and covariance {cov.shape}; expected [D] and [D, D]")
-        check_finite(str(path), mean)
-        check_finite(str(path), cov)
-        return cls(mean.astype(np.float64), cov.astype(np.float64), int(file.get("num_samples", 0)))
-
-
-def _covariance_factor(cov: np.ndarray) -> np.ndarray:
-    """Returns A[D, r] with orthogonal columns and A Aᵀ = cov, r its numerical rank."""
-    values, vectors = np.linalg.eigh(cov)
-    keep = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
-    return vectors[:, keep] * np.sqrt(values[keep])
-
-
-def _singular_pairs(factor: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Decomposes Aᵀ B = P diag(s) Qᵀ; the trace of (C1^½ C2 C1^½)^½ is the sum of s."""
-    P, s, Qt = np.linalg.svd(factor.T @ other, full_matrices=False)
-    return P, s, Qt.T
-
-
-def _frechet_variance(
-    data: np.ndarray | FeatureStatistics, shift: np.ndarray, factor: np.ndarray, P: np.ndarray, s: np.ndarray
-) -> float:
-    """Returns the variance that one side's finite sample gives to the Frechet distance.
-
-    The delta method: the distance's influence function at x, with c = x - mean, d = mean - other mean and T the
-    optimal-transport map from this side's Gaussian to the other's, is 2 dᵀc + cᵀ(I - T)c less its mean. In the
-    coordinates that whiten this side, T is P diag(s) Pᵀ.
-    """
-    if isinstance(data, FeatureStatistics):  # no rows: the variance that Gaussian ones would have
-        if data.num_samples == 0:
-            return 0.0
-        curvature = np.diag(np.sum(factor**2, axis=0)) - (P * s) @ P.T
-        return float(4 * np.sum((shift @ factor) ** 2) + 2 * np.sum(curvature**2)) / data.num_samples
-    centered = data - data.mean(axis=0)
-    whitened = centered @ (factor / np.sum(factor**2, axis=0))
-    influence = 2 * centered @ shift + np.sum(centered**2, axis=1) - (whitened @ P) ** 2 @ s
-    return stderr_of_mean(influence) ** 2
-
-
-FRECHET_NOTE = (
-    "squared 2-Wasserstein distance of two Gaussians with the means and covariances of the features; the standard "
-    "error (delta method, both sides) leaves out the upward bias of a finite sample, which is larger for fewer images, "
-    "and is up to twice too large where that bias makes most of the distance"
-)
-
-
-def frechet_distance(
-    features: Num[np.ndarray, "N D"] | FeatureStatistics,
-    reference: Num[np.ndarray, "M D"] | FeatureStatistics,
-    *,
-    name: str = "frechet_distance",
-) -> Metric:
-    """Measures the Frechet distance of two sets of features; with Inception features it is FID.
-
-    |m1 - m2|² + tr(C1 + C2 - 2 (C1^½ C2 C1^½)^½): Heusel et al. 2017, Eq. 6. Covariances may be singular. The standard
-    error takes in both sides; of a side given as statistics it supposes that the features are Gaussian, and nothing
-    at all if its `num_samples` is 0.
-
-    Args:
-      features: of generated images, or their statistics.
-      reference: of real images, or their statistics.
-      name: of the metric.
-
-    Raises:
-      ValueError: if features are not finite, fewer than two, or of another dimension than the reference.
-    """
-    sides = [
-        side if isinstance(side, FeatureStatistics) else as_features(label, side)
-        for label, side in (("features", features), ("reference", reference))
-    ]
-    x, y = (side if isinstance(side, FeatureStatistics) else FeatureStatistics.from_features(side) for side in sides)
-    check_dimensions(len(x.mean), len(y.mean))
-    shift = x.mean - y.mean
-    factors = _covariance_factor(x.cov), _covariance_factor(y.cov)
-    P, s, Q = _singular_pairs(*factors)
-    distance = shift @ shift + np.trace(x.cov) + np.trace(y.cov) - 2 * s.sum()
-    variance = _frechet_variance(sides[0], shift, factors[0], P, s)
-    variance += _frechet_variance(sides[1], -shift, factors[1], Q, s)
-    return make_metric(name, max(distance, 0.0), math.sqrt(variance), x.num_samples, note=FRECHET_NOTE)
-
 
 # --- Inception Score -------------------------------------------------------------------------------------------------
 
@@ -257,31 +129,54 @@ def gaussian_bits_per_dim(
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
-def _against(train: np.ndarray, features: np.ndarray, logits: np.ndarray, suffix: str) -> list[Metric]:
-    kernel = kernel_distance if max(len(features), len(train)) <= FULL_KERNEL_IMAGES else kernel_distance_blocks
-    metrics = [
-        frechet_distance(features, train),
-        kernel(features, train),
-        inception_score_from_logits(logits),
-        *precision_recall(features, train),
+def _of_rows(features: np.ndarray, reference: np.ndarray) -> list[Metric]:
+    """Measures what needs the features of each real image, not only their statistics."""
+    kernel = kernel_distance if max(len(features), len(reference)) <= FULL_KERNEL_IMAGES else kernel_distance_blocks
+    return [
+        kernel(features, reference),
+        *precision_recall(features, reference),
+        *density_coverage(features, reference),
     ]
+
+
+def _against(
+    features: np.ndarray, logits: np.ndarray, reference: np.ndarray | FeatureStatistics, suffix: str
+) -> list[Metric]:
+    metrics = [
+        frechet_distance(features, reference),
+        frechet_distance_unbiased(features, reference),
+        inception_score_from_logits(logits),
+    ]
+    if not isinstance(reference, FeatureStatistics):
+        metrics += _of_rows(features, reference)
     return [dataclasses.replace(each, name=each.name + suffix) for each in metrics]
 
 
 def sample_metrics(
-    samples: tuple[np.ndarray, np.ndarray], *, train: np.ndarray, test: tuple[np.ndarray, np.ndarray]
+    samples: tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]],
+    *,
+    reference: Float[np.ndarray, "M D"] | FeatureStatistics,
+    test: tuple[Float[np.ndarray, "L D"], Float[np.ndarray, "L K"]] | None = None,
+    extractor: str,
 ) -> tuple[Metric, ...]:
-    """Measures samples against the training split, and the test split in their place.
+    """Measures samples against real images, and others that no network has seen in their place.
 
-    What the test split scores, real images that no network has seen, is what a perfect network would reach with as
-    many samples. Its metrics have "_test" at the end of their names; its Frechet distance is called the floor.
+    What these score is what a perfect network would reach with as many samples. Their metrics have "_test" at the end
+    of their names; their Frechet distance is called the floor.
 
     Args:
-      samples: (features float[N, D], logits float[N, K]).
-      train: features float[M, D] of the training split.
-      test: (features, logits) of the test split.
+      samples: (features, logits) of generated images.
+      reference: features of real images; of their statistics only Frechet distances and inception_score are measured.
+      test: (features, logits) of real images that are not in the reference; None: none are measured.
+      extractor: key of what computed the features.
 
     Returns:
-      frechet_distance, kernel_distance, inception_score, precision, recall, and the same five of the test split.
+      frechet_distance, frechet_distance_unbiased, inception_score, kernel_distance, precision, recall, density,
+      coverage, and those of `test`.
+
+    Raises:
+      ValueError: if features are not finite, of different dimensions or too few, or the extractor is unknown.
     """
-    return (*_against(train, *samples, ""), *_against(train, *test, "_test"))
+    checks.one_of("extractor", extractor, KEYS)
+    metrics = _against(*samples, reference, "")
+    return tuple(metrics if test is None else metrics + _against(*test, reference, "_test"))

@@ -1,4 +1,4 @@
-"""Metrics that compare all pairs of images by their features: KID, and improved precision and recall.
+"""Kernel distances of two sets of features (KID), which compare all pairs of images.
 
 Matrices of pairs are formed in blocks, so that 50,000 images of 2,048 features fit in memory.
 """
@@ -10,14 +10,15 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Float, Num
 
 from metrics.metric import Metric, as_feature_pair, make_metric, stderr_of_mean
 
 BLOCK_ELEMENTS = 2**24  # of a block of a matrix of all pairs: 128 MiB of float64, whatever the number of images
 
 
-def _row_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+def row_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Returns the rows of the blocks in which a matrix of all pairs is formed."""
     step = max(1, BLOCK_ELEMENTS // num_columns)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
@@ -52,7 +53,7 @@ class _KernelMeans(NamedTuple):
 
 def _means_across(x: np.ndarray, y: np.ndarray) -> _KernelMeans:
     of_x, of_y, squares = np.empty(len(x)), np.zeros(len(y)), 0.0
-    for rows in _row_blocks(len(x), len(y)):
+    for rows in row_blocks(len(x), len(y)):
         block = _kernel(x[rows], y)
         of_x[rows] = block.mean(axis=1)
         of_y += block.sum(axis=0)
@@ -187,72 +188,3 @@ def kernel_distance_subsets(
     stderr = np.std(values, ddof=1) / math.sqrt(disjoint) if disjoint else math.nan
     note = f"unbiased, mean over {num_subsets} subsets of {subset_size}; standard error of {disjoint} disjoint ones"
     return make_metric(name, values.mean(), stderr, len(x), note=note)
-
-
-# --- precision and recall --------------------------------------------------------------------------------------------
-
-
-def _squared_distances(x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "n m"]:
-    squares = np.sum(x**2, axis=1)[:, None] + np.sum(y**2, axis=1)[None] - 2.0 * x @ y.T
-    return np.maximum(squares, 0.0)
-
-
-def _squared_radii(x: np.ndarray, num_neighbors: int) -> Float[np.ndarray, "n"]:
-    """Returns the squared distance of each row to its k-th nearest other row."""
-    radii = np.empty(len(x))
-    for rows in _row_blocks(len(x), len(x)):
-        distances = _squared_distances(x[rows], x)
-        distances[np.arange(len(distances)), np.arange(rows.start, rows.stop)] = np.inf
-        radii[rows] = np.partition(distances, num_neighbors - 1, axis=1)[:, num_neighbors - 1]
-    return radii
-
-
-def _covered(points: np.ndarray, centers: np.ndarray, num_neighbors: int) -> Bool[np.ndarray, "n"]:
-    """Says which points lie in the ball of any center that reaches to the center's k-th nearest other center."""
-    radii = _squared_radii(centers, num_neighbors)
-    blocks = [
-        (_squared_distances(points[rows], centers) <= radii).any(axis=1)
-        for rows in _row_blocks(len(points), len(centers))
-    ]
-    return np.concatenate(blocks)
-
-
-def precision_recall(
-    features: Num[np.ndarray, "N D"], reference: Num[np.ndarray, "M D"], *, num_neighbors: int = 3
-) -> tuple[Metric, Metric]:
-    """Measures improved precision and recall (Kynkaanniemi et al. 2019, Section 2).
-
-    Precision is the share of generated images within the manifold of real ones, recall the share of real images
-    within the manifold of generated ones; a manifold is the union of the balls around its images that reach to the
-    k-th nearest neighbour.
-
-    Args:
-      features: of generated images.
-      reference: of real images.
-      num_neighbors: k; the paper's is 3.
-
-    Returns:
-      (precision, recall), both from 0 to 1.
-
-    Raises:
-      ValueError: as `kernel_distance`, or if a set does not have more than `num_neighbors` images.
-    """
-    if num_neighbors < 1:
-        raise ValueError(f"num_neighbors={num_neighbors}; expected 1 or more")
-    x, y = as_feature_pair(features, reference, min_samples=num_neighbors + 1)
-    center = y.mean(axis=0)  # distances come from products of features: fewer digits cancel near the origin
-    x, y = x - center, y - center
-    return (
-        _share("precision", _covered(x, y, num_neighbors), num_neighbors),
-        _share("recall", _covered(y, x, num_neighbors), num_neighbors),
-    )
-
-
-def _share(name: str, inside: Bool[np.ndarray, "n"], num_neighbors: int) -> Metric:
-    """Returns the share of true values with a binomial standard error that is not 0 where the share is 0 or 1."""
-    smoothed = (inside.sum() + 1) / (len(inside) + 2)  # Laplace's rule of succession
-    note = (
-        f"k = {num_neighbors}; binomial standard error over the images counted; it leaves out that the other set, "
-        "which makes the manifold, is finite too, and is several times too small if that has few images"
-    )
-    return make_metric(name, inside.mean(), math.sqrt(smoothed * (1 - smoothed) / len(inside)), len(inside), note=note)

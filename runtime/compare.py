@@ -87,7 +87,12 @@ class Comparer:
             seconds=samples.seconds,
             compile_seconds=samples.compile_seconds,
             batch_size=batch_size,
-            metrics=sample_metrics(self.real.extractor(samples.levels), train=self.real.train, test=self.real.test),
+            metrics=sample_metrics(
+                self.real.extractor(samples.levels),
+                reference=self.real.train,
+                test=self.real.test,
+                extractor=self.real.extractor.key,
+            ),
         )
         distance = result.metric("frechet_distance")
         logging.info(

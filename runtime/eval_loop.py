@@ -174,7 +174,9 @@ def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, folder
         plots.save_png(folder / "samples.png", plots.grid_of_levels(shown[0], num_levels))
         plots.save_png(folder / "samples_beside_real.png", plots.samples_beside_real(*shown, num_levels))
     return {
-        "metrics": sample_metrics(real.extractor(levels), train=real.train, test=real.test),
+        "metrics": sample_metrics(
+            real.extractor(levels), reference=real.train, test=real.test, extractor=real.extractor.key
+        ),
         "sampler": SamplerInfo(
             evaluator.experiment.sampler_settings(), drawn.nfe, drawn.seconds, num_samples=len(levels)
         ),

@@ -1,4 +1,4 @@
-"""Metrics against closed forms, scipy, brute force, tensorflow_gan, and the spread of repeated experiments."""
+"""Metrics against closed forms, brute force, tensorflow_gan, and the spread of repeated experiments."""
 
 import importlib.util
 import itertools
@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
-import scipy.spatial
 import scipy.stats
 import tfgan_oracle
+from repeats import spread
 
 import datasets
 import evaluation
@@ -22,17 +21,6 @@ from metrics import pairwise
 
 TESTS = Path(__file__).parent
 TFGAN = json.loads((TESTS / "golden" / "tfgan_metrics.json").read_text())
-
-
-def random_covariance(rng, dimension):
-    factor = rng.standard_normal((dimension, dimension))
-    return factor @ factor.T / dimension
-
-
-def spread(measure, draw, repeats):
-    """Returns (standard deviation, mean stated standard error) of a metric over repeated experiments."""
-    metrics = [measure(*draw()) for _ in range(repeats)]
-    return np.std([m.value for m in metrics], ddof=1), np.mean([m.stderr for m in metrics])
 
 
 def tfgan_metrics():
@@ -70,107 +58,6 @@ print([name for name in ("tensorflow", "matplotlib.pyplot") if name in sys.modul
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=TESTS.parent)
     assert run.stdout.split("\n")[:2] == ["[]", "[]"], run.stderr
-
-
-class TestFrechetDistance:
-    def test_of_commuting_gaussians_is_the_closed_form(self):
-        mean, a, b = np.array([1.0, -2.0, 0.5]), np.array([4.0, 1.0, 0.25]), np.array([1.0, 9.0, 0.25])
-        x, y = FeatureStatistics(mean, np.diag(a), 0), FeatureStatistics(np.zeros(3), np.diag(b), 0)
-        expected = mean @ mean + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
-        metric = evaluation.frechet_distance(x, y)
-        assert metric.value == pytest.approx(expected, rel=1e-13)
-        assert metric.stderr == 0.0  # both sides exact
-
-    def test_of_any_gaussians_is_that_of_scipy(self):
-        rng = np.random.default_rng(1)
-        means, covs = rng.standard_normal((2, 8)), [random_covariance(rng, 8) for _ in range(2)]
-        root = scipy.linalg.sqrtm(covs[0] @ covs[1])
-        expected = np.sum((means[0] - means[1]) ** 2) + np.trace(covs[0] + covs[1] - 2 * root.real)
-        x, y = (FeatureStatistics(mean, cov, 0) for mean, cov in zip(means, covs, strict=True))
-        assert evaluation.frechet_distance(x, y).value == pytest.approx(expected, rel=1e-9)
-
-    def test_does_not_change_with_rotation_and_constant_features(self):
-        rng = np.random.default_rng(2)
-        x, y = rng.standard_normal((40, 4)) + 0.5, 2.0 * rng.standard_normal((30, 4))
-        rotation = np.linalg.qr(rng.standard_normal((60, 60)))[0]
-        embed = lambda z: np.hstack([z, np.full((len(z), 56), 3.0)]) @ rotation  # noqa: E731
-        few, many = evaluation.frechet_distance(x, y), evaluation.frechet_distance(embed(x), embed(y))
-        assert many.value == pytest.approx(few.value, rel=1e-9)
-        assert many.stderr == pytest.approx(few.stderr, rel=1e-9)
-
-    def test_of_fewer_images_than_features_is_finite_and_zero_to_itself(self):
-        x = np.random.default_rng(3).standard_normal((5, 50))
-        assert evaluation.frechet_distance(x, x).value == pytest.approx(0.0, abs=1e-12)
-        metric = evaluation.frechet_distance(x, np.ones((3, 50)))  # a covariance of zeros
-        assert metric.value == pytest.approx(np.sum((x.mean(0) - 1) ** 2) + np.cov(x.T).trace(), rel=1e-12)
-        assert metric.stderr > 0
-
-    def test_standard_error_is_that_of_the_bootstrap(self):
-        rng = np.random.default_rng(4)
-        # Skewed on purpose: of symmetric features the sign of the shift would not matter.
-        x = rng.exponential(size=(300, 3)) @ rng.standard_normal((3, 3)) + 0.7
-        y = rng.exponential(size=(200, 3))
-        resample = lambda z: z[rng.integers(len(z), size=len(z))]  # noqa: E731
-        values = [evaluation.frechet_distance(resample(x), resample(y)).value for _ in range(400)]
-        # 400 replicates know the standard deviation to 3.5 %; three of these, and the bootstrap's own bias.
-        assert evaluation.frechet_distance(x, y).stderr == pytest.approx(np.std(values), rel=0.12)
-
-    def test_and_its_standard_error_are_those_of_the_sides_exchanged(self):
-        rng = np.random.default_rng(7)
-        x, y = rng.exponential(size=(50, 3)), 2.0 * rng.exponential(size=(40, 3))
-        one, other = evaluation.frechet_distance(x, y), evaluation.frechet_distance(y, x)
-        assert (one.value, one.stderr) == pytest.approx((other.value, other.stderr), rel=1e-10)
-
-    @pytest.mark.parametrize("known", [False, True])
-    def test_standard_error_is_the_spread_of_repeated_experiments(self, known):
-        rng = np.random.default_rng(5)
-        factor = np.array([[1.0, 0.5, 0.0], [0.0, 2.0, 0.3], [0.2, 0.0, 0.7]])
-        draw_x = lambda: rng.standard_normal((250, 3)) @ factor + 0.5  # noqa: E731
-        exact = FeatureStatistics(np.zeros(3), np.eye(3), 0)
-        draw = lambda: (draw_x(), exact if known else rng.standard_normal((150, 3)))  # noqa: E731
-        deviation, stated = spread(evaluation.frechet_distance, draw, 400)
-        assert stated == pytest.approx(deviation, rel=0.12)  # 3 standard errors of a deviation from 400 values
-
-    def test_standard_error_from_statistics_is_that_from_gaussian_rows(self):
-        rng = np.random.default_rng(6)
-        x, y = rng.standard_normal((4000, 3)) + 0.3, 1.5 * rng.standard_normal((3000, 3))
-        rows = evaluation.frechet_distance(x, y).stderr
-        statistics = [FeatureStatistics.from_features(z) for z in (x, y)]
-        assert evaluation.frechet_distance(*statistics).stderr == pytest.approx(rows, rel=0.05)
-        assert evaluation.frechet_distance(statistics[0], y).stderr == pytest.approx(rows, rel=0.05)
-
-
-class TestFeatureStatistics:
-    def test_are_numpys_mean_and_covariance_and_survive_a_file(self, tmp_path):
-        x = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
-        statistics = FeatureStatistics.from_features(x)
-        np.testing.assert_allclose(statistics.mean, x.astype(np.float64).mean(0), rtol=1e-14)
-        np.testing.assert_allclose(statistics.cov, np.cov(x.astype(np.float64).T), rtol=1e-14)
-        statistics.save(tmp_path / "folder" / "statistics.npz")
-        loaded = FeatureStatistics.load(tmp_path / "folder" / "statistics.npz")
-        assert loaded.hash == statistics.hash
-        assert loaded.num_samples == 20
-        assert loaded.hash != FeatureStatistics(loaded.mean, loaded.cov, 21).hash
-
-    def test_of_other_programs_can_be_read(self, tmp_path):
-        np.savez(tmp_path / "fid.npz", mu=np.ones(2), sigma=2 * np.eye(2))
-        loaded = FeatureStatistics.load(tmp_path / "fid.npz")
-        assert (loaded.mean.sum(), loaded.cov.trace(), loaded.num_samples) == (2.0, 4.0, 0)
-
-    def test_errors_name_the_file(self, tmp_path):
-        path = tmp_path / "broken.npz"
-        path.write_bytes(b"PK\x03\x04 half a file")
-        with pytest.raises(ValueError, match=r"broken.npz is damaged or not an .npz file"):
-            FeatureStatistics.load(path)
-        np.savez(path, mu=np.ones(2))
-        with pytest.raises(ValueError, match=r"broken.npz holds \['mu'\]; expected mean and cov, or mu and sigma"):
-            FeatureStatistics.load(path)
-        np.savez(path, mu=np.ones(2), sigma=np.eye(3))
-        with pytest.raises(ValueError, match=r"broken.npz has mean \(2,\) and covariance \(3, 3\)"):
-            FeatureStatistics.load(path)
-        np.savez(path, mu=np.ones(2), sigma=np.full((2, 2), np.nan))
-        with pytest.raises(ValueError, match=r"broken.npz has 4 values that are NaN"):
-            FeatureStatistics.load(path)
 
 
 class TestInceptionScore:
@@ -264,43 +151,6 @@ class TestKernelDistance:
             evaluation.kernel_distance_subsets(x, x, subset_size=1)
 
 
-class TestPrecisionRecall:
-    def test_of_points_on_a_line_is_what_one_counts(self):
-        real = np.array([[0.0], [1.0], [2.0], [10.0]])  # with k = 1: balls of radius 1, 1, 1, 8
-        fake = np.array([[-0.5], [2.5], [30.0], [40.0]])  # radius 3, 3, 10, 10
-        precision, recall = evaluation.precision_recall(fake, real, num_neighbors=1)
-        assert (precision.value, recall.value) == (0.5, 0.75)
-        assert (precision.num_samples, recall.num_samples) == (4, 4)
-
-    def test_is_that_of_scipys_distances_whatever_the_blocks_in_memory(self, monkeypatch):
-        rng = np.random.default_rng(0)
-        x, y = rng.standard_normal((60, 4)) + 100.7, 1.4 * rng.standard_normal((45, 4)) + 100.0
-
-        def share(points, centers):
-            radii = np.sort(scipy.spatial.distance.cdist(centers, centers), axis=1)[
-                :, 3
-            ]  # column 0 is the point itself
-            return (scipy.spatial.distance.cdist(points, centers) <= radii).any(axis=1).mean()
-
-        monkeypatch.setattr(pairwise, "BLOCK_ELEMENTS", 100)
-        precision, recall = evaluation.precision_recall(x, y)
-        assert (precision.value, recall.value) == (share(x, y), share(y, x))
-        assert 0.2 < recall.value < precision.value < 1.0
-
-    def test_is_all_or_nothing_at_the_ends_but_never_certain(self):
-        x = np.random.default_rng(1).standard_normal((50, 2))
-        for other, expected in ((x, 1.0), (x + 100.0, 0.0)):
-            for metric in evaluation.precision_recall(other, x):
-                assert metric.value == expected
-                assert 0.01 < metric.stderr < 0.03  # one success in 52 would be 0.019
-
-    def test_needs_more_images_than_neighbors(self):
-        with pytest.raises(ValueError, match="features has 3 rows; expected 4 or more images"):
-            evaluation.precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
-        with pytest.raises(ValueError, match="num_neighbors=0; expected 1 or more"):
-            evaluation.precision_recall(np.zeros((3, 2)), np.zeros((9, 2)), num_neighbors=0)
-
-
 class TestGaussianBitsPerDim:
     def test_of_the_digits_is_that_of_dequantized_images(self):
         train, test = (datasets.load_digits(split).levels.reshape(-1, 64) for split in ("train", "test"))
@@ -365,21 +215,38 @@ def test_bad_features_are_refused(measure):
         measure(good[:, 0], good)
 
 
+def split_of(rng, n, shift=0.0):
+    return rng.standard_normal((n, 4)) + shift, rng.standard_normal((n, 3))
+
+
 def test_sample_metrics_measures_the_test_split_in_the_place_of_samples():
     rng = np.random.default_rng(0)
-    split = lambda n, shift: (rng.standard_normal((n, 4)) + shift, rng.standard_normal((n, 3)))  # noqa: E731
-    samples, train, test = split(60, 0.5), rng.standard_normal((90, 4)), split(40, 0.0)
-    metrics = {m.name: m for m in evaluation.sample_metrics(samples, train=train, test=test)}
-    names = ["frechet_distance", "kernel_distance", "inception_score", "precision", "recall"]
+    samples, train, test = split_of(rng, 60, 0.5), rng.standard_normal((90, 4)), split_of(rng, 40)
+    measured = evaluation.sample_metrics(samples, reference=train, test=test, extractor="classifier")
+    metrics = {m.name: m for m in measured}
+    names = ["frechet_distance", "frechet_distance_unbiased", "inception_score", "kernel_distance"]
+    names += ["precision", "recall", "density", "coverage"]
     assert list(metrics) == names + [f"{name}_test" for name in names]
     assert metrics["frechet_distance_test"].value == evaluation.frechet_distance(test[0], train).value
     assert metrics["recall"] == evaluation.precision_recall(samples[0], train)[1]
+    assert metrics["coverage"] == evaluation.density_coverage(samples[0], train)[1]
     assert metrics["inception_score_test"].num_samples == 40
+
+
+def test_sample_metrics_measures_what_statistics_allow():
+    rng = np.random.default_rng(2)
+    samples, train = split_of(rng, 60, 0.5), rng.standard_normal((90, 4))
+    statistics = FeatureStatistics.from_features(train)
+    metrics = evaluation.sample_metrics(samples, reference=statistics, extractor="classifier")
+    assert [m.name for m in metrics] == ["frechet_distance", "frechet_distance_unbiased", "inception_score"]
+    assert metrics[0].value == pytest.approx(evaluation.frechet_distance(samples[0], train).value, rel=1e-12)
+    with pytest.raises(ValueError, match="extractor='vgg' is unknown"):
+        evaluation.sample_metrics(samples, reference=statistics, extractor="vgg")
 
 
 def test_sample_metrics_takes_blocks_of_large_sets(monkeypatch):
     rng = np.random.default_rng(1)
     monkeypatch.setattr(evaluation, "FULL_KERNEL_IMAGES", 50)
     x = rng.standard_normal((60, 4))
-    metrics = {m.name: m for m in evaluation.sample_metrics((x, x), train=x, test=(x[:30], x[:30]))}
-    assert "disjoint blocks" in metrics["kernel_distance"].note
+    metrics = evaluation.sample_metrics((x, x), reference=x, extractor="classifier")
+    assert ["disjoint blocks" in m.note for m in metrics if m.name == "kernel_distance"] == [True]

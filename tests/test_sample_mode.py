@@ -307,14 +307,15 @@ def test_the_numbers_are_those_of_the_metrics(workdir, comparison):
     for result, name in zip(stored["results"], folders, strict=True):
         rounds = [read_npz(comparison / name / f"samples_from_{first}.npz") for first in (0, 8)]
         levels = np.concatenate([each["samples"] for each in rounds])
-        expected = {m.name: m for m in sample_metrics(extractor(levels), train=real, test=floor)}
+        measured = sample_metrics(extractor(levels), reference=real, test=floor, extractor="classifier")
+        expected = {m.name: m for m in measured}
         for metric in (*result["metrics"], *stored["floor"]):
             assert metric["value"] == expected[metric["name"]].value
             assert metric["stderr"] == expected[metric["name"]].stderr
         assert result["nfe"] == max(int(each["nfe"]) for each in rounds)
         assert result["seconds"] == pytest.approx(sum(float(each["seconds"]) for each in rounds))
         assert result["images_per_second"] == pytest.approx(16 / result["seconds"])
-    assert [len(result["metrics"]) for result in stored["results"]] == [5, 5]
+    assert [len(result["metrics"]) for result in stored["results"]] == [8, 8]
     assert (stored["num_images"], stored["seed"], stored["checkpoint"]["number"]) == (16, 42, 2)
     assert [result["steps"] for result in stored["results"]] == [None, 4]
     assert stored["results"][0]["settings"]["sampling.rtol"] == 1e-2
