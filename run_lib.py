@@ -10,7 +10,17 @@ from ml_collections import ConfigDict
 import datasets
 from metrics import inception_weights
 from models.factory import require_score_network
-from runtime import classifier_training, compare, encoding, eval_loop, restoring, sample_run, smoke, train_loop
+from runtime import (
+    classifier_training,
+    compare,
+    encoding,
+    eval_loop,
+    preparing,
+    restoring,
+    sample_run,
+    smoke,
+    train_loop,
+)
 from runtime import workdir as workdirs
 from runtime.classifier_experiment import check_settings
 from runtime.experiment import Experiment, build_experiment, describe
@@ -24,11 +34,28 @@ __all__ = [
     "evaluate",
     "export_checkpoint",
     "import_checkpoint",
+    "prepare",
     "restore",
     "sample",
     "train",
     "train_classifier",
 ]
+
+
+def prepare(config: ConfigDict) -> None:
+    """Prepares the configured data set, once: training and evaluation then start at once and need no TensorFlow.
+
+    A data set of TFDS is downloaded and written as ArrayRecord files, in a process of its own; pictures are decoded
+    into the cache, up to data.cache_gib. What is prepared already is left as it is.
+
+    Args:
+      config: experiment configuration; only `config.data` counts.
+
+    Raises:
+      ValueError: if a setting is wrong, or the data cannot be had.
+      FileNotFoundError: if files or TensorFlow are missing.
+    """
+    preparing.prepare_data(smoke.shrink(config) if config.training.smoke else config)
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
