@@ -151,7 +151,7 @@ def compare(
     folder = workdirs.output_folder(workdir, output or f"compare_ckpt_{restored.number}")
     real = RealFeatures.compute(config, train, test, workdir)
     comparer = Comparer(restored, folder, num_images or config.eval.num_samples, real, classifiers)
-    data = DataInfo(config.data.dataset, len(train), len(test), config.data.num_levels)
+    data = results.describe_data(config, train, test)
     frame = _build_frame(experiment, comparer, data)
     measured: list[SamplerResult] = []
     for spec, of_sampler in chosen:

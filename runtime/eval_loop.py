@@ -23,7 +23,7 @@ from dequantization import PROTOCOLS
 from evaluation import gaussian_bits_per_dim, sample_metrics
 from losses import TrainState
 from metrics.metric import Metric, mean_metric
-from report import CheckpointInfo, DataInfo, Report, SamplerInfo, metric_text, save_report, write_report
+from report import CheckpointInfo, Report, SamplerInfo, metric_text, save_report, write_report
 from runtime import classifier_guidance, results
 from runtime.classifier_guidance import Classifier
 from runtime.drawing import NUM_SHOWN, draw_samples
@@ -247,7 +247,7 @@ def evaluate_checkpoint(
         fields["metrics"] += _bpd_metrics(evaluator, params, of_checkpoint)
     if config.eval.enable_loss:
         fields["metrics"] += (mean_metric("loss", measure_loss(evaluator, params, of_checkpoint)),)
-    data = DataInfo(config.data.dataset, len(evaluator.train), len(evaluator.test), config.data.num_levels)
+    data = results.describe_data(config, evaluator.train, evaluator.test)
     checkpoint = CheckpointInfo(number, int(state.step), ema=True)
     return Report(checkpoint=checkpoint, seed=config.seed, data=data, **fields)
 
