@@ -129,6 +129,14 @@ def _check_comparable(files: Sequence[str], reports: Sequence[Report]) -> None:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
+def _padded_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Writes a table in Markdown with columns as wide as their widest cell, to be read on a terminal, too."""
+    cells = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    return table(padded[0], padded[1:])
+
+
 def _difference_text(first: Metric, second: Metric) -> str:
     """Writes second - first, with the error that it has if the two are independent."""
     if first.value is None or second.value is None:
@@ -187,7 +195,7 @@ def compare_reports(files: Sequence[str]) -> str:
     reports = [_read(file) for file in files]
     _check_comparable(files, reports)
     header = ["", *files, "difference"] if len(files) == MIN_FILES else ["", *files]
-    text = table(header, _settings_rows(reports) + _rows(reports))
+    text = _padded_table(header, _settings_rows(reports) + _rows(reports))
     first = reports[0]
     shared = [f"Data: {first.data.name}, {first.data.num_levels} levels."]
     if first.sampler and first.reference and any(map(_is_of_samples, _common_metrics(reports))):
