@@ -19,7 +19,7 @@ from metrics.frechet import FeatureStatistics, frechet_distance
 from metrics.frechet_unbiased import frechet_distance_unbiased
 from metrics.metric import Metric, as_features, make_metric, mean_metric, stderr_of_mean
 from metrics.naming import FEW_SAMPLES, PUBLISHED_SAMPLES, with_labels
-from metrics.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, density_coverage, precision_recall
+from metrics.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, Balls, density_coverage, precision_recall
 from metrics.pairwise import kernel_distance, kernel_distance_blocks, kernel_distance_subsets
 
 __all__ = [
@@ -129,35 +129,55 @@ def gaussian_bits_per_dim(
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
-def _of_rows(features: np.ndarray, reference: np.ndarray) -> list[Metric]:
-    """Measures what needs the features of each real image, not only their statistics."""
-    kernel = kernel_distance if max(len(features), len(reference)) <= FULL_KERNEL_IMAGES else kernel_distance_blocks
-    if len(features) <= PRECISION_NEIGHBORS or len(reference) <= DENSITY_NEIGHBORS:
-        note = f"not measured: {len(features)} and {len(reference)} images are too few to have such neighbours"
-        names = ("precision", "recall", "density", "coverage")
-        return [kernel(features, reference), *(Metric(name, None, None, len(features), note=note) for name in names)]
-    return [
-        kernel(features, reference),
-        *precision_recall(features, reference),
-        *density_coverage(features, reference),
-    ]
+@dataclasses.dataclass(frozen=True)
+class _Real:
+    """What samples are compared with, and what is computed of it just once.
+
+    Attributes:
+      rows: features of each image; None if only their statistics are known.
+      statistics: of the features.
+      balls: around the images; None without rows, or if these are too few.
+    """
+
+    rows: np.ndarray | None
+    statistics: FeatureStatistics
+    balls: Balls | None
+
+    @classmethod
+    def of(cls, reference: np.ndarray | FeatureStatistics) -> _Real:
+        if isinstance(reference, FeatureStatistics):
+            return cls(None, reference, None)
+        balls = Balls.around(reference) if len(reference) > DENSITY_NEIGHBORS else None
+        return cls(reference, FeatureStatistics.from_features(reference), balls)
 
 
-def _against(
-    images: tuple[np.ndarray, np.ndarray], reference: np.ndarray | FeatureStatistics, extractor: str
-) -> tuple[Metric, ...]:
+def _of_rows(features: np.ndarray, rows: np.ndarray, balls: Balls | None) -> list[Metric]:
+    """Measures what needs the features of each real image."""
+    kernel = kernel_distance if max(len(features), len(rows)) <= FULL_KERNEL_IMAGES else kernel_distance_blocks
+    if balls is not None and len(features) > PRECISION_NEIGHBORS:
+        return [kernel(features, rows), *precision_recall(features, balls), *density_coverage(features, balls)]
+    note = f"not measured: {len(features)} and {len(rows)} images are too few to have such neighbours"
+    names = ("precision", "recall", "density", "coverage")
+    return [kernel(features, rows), *(Metric(name, None, None, len(features), note=note) for name in names)]
+
+
+def _against(images: tuple[np.ndarray, np.ndarray], real: _Real, extractor: str) -> tuple[Metric, ...]:
     features, logits = images
     metrics = [
-        frechet_distance(features, reference),
-        frechet_distance_unbiased(features, reference),
+        frechet_distance(features, real.statistics if real.rows is None else real.rows),
+        frechet_distance_unbiased(features, real.statistics),
         inception_score_from_logits(logits),
     ]
     if len(logits) >= PUBLISHED_SAMPLES:
         metrics.append(inception_score_from_logits(logits, num_splits=10, name="inception_score_10"))
-    num_reference = reference.num_samples if isinstance(reference, FeatureStatistics) else len(reference)
-    if not isinstance(reference, FeatureStatistics):
-        metrics += _of_rows(features, reference)
-    return with_labels(metrics, extractor=extractor, num_features=features.shape[1], num_reference=num_reference)
+    if real.rows is not None:
+        metrics += _of_rows(features, real.rows, real.balls)
+    return with_labels(
+        metrics,
+        extractor=extractor,
+        num_features=len(real.statistics.mean),
+        num_reference=real.statistics.num_samples,
+    )
 
 
 def _of_test(metric: Metric) -> Metric:
@@ -191,7 +211,8 @@ def sample_metrics(
     Raises:
       ValueError: if features are not finite, of different dimensions or too few, or the extractor is unknown.
     """
-    metrics = _against(samples, reference, extractor)
+    real = _Real.of(reference)
+    metrics = _against(samples, real, extractor)
     if metrics[0].num_samples < PUBLISHED_SAMPLES:
         logging.warning("%s of %d samples: %s", metrics[0].label, metrics[0].num_samples, FEW_SAMPLES)
-    return metrics if test is None else (*metrics, *map(_of_test, _against(test, reference, extractor)))
+    return metrics if test is None else (*metrics, *map(_of_test, _against(test, real, extractor)))
