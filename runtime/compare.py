@@ -14,7 +14,6 @@ import checks
 import datasets
 import distributed
 import plots
-from evaluation import sample_metrics
 from report import CheckpointInfo, DataInfo, number_text
 from report.comparison import Comparison, SamplerResult, write_comparison
 from runtime import classifier_guidance, drawing, results
@@ -87,12 +86,7 @@ class Comparer:
             seconds=samples.seconds,
             compile_seconds=samples.compile_seconds,
             batch_size=batch_size,
-            metrics=sample_metrics(
-                self.real.extractor(samples.levels),
-                reference=self.real.train,
-                test=self.real.test,
-                extractor=self.real.extractor.key,
-            ),
+            metrics=self.real.measure(samples.levels),
         )
         distance = result.metric("frechet_distance")
         logging.info(
