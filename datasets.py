@@ -25,7 +25,9 @@ from sources.digits import load_digits
 from sources.folder import Rules, load_folder
 from sources.npz import load_npz_split
 from sources.pictures import RESIZE, Fit
-from sources.tfds import load_celeba, load_lsun, load_tfds
+from sources.tfds import TfdsSource, load_celeba, load_lsun, load_tfds
+from sources.tfds_any import PREFIX, load_any
+from sources.tfds_cache import keep
 from sources.tfrecord import load_tfrecord
 
 # Every data set by the name that `data.dataset` gives it: (configuration, "train" or "test") -> Source.
@@ -35,13 +37,22 @@ SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
     "npz": lambda config, split: load_npz_split(
         config.data.path, split, image_shape(config), config.data.num_levels, config.data.test_share
     ),
-    "CIFAR10": lambda config, split: load_tfds("cifar10", split, config.data.path),
-    "SVHN": lambda config, split: load_tfds("svhn_cropped", split, config.data.path),
-    "CELEBA": lambda config, split: load_celeba(split, config.data.image_size, config.data.path),
-    "LSUN": lambda config, split: load_lsun(config.data.category, split, config.data.image_size, config.data.path),
+    "CIFAR10": lambda config, split: _keep(config, load_tfds("cifar10", split, config.data.path)),
+    "SVHN": lambda config, split: _keep(config, load_tfds("svhn_cropped", split, config.data.path)),
+    "MNIST": lambda config, split: load_any("mnist", split, config.data.path, rules_of(config)),
+    "FASHION_MNIST": lambda config, split: load_any("fashion_mnist", split, config.data.path, rules_of(config)),
+    "CELEBA": lambda config, split: _keep(config, load_celeba(split, config.data.image_size, config.data.path)),
+    "LSUN": lambda config, split: _keep(
+        config, load_lsun(config.data.category, split, config.data.image_size, config.data.path)
+    ),
     "FFHQ": lambda config, split: load_tfrecord(config.data.tfrecords_path, image_shape(config)),
     "CelebAHQ": lambda config, split: load_tfrecord(config.data.tfrecords_path, image_shape(config)),
 }
+
+
+def _keep(config: ConfigDict, source: TfdsSource) -> Source:
+    """Keeps what is decoded in the cache, as far as `config.data` allows."""
+    return keep(source, image_shape(config), config.data.cache_gib)
 
 
 def rules_of(config: ConfigDict) -> Rules:
@@ -56,6 +67,15 @@ def rules_of(config: ConfigDict) -> Rules:
     return Rules(fit, data.num_levels, data.strict, data.test_share, data.cache_gib)
 
 
+def open_source(config: ConfigDict, split: str) -> Source:
+    """Opens one split of the configured data set, which may not be what the network expects (see `build_source`)."""
+    name = config.data.dataset
+    if name.startswith(PREFIX):
+        return load_any(name.removeprefix(PREFIX), split, config.data.path, rules_of(config))
+    checks.one_of("data.dataset", name, (*SOURCES, f"{PREFIX}NAME"))
+    return SOURCES[name](config, split)
+
+
 def build_source(config: ConfigDict, split: str) -> Source:
     """Opens one split of the configured data set and checks that its images are what the network expects.
 
@@ -68,8 +88,7 @@ def build_source(config: ConfigDict, split: str) -> Source:
         configuration, or the labels of the training split in number.
       FileNotFoundError: if its files are missing.
     """
-    checks.one_of("data.dataset", config.data.dataset, SOURCES)
-    source = SOURCES[config.data.dataset](config, split)
+    source = open_source(config, split)
     found, expected = source.images(np.array([0])).shape[1:], image_shape(config)
     if found != expected:
         raise ValueError(

@@ -17,6 +17,7 @@ import checks
 from files import content_hash
 from metrics.extractors import KEYS
 from metrics.frechet import FeatureStatistics, frechet_distance
+from metrics.frechet_unbiased import frechet_distance_unbiased
 from metrics.metric import Metric, as_features, make_metric, mean_metric, stderr_of_mean
 from metrics.neighbors import density_coverage, precision_recall
 from metrics.pairwise import kernel_distance, kernel_distance_blocks, kernel_distance_subsets
@@ -27,6 +28,7 @@ __all__ = [
     "content_hash",
     "density_coverage",
     "frechet_distance",
+    "frechet_distance_unbiased",
     "gaussian_bits_per_dim",
     "inception_score",
     "inception_score_from_logits",
@@ -140,7 +142,11 @@ def _of_rows(features: np.ndarray, reference: np.ndarray) -> list[Metric]:
 def _against(
     features: np.ndarray, logits: np.ndarray, reference: np.ndarray | FeatureStatistics, suffix: str
 ) -> list[Metric]:
-    metrics = [frechet_distance(features, reference), inception_score_from_logits(logits)]
+    metrics = [
+        frechet_distance(features, reference),
+        frechet_distance_unbiased(features, reference),
+        inception_score_from_logits(logits),
+    ]
     if not isinstance(reference, FeatureStatistics):
         metrics += _of_rows(features, reference)
     return [dataclasses.replace(each, name=each.name + suffix) for each in metrics]
@@ -160,12 +166,13 @@ def sample_metrics(
 
     Args:
       samples: (features, logits) of generated images.
-      reference: features of real images; of their statistics only frechet_distance and inception_score are measured.
+      reference: features of real images; of their statistics only Frechet distances and inception_score are measured.
       test: (features, logits) of real images that are not in the reference; None: none are measured.
       extractor: key of what computed the features.
 
     Returns:
-      frechet_distance, inception_score, kernel_distance, precision, recall, density, coverage, and those of `test`.
+      frechet_distance, frechet_distance_unbiased, inception_score, kernel_distance, precision, recall, density,
+      coverage, and those of `test`.
 
     Raises:
       ValueError: if features are not finite, of different dimensions or too few, or the extractor is unknown.

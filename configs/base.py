@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 def _data() -> ConfigDict:
     return ConfigDict(
         {
-            "dataset": "digits",  # data source, by its name in datasets.SOURCES
+            "dataset": "digits",  # data source, by its name in datasets.SOURCES, or "tfds:NAME"
             "image_size": 8,  # height in pixels
             "image_width": 0,  # width in pixels; 0: as the height
             "num_channels": 1,  # values of a pixel: 1 for grey, 3 for RGB
@@ -20,7 +20,7 @@ def _data() -> ConfigDict:
             "centered": False,  # the network's range is [-1, 1] if set, [0, 1] otherwise
             "random_flip": False,  # mirror each training image left to right with probability 1/2
             "uniform_dequantization": False,  # train on (level + u) / num_levels, u uniform on [0, 1)
-            "path": "",  # folder of the data, or its .zip ("folder"), .npz or .npy ("npz"); empty: the default
+            "path": "",  # folder of the data, or its .zip ("folder"), .npz or .npy ("npz"); empty: the default of TFDS
             "resize": "crop",  # pictures of another size: "crop" to the middle, "stretch", or "none" (left out)
             "strict": False,  # refuse pictures that cannot be used instead of leaving them out
             "test_share": 0.1,  # share of the images that is held out where no split is made

@@ -64,7 +64,7 @@ class FeatureStatistics:
         return cls(mean.astype(np.float64), cov.astype(np.float64), int(file.get("num_samples", 0)))
 
 
-def _covariance_factor(cov: np.ndarray) -> np.ndarray:
+def covariance_factor(cov: np.ndarray) -> np.ndarray:
     """Returns A[D, r] with orthogonal columns and A Aᵀ = cov, r its numerical rank."""
     values, vectors = np.linalg.eigh(cov)
     keep = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
@@ -131,7 +131,7 @@ def frechet_distance(
     x, y = (side if isinstance(side, FeatureStatistics) else FeatureStatistics.from_features(side) for side in sides)
     check_dimensions(len(x.mean), len(y.mean))
     shift = x.mean - y.mean
-    factors = _covariance_factor(x.cov), _covariance_factor(y.cov)
+    factors = covariance_factor(x.cov), covariance_factor(y.cov)
     P, s, Q = _singular_pairs(*factors)
     distance = shift @ shift + np.trace(x.cov) + np.trace(y.cov) - 2 * s.sum()
     variance = _frechet_variance(sides[0], shift, factors[0], P, s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ class Metric:
       num_samples: images that the value is computed from.
       unit: of value and standard error; empty if they have none.
       note: how it was computed, and what the standard error leaves out.
+      label: what it is called in a report; empty: the name.
+      interval: lower and upper end of the 95 % confidence interval; None if it is not known.
     """
 
     name: str
@@ -29,12 +32,32 @@ class Metric:
     num_samples: int
     unit: str = ""
     note: str = ""
+    label: str = ""
+    interval: tuple[float, float] | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Metric:
+        """Builds a metric from what dataclasses.asdict made of one and JSON gave back; TypeError for other fields."""
+        metric = cls(**values)
+        if metric.interval is None:
+            return metric
+        low, high = metric.interval
+        return dataclasses.replace(metric, interval=(low, high))
 
 
-def make_metric(name: str, value: Any, stderr: Any, num_samples: int, *, unit: str = "", note: str = "") -> Metric:
+def make_metric(
+    name: str,
+    value: Any,
+    stderr: Any,
+    num_samples: int,
+    *,
+    unit: str = "",
+    note: str = "",
+    interval: tuple[float, float] | None = None,
+) -> Metric:
     """Returns a metric, with None in the place of a value or standard error that is not finite."""
     finite = lambda x: float(x) if math.isfinite(x) else None  # noqa: E731
-    return Metric(name, finite(value), finite(stderr), num_samples, unit, note)
+    return Metric(name, finite(value), finite(stderr), num_samples, unit, note, interval=interval)
 
 
 def mean_metric(name: str, values: Num[np.ndarray, "N"], *, unit: str = "", note: str = "") -> Metric:

@@ -118,7 +118,7 @@ class Report:
         parts |= {"features": FeatureInfo, "reference": ReferenceInfo}
         try:
             fields = dict(values)
-            fields["metrics"] = tuple(Metric(**metric) for metric in values["metrics"])
+            fields["metrics"] = tuple(Metric.from_dict(metric) for metric in values["metrics"])
             fields |= {name: part(**values[name]) for name, part in parts.items() if values.get(name) is not None}
             return cls(**fields)
         except (KeyError, TypeError) as error:

@@ -153,7 +153,7 @@ def test_test_images_are_never_mirrored():
     [
         (
             {"data.dataset": "digitz"},
-            r"data.dataset='digitz' is unknown; known: CELEBA, CIFAR10, CelebAHQ, FFHQ, LSUN, SVHN, digits",
+            r"'digitz' is unknown; known: CELEBA, CIFAR10, CelebAHQ, FASHION_MNIST, FFHQ, LSUN, MNIST, SVHN, digits",
         ),
         ({"data.image_size": 32}, r"images of \(height, width, channels\) \(8, 8, 1\).*say \(32, 32, 1\)"),
         ({"data.num_levels": 256}, r"digits has 17 levels, but data.num_levels=256"),
@@ -166,7 +166,7 @@ def test_a_wrong_description_of_the_data_is_refused(changes, message):
 
 def test_data_that_are_not_prepared_are_named(tmp_path):
     config = digits_config(**{"data.dataset": "CIFAR10", "data.path": str(tmp_path)})
-    with pytest.raises(FileNotFoundError, match=r"tfds build cifar10 --file_format=array_record --data_dir="):
+    with pytest.raises(FileNotFoundError, match=r"'cifar10' is not prepared as ArrayRecord files in .*--mode prepare"):
         datasets.build_source(config, "train")
 
 

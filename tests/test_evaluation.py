@@ -224,7 +224,8 @@ def test_sample_metrics_measures_the_test_split_in_the_place_of_samples():
     samples, train, test = split_of(rng, 60, 0.5), rng.standard_normal((90, 4)), split_of(rng, 40)
     measured = evaluation.sample_metrics(samples, reference=train, test=test, extractor="classifier")
     metrics = {m.name: m for m in measured}
-    names = ["frechet_distance", "inception_score", "kernel_distance", "precision", "recall", "density", "coverage"]
+    names = ["frechet_distance", "frechet_distance_unbiased", "inception_score", "kernel_distance"]
+    names += ["precision", "recall", "density", "coverage"]
     assert list(metrics) == names + [f"{name}_test" for name in names]
     assert metrics["frechet_distance_test"].value == evaluation.frechet_distance(test[0], train).value
     assert metrics["recall"] == evaluation.precision_recall(samples[0], train)[1]
@@ -237,7 +238,7 @@ def test_sample_metrics_measures_what_statistics_allow():
     samples, train = split_of(rng, 60, 0.5), rng.standard_normal((90, 4))
     statistics = FeatureStatistics.from_features(train)
     metrics = evaluation.sample_metrics(samples, reference=statistics, extractor="classifier")
-    assert [m.name for m in metrics] == ["frechet_distance", "inception_score"]
+    assert [m.name for m in metrics] == ["frechet_distance", "frechet_distance_unbiased", "inception_score"]
     assert metrics[0].value == pytest.approx(evaluation.frechet_distance(samples[0], train).value, rel=1e-12)
     with pytest.raises(ValueError, match="extractor='vgg' is unknown"):
         evaluation.sample_metrics(samples, reference=statistics, extractor="vgg")

@@ -61,6 +61,12 @@ def test_a_report_comes_back_from_its_file(tmp_path):
     assert report.report_path(tmp_path, 10).name == "report_10.json"
 
 
+def test_an_interval_comes_back_from_its_file(tmp_path):
+    stored = full_report(metrics=(Metric("frechet_distance_unbiased", 0.1, 0.1, 500, interval=(-0.1, 0.3)),))
+    report.save_report(tmp_path, stored)
+    assert report.read_reports(tmp_path) == [stored]
+
+
 def test_what_is_not_finite_is_null_in_the_file_and_not_run_on_the_page(tmp_path):
     broken = full_report(metrics=metrics(frechet_distance=(math.nan, math.inf)))
     broken = dataclasses.replace(broken, sampler=SamplerInfo({"snr": math.inf}, 250, math.nan, 500))
@@ -77,7 +83,7 @@ def test_every_field_that_a_metric_must_state_is_in_the_file():
     assert values["sampler"].keys() == {"settings", "nfe", "seconds", "num_samples"}
     assert values["features"] == dataclasses.asdict(FEATURES)
     assert values["reference"].keys() == {"split", "num_samples", "hash", "data_hash", "preparation"}
-    assert values["metrics"][0].keys() == {"name", "value", "stderr", "num_samples", "unit", "note"}
+    assert values["metrics"][0].keys() == {field.name for field in dataclasses.fields(Metric)}
     assert values["seed"] == 42
 
 

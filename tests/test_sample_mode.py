@@ -315,7 +315,7 @@ def test_the_numbers_are_those_of_the_metrics(workdir, comparison):
         assert result["nfe"] == max(int(each["nfe"]) for each in rounds)
         assert result["seconds"] == pytest.approx(sum(float(each["seconds"]) for each in rounds))
         assert result["images_per_second"] == pytest.approx(16 / result["seconds"])
-    assert [len(result["metrics"]) for result in stored["results"]] == [7, 7]
+    assert [len(result["metrics"]) for result in stored["results"]] == [8, 8]
     assert (stored["num_images"], stored["seed"], stored["checkpoint"]["number"]) == (16, 42, 2)
     assert [result["steps"] for result in stored["results"]] == [None, 4]
     assert stored["results"][0]["settings"]["sampling.rtol"] == 1e-2

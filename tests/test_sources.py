@@ -190,7 +190,9 @@ def test_a_scene_that_lsun_does_not_have_is_refused(category):
 )
 def test_data_that_are_not_prepared_are_named(tmp_path, dataset, builder):
     config = make_config(dataset=dataset, category="bedroom", path=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=f"tfds build {builder} --file_format=array_record --data_dir="):
+    with pytest.raises(
+        FileNotFoundError, match=f"'{builder}' is not prepared as ArrayRecord files in .*--mode prepare"
+    ):
         datasets.build_source(config, "train")
 
 
