@@ -25,10 +25,20 @@ from sources.digits import load_digits
 from sources.folder import Rules, load_folder
 from sources.npz import load_npz_split
 from sources.pictures import RESIZE, Fit
-from sources.tfds import TfdsSource, load_celeba, load_lsun, load_tfds
+from sources.tfds import TfdsSource, load_celeba, load_lsun, load_tfds, scene_name
 from sources.tfds_any import PREFIX, load_any
 from sources.tfds_cache import keep
 from sources.tfrecord import load_tfrecord
+
+# Those of TFDS by the name that it has for them.
+TFDS_NAMES: dict[str, Callable[[ConfigDict], str]] = {
+    "CIFAR10": lambda config: "cifar10",
+    "SVHN": lambda config: "svhn_cropped",
+    "MNIST": lambda config: "mnist",
+    "FASHION_MNIST": lambda config: "fashion_mnist",
+    "CELEBA": lambda config: "celeb_a",
+    "LSUN": lambda config: scene_name(config.data.category),
+}
 
 # Every data set by the name that `data.dataset` gives it: (configuration, "train" or "test") -> Source.
 SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
@@ -65,6 +75,16 @@ def rules_of(config: ConfigDict) -> Rules:
     checks.one_of("data.resize", data.resize, RESIZE)
     fit = Fit(image_shape(config), data.resize, convert_channels=True, group="data")
     return Rules(fit, data.num_levels, data.strict, data.test_share, data.cache_gib)
+
+
+def tfds_name(config: ConfigDict) -> str:
+    """Returns the name that TFDS has for the configured data set; empty if it is not one of TFDS.
+
+    Raises:
+      ValueError: if data.category is unknown.
+    """
+    name = config.data.dataset
+    return name.removeprefix(PREFIX) if name.startswith(PREFIX) else TFDS_NAMES.get(name, lambda config: "")(config)
 
 
 def open_source(config: ConfigDict, split: str) -> Source:
@@ -231,6 +251,11 @@ class Scaler:
         y = self.uncenter(x)
         levels = jnp.floor(y * self.num_levels) if self.dequantize else jnp.round(y * (self.num_levels - 1))
         return jnp.clip(levels, 0, self.num_levels - 1).astype(jnp.uint8)
+
+    @property
+    def rounding(self) -> str:
+        """How samples become levels, in words."""
+        return f"{'the bin they lie in' if self.dequantize else 'the nearest'} of {self.num_levels} levels"
 
 
 def build_scaler(config: ConfigDict) -> Scaler:

@@ -34,6 +34,7 @@ MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
 
 # Every value of --mode. The keywords of a function of run_lib are the flags of the same names.
 MODES = {
+    "prepare": Mode(run_lib.prepare, workdir="none"),
     # Scripts of the 2021 code always give --eval_folder.
     "train": Mode(run_lib.train, ignored=("eval_folder",), workdir="writable"),
     "train_classifier": Mode(run_lib.train_classifier, workdir="writable"),

@@ -16,6 +16,7 @@ from runtime import (
     data_stats,
     encoding,
     eval_loop,
+    preparing,
     restoring,
     sample_run,
     smoke,
@@ -34,12 +35,29 @@ __all__ = [
     "evaluate",
     "export_checkpoint",
     "import_checkpoint",
+    "prepare",
     "restore",
     "sample",
     "stats",
     "train",
     "train_classifier",
 ]
+
+
+def prepare(config: ConfigDict) -> None:
+    """Prepares the configured data set, once: training and evaluation then start at once and need no TensorFlow.
+
+    A data set of TFDS is downloaded and written as ArrayRecord files, in a process of its own; pictures are decoded
+    into the cache, up to data.cache_gib. What is prepared already is left as it is.
+
+    Args:
+      config: experiment configuration; only `config.data` counts.
+
+    Raises:
+      ValueError: if a setting is wrong, or the data cannot be had.
+      FileNotFoundError: if files or TensorFlow are missing.
+    """
+    preparing.prepare_data(smoke.shrink(config) if config.training.smoke else config)
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:

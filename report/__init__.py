@@ -11,7 +11,7 @@ from report.data import (
     report_path,
     save_report,
 )
-from report.page import number_text, write_report
+from report.page import metric_text, number_text, write_report
 
 __all__ = [
     "CheckpointInfo",
@@ -20,6 +20,7 @@ __all__ = [
     "ReferenceInfo",
     "Report",
     "SamplerInfo",
+    "metric_text",
     "number_text",
     "read_reports",
     "report_path",

@@ -38,12 +38,16 @@ class DataInfo:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerInfo:
-    """Settings of the sampler, network evaluations of one sample, seconds of drawing all samples, their number."""
+    """Settings of the sampler, network evaluations of one sample, seconds of drawing all samples, their number.
+
+    `rounding` says how they became levels, in words; empty if it is not known.
+    """
 
     settings: Mapping[str, Any]
     nfe: int
     seconds: float
     num_samples: int
+    rounding: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

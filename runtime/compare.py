@@ -90,8 +90,8 @@ class Comparer:
         )
         distance = result.metric("frechet_distance")
         logging.info(
-            "%s: %d network evaluations, %.2f s and %.1f s of compiling, FD %s",
-            *(spec.text, samples.nfe, samples.seconds, samples.compile_seconds),
+            "%s: %d network evaluations, %.2f s and %.1f s of compiling, %s %s",
+            *(spec.text, samples.nfe, samples.seconds, samples.compile_seconds, distance.title),
             number_text(distance.value, distance.stderr),
         )
         return result

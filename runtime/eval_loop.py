@@ -29,7 +29,7 @@ from report import (
     DataInfo,
     Report,
     SamplerInfo,
-    number_text,
+    metric_text,
     read_reports,
     report_path,
     save_report,
@@ -209,7 +209,11 @@ def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, folder
     return {
         "metrics": real.measure(levels),
         "sampler": SamplerInfo(
-            evaluator.experiment.sampler_settings(), drawn.nfe, drawn.seconds, num_samples=len(levels)
+            evaluator.experiment.sampler_settings(),
+            drawn.nfe,
+            drawn.seconds,
+            num_samples=len(levels),
+            rounding=evaluator.experiment.scaler.rounding,
         ),
         "features": real.feature_info,
         "reference": real.reference_info,
@@ -347,8 +351,9 @@ def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) ->
 def log_report(report: Report, folder: Path) -> None:
     """Logs the numbers of a checkpoint and where its pictures and the report are."""
     logging.info("checkpoint %d (step %d):", report.checkpoint.number, report.checkpoint.step)
+    width = max((len(metric.title) for metric in report.metrics), default=0)
     for metric in report.metrics:
-        logging.info("  %-24s %s %s", metric.name, number_text(metric.value, metric.stderr), metric.unit)
+        logging.info("  %-*s  %s", width, metric.title, metric_text(metric))
     if "grid" in report.files:
         logging.info("samples: %s", folder / report.files["grid"])
     logging.info("report:  %s", folder / "report.md")

@@ -21,6 +21,7 @@ from sources.base import AS_STORED
 
 # What TFDS raises if data are not there, or not in files that can be read by index.
 NOT_PREPARED = (AssertionError, KeyError, ValueError, NotImplementedError, FileNotFoundError)
+OTHER_FORMAT = ("File format is already set", "does not match the file formats")  # TFDS of files of another kind
 
 
 def unchanged(image: Any) -> Any:
@@ -114,6 +115,13 @@ def not_prepared(name: str, path: str = "") -> FileNotFoundError:
     )
 
 
+def _other_format(name: str, folder: Path) -> ValueError:
+    return ValueError(
+        f"data set {name!r} is prepared in {folder}, but not as ArrayRecord files, so that it cannot be read by index; "
+        "prepare it in another folder: --mode prepare --config.data.path=FOLDER"
+    )
+
+
 def open_builder(name: str, path: str = "") -> Any:
     """Opens a data set of TFDS that is prepared.
 
@@ -140,6 +148,8 @@ def open_builder(name: str, path: str = "") -> Any:
             "see https://www.tensorflow.org/datasets/catalog/overview for those that it has"
         ) from error
     except NOT_PREPARED as error:
+        if any(text in str(error) for text in OTHER_FORMAT):
+            raise _other_format(name, folder) from error
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"tensorflow-datasets cannot open {name!r} of {folder}: {reason}") from error
     if not prepared:

@@ -190,7 +190,9 @@ class Cifar10(tfds.core.GeneratorBasedBuilder):
         for i in range(5):
             yield i, {"image": np.full((4, 4, 3), 10 * i, np.uint8), "label": i}
 
-Cifar10(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+from sources import tfds_build
+
+sys.exit(tfds_build.main("cifar10", sys.argv[1]))
 """
 READ = """
 import sys

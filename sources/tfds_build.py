@@ -1,0 +1,173 @@
+"""Prepares a data set of tensorflow-datasets as ArrayRecord files, in a process of its own: only there is TensorFlow.
+
+    python -m sources.tfds_build NAME FOLDER
+
+TFDS downloads and writes; this says in one sentence what stops it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from absl import logging as absl_logging
+
+from sources.tfds import data_folder, open_builder
+
+ROOT = Path(__file__).resolve().parent.parent
+EXIT_REFUSED = 3  # the last line of stdout says why
+MARK = "tfds_build: "  # before that line
+NUM_NAMED = 8  # files that a message names
+MAX_RETRIES = 3  # of a download; TFDS's own 10 take 204 s to find out that there is no network
+HOW_TO_INSTALL = 'python -m pip install "tensorflow>=2.21,<2.22"'
+
+
+class RefusedError(Exception):
+    """What stopped the preparation, in a sentence for the user."""
+
+
+# --- in the process of one's own -------------------------------------------------------------------------------------
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and what caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _files(builder: Any, url: str) -> str:
+    """Names the files that a data set is made of; of many, the one that could not be had."""
+    names = {info.filename for info in builder.url_infos.values() if info.filename}
+    if len(names) > NUM_NAMED:
+        names = {Path(urlsplit(url).path).name}
+    return ", ".join(sorted(names)) or "its files"
+
+
+def _explain(error: Exception, builder: Any, manual: Path) -> str:
+    """Returns a sentence about an error of TFDS; empty if it is not one that the user can mend.
+
+    Args:
+      error: that TFDS raised.
+      builder: of the data set.
+      manual: folder where TFDS looks for files that were got by hand.
+    """
+    from requests.exceptions import RequestException
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+    from tensorflow_datasets.core.download.util import DownloadError
+
+    for cause in _causes(error):
+        if isinstance(cause, ImportError):
+            return (
+                f"TFDS lacks a package for it: {_first_line(cause)}; install that, or get the "
+                "pictures and use data.dataset=folder"
+            )
+        if isinstance(cause, NonMatchingChecksumError):
+            return f"a file is not the one that TFDS expects, get it anew: {_first_line(cause).rstrip(':')}"
+        if isinstance(cause, (RequestException, DownloadError)):
+            url = f"{cause.request.url!s}" if isinstance(cause, RequestException) and cause.request else ""
+            return (
+                f"a download failed: {url or _first_line(cause)} ({type(cause).__name__}); connect this machine to the "
+                f"network, or put {_files(builder, url)}, got by other means, in {manual}"
+            )
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        how = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
+        return f"it must be downloaded by hand to {manual}: {how}"
+    return ""
+
+
+def build(name: str, folder: Path) -> None:
+    """Downloads and prepares a data set.
+
+    Args:
+      name: that TFDS has.
+      folder: TFDS data folder; its sub-folder downloads/manual is where files go that were got by hand.
+
+    Raises:
+      RefusedError: saying what stopped it, if the user can mend it.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import downloader
+
+    downloader.MAX_RETRIES = MAX_RETRIES
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a warning for each retry
+    builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
+    config = tfds.download.DownloadConfig(try_download_gcs=False)  # Google's copies are no ArrayRecord files
+    try:
+        builder.download_and_prepare(download_config=config, file_format="array_record")
+    except Exception as error:
+        if sentence := _explain(error, builder, folder / "downloads" / "manual"):
+            raise RefusedError(sentence) from error
+        raise
+
+
+def main(name: str, folder: str) -> int:
+    """Prepares a data set; returns the exit code."""
+    try:
+        build(name, Path(folder))
+    except RefusedError as error:
+        print(f"\n{MARK}{error}", flush=True)
+        return EXIT_REFUSED
+    return 0
+
+
+# --- in that of the program ------------------------------------------------------------------------------------------
+
+
+def is_prepared(name: str, path: str = "") -> bool:
+    """Says whether a data set is there; the arguments and errors are those of `open_builder`."""
+    try:
+        open_builder(name, path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def prepare(name: str, path: str = "") -> None:
+    """Prepares a data set of TFDS if it is not there yet; TFDS's progress goes to stderr.
+
+    Args:
+      name: that TFDS has, such as "cifar10".
+      path: TFDS data folder; empty: the usual one (see `data_folder`).
+
+    Raises:
+      ValueError: if there is no such data set, or it cannot be prepared; it says why.
+      FileNotFoundError: if TensorFlow is not installed.
+    """
+    folder = data_folder(path)
+    if is_prepared(name, path):
+        absl_logging.info("TFDS has %s in %s", name, folder)
+        return
+    if importlib.util.find_spec("tensorflow") is None:
+        raise FileNotFoundError(
+            f"preparing {name!r} needs TensorFlow, which is not installed: {HOW_TO_INSTALL} (reading it afterwards "
+            "does not: it may be prepared on another machine and copied)"
+        )
+    absl_logging.info("TFDS downloads and prepares %s in %s", name, folder)
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""}  # TensorFlow needs no accelerator for this
+    command = [sys.executable, "-m", "sources.tfds_build", name, str(folder)]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode == EXIT_REFUSED:
+        reason = result.stdout.rpartition(MARK)[2].strip()
+        raise ValueError(f"{name!r} cannot be prepared in {folder}: {reason}")
+    if result.returncode:
+        raise ValueError(
+            f"{name!r} cannot be prepared in {folder}: TFDS ended with exit code {result.returncode}; what it said is "
+            "above"
+        )
+    open_builder(name, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
