@@ -129,7 +129,7 @@ def compare(
       The folder.
 
     Raises:
-      ValueError: if a sampler is wrong, a number negative, the folder outside the workdir, or the data have no labels.
+      ValueError: if a sampler is wrong, a number negative, the folder outside the workdir, or features cannot be had.
       CheckpointError: if there is no such checkpoint.
       WorkdirError: if the folder holds samples of other settings.
     """
@@ -144,6 +144,10 @@ def compare(
     restored = drawing.restore(experiment, workdir, snapshot)
     folder = workdirs.output_folder(workdir, output or f"compare_ckpt_{restored.number}")
     real = RealFeatures.compute(config, train, test, workdir)
+    if real.test is None:
+        raise ValueError(
+            f"the test split has {len(test)} images, too few for the floor that samplers are compared with"
+        )
     comparer = Comparer(restored, folder, num_images or config.eval.num_samples, real, classifiers)
     data = DataInfo(config.data.dataset, len(train), len(test), config.data.num_levels)
     frame = _build_frame(experiment, comparer, data)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,8 @@ def default_output(config: ConfigDict, split: str, source: datasets.Source) -> P
     The end of its name is of the images' fingerprint: folders of any pictures have one name, and are not one.
     """
     size = "x".join(map(str, datasets.image_shape(config)))
-    name = f"{config.data.dataset}_{size}_{split}_{choose_extractor(config)}_{content_hash(source.fingerprint)[:8]}"
+    data = re.sub(r"[^A-Za-z0-9.-]+", "_", config.data.dataset)  # "tfds:x/y" is no name of a file
+    name = f"{data}_{size}_{split}_{choose_extractor(config)}_{content_hash(source.fingerprint)[:8]}"
     return cache_folder("stats") / f"{name}.npz"
 
 

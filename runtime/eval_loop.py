@@ -297,19 +297,18 @@ def drop_other_reports(folder: Path, numbers: range, real: RealFeatures) -> None
     """
     if not list(folder.glob("report_*.json")):
         return
-    for report in read_reports(folder):
-        number, found = report.checkpoint.number, (report.features, report.reference)
-        if report.features is None or found == (real.feature_info, real.reference_info):
-            continue
-        path = report_path(folder, number)
+    of_real = real.feature_info, real.reference_info
+    others = [each for each in read_reports(folder) if each.features and (each.features, each.reference) != of_real]
+    for number in sorted(report.checkpoint.number for report in others):
         if number not in numbers:
             raise WorkdirError(
-                f"{path} has metrics of another feature extractor or reference; evaluate checkpoint {number} in the "
-                "same sweep (eval.begin_ckpt, eval.end_ckpt), or choose a new --eval_folder"
+                f"{report_path(folder, number)} has metrics of another feature extractor or reference; evaluate "
+                f"checkpoint {number} in the same sweep (eval.begin_ckpt, eval.end_ckpt), or choose a new --eval_folder"
             )
-        if distributed.is_main_process():
-            logging.info("%s was of another feature extractor or reference and is made anew", path)
-            path.unlink()
+    for report in others if distributed.is_main_process() else ():
+        path = report_path(folder, report.checkpoint.number)
+        logging.info("%s was of another feature extractor or reference and is made anew", path)
+        path.unlink()
 
 
 def _load_classifier(experiment: Experiment, workdir: Path) -> Classifier | None:
