@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 import datasets
+import distributed
 from evaluation import sample_metrics
 from files import content_hash
 from metrics import classifier
@@ -20,12 +21,13 @@ from metrics.extractors import Extractor, build_extractor, resolve_extractor
 from metrics.frechet import FeatureStatistics
 from metrics.metric import Metric
 from metrics.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS
+from metrics.pretrained import BATCH_SIZE
 from metrics.reference import NOT_STATED, OTHERS_EXTRACTORS, Reference, compact, load_reference
 from report import FeatureInfo, ReferenceInfo
 from runtime import results
 from runtime.progress import track
 
-BATCH_IMAGES = 1024  # read at a time
+BATCH_IMAGES = 256  # read at a time, or one batch of every device if that is more
 BATCH_BYTES = 2**25  # the same, in bytes of their levels
 BATCH_STEP = 64  # large batches are multiples of it, so that no network's own batch is filled up in vain
 TAKE_WEIGHTS = ("inception", "tfgan")  # extractors that read eval.weights
@@ -40,7 +42,8 @@ def every_image(source: datasets.Source) -> UInt8[np.ndarray, "N H W C"]:
 
 def batches_of(source: datasets.Source) -> list[np.ndarray]:
     """Returns the indices of a split's images, each once, in batches of which one fits in memory."""
-    size = min(BATCH_IMAGES, max(1, BATCH_BYTES // source.images(np.array([0])).nbytes))
+    most = max(BATCH_IMAGES, BATCH_SIZE * distributed.local_device_count())
+    size = min(most, max(1, BATCH_BYTES // source.images(np.array([0])).nbytes))
     size = size // BATCH_STEP * BATCH_STEP or size
     return [np.arange(start, min(start + size, len(source))) for start in range(0, len(source), size)]
 

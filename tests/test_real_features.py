@@ -33,12 +33,15 @@ def compute(folder, *, train=None, test=None, **changes):
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("limit", "batch"), [(10**9, 1024), (128 * 60, 128), (200 * 60, 192), (50 * 60, 50), (1, 1)])
+@pytest.mark.parametrize(("limit", "batch"), [(10**9, 256), (128 * 60, 128), (200 * 60, 192), (50 * 60, 50), (1, 1)])
 def test_every_image_is_read_once_in_batches_that_fit(monkeypatch, limit, batch):
     monkeypatch.setattr(real_features, "BATCH_BYTES", limit)
-    source, extractor = make_source(2500 if batch > 50 else 120), LinearExtractor()
+    source, extractor = make_source(600 if batch > 50 else 120), LinearExtractor()
     found = np.concatenate([levels for levels, *_ in extract(extractor, source, "test")])
     np.testing.assert_array_equal(found, source.levels)
+    if batch == 256:
+        monkeypatch.setattr(real_features.distributed, "local_device_count", lambda: 16)
+        assert len(batches_of(source)[0]) == 512
     assert max(source.asked) == batch
     assert extractor.images == len(source)
     assert np.concatenate(batches_of(source)).tolist() == list(range(len(source)))
@@ -46,7 +49,7 @@ def test_every_image_is_read_once_in_batches_that_fit(monkeypatch, limit, batch)
 
 def test_the_batches_change_nothing(tmp_path, monkeypatch):
     whole = compute_features(tmp_path / "a")
-    monkeypatch.setattr(real_features, "BATCH_IMAGES", 7)
+    monkeypatch.setattr(real_features, "BATCH_BYTES", 7 * 60)
     for name, array in compute_features(tmp_path / "b").items():
         np.testing.assert_allclose(array, whole[name], rtol=1e-6)
 
@@ -198,4 +201,4 @@ def test_splits_that_are_too_small(tmp_path, extractor, caplog):
 
 def test_the_digits_reach_the_classifier_as_when_all_were_given_at_once():
     """In whole batches of its 256, but for the last."""
-    assert [len(batch) for batch in batches_of(make_source(1500, (8, 8, 1)))] == [1024, 476]
+    assert [len(batch) for batch in batches_of(make_source(1500, (8, 8, 1)))] == [256] * 5 + [220]

@@ -49,7 +49,7 @@ def stats(path, **changes):
 @pytest.mark.parametrize("batch", [7, 60])
 @pytest.mark.parametrize("keep", [False, True])
 def test_statistics_are_numpys_of_all_images(tmp_path, monkeypatch, extractor, batch, keep):
-    monkeypatch.setattr(real_features, "BATCH_IMAGES", batch)
+    monkeypatch.setattr(real_features, "BATCH_BYTES", batch * 60)
     found, stated = stats(tmp_path / "new" / "r.npz", keep_features=keep)
     features = extractor.features(SOURCE.levels)
     np.testing.assert_allclose(found.statistics.mean, features.mean(axis=0), rtol=1e-13)
