@@ -25,8 +25,10 @@ from metrics.pairwise import kernel_distance, kernel_distance_blocks, kernel_dis
 __all__ = [
     "FeatureStatistics",
     "Metric",
+    "PreparedReference",
     "content_hash",
     "density_coverage",
+    "floor_metrics",
     "frechet_distance",
     "frechet_distance_unbiased",
     "gaussian_bits_per_dim",
@@ -130,8 +132,8 @@ def gaussian_bits_per_dim(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Real:
-    """What samples are compared with, and what is computed of it just once.
+class PreparedReference:
+    """What samples are compared with, and what takes long to compute of it, for any number of sample_metrics.
 
     Attributes:
       rows: features of each image; None if only their statistics are known.
@@ -144,7 +146,10 @@ class _Real:
     balls: Balls | None
 
     @classmethod
-    def of(cls, reference: np.ndarray | FeatureStatistics) -> _Real:
+    def of(cls, reference: np.ndarray | FeatureStatistics | PreparedReference) -> PreparedReference:
+        """Prepares features of real images, or their statistics."""
+        if isinstance(reference, PreparedReference):
+            return reference
         if isinstance(reference, FeatureStatistics):
             return cls(None, reference, None)
         balls = Balls.around(reference) if len(reference) > DENSITY_NEIGHBORS else None
@@ -161,7 +166,7 @@ def _of_rows(features: np.ndarray, rows: np.ndarray, balls: Balls | None) -> lis
     return [kernel(features, rows), *(Metric(name, None, None, len(features), note=note) for name in names)]
 
 
-def _against(images: tuple[np.ndarray, np.ndarray], real: _Real, extractor: str) -> tuple[Metric, ...]:
+def _against(images: tuple[np.ndarray, np.ndarray], real: PreparedReference, extractor: str) -> tuple[Metric, ...]:
     features, logits = images
     metrics = [
         frechet_distance(features, real.statistics if real.rows is None else real.rows),
@@ -185,17 +190,27 @@ def _of_test(metric: Metric) -> Metric:
     return dataclasses.replace(metric, name=f"{metric.name}_test", label=label)
 
 
+def floor_metrics(
+    test: tuple[Float[np.ndarray, "L D"], Float[np.ndarray, "L K"]],
+    *,
+    reference: Float[np.ndarray, "M D"] | FeatureStatistics | PreparedReference,
+    extractor: str,
+) -> tuple[Metric, ...]:
+    """Measures real images that no network has seen in the place of samples: what a perfect network would reach.
+
+    Arguments are as of `sample_metrics`; names have "_test" at their ends. The Frechet distance is called the floor.
+    """
+    return tuple(map(_of_test, _against(test, PreparedReference.of(reference), extractor)))
+
+
 def sample_metrics(
     samples: tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]],
     *,
-    reference: Float[np.ndarray, "M D"] | FeatureStatistics,
+    reference: Float[np.ndarray, "M D"] | FeatureStatistics | PreparedReference,
     test: tuple[Float[np.ndarray, "L D"], Float[np.ndarray, "L K"]] | None = None,
     extractor: str,
 ) -> tuple[Metric, ...]:
-    """Measures samples against real images, and others that no network has seen in their place.
-
-    What these score is what a perfect network would reach with as many samples. Their metrics have "_test" at the end
-    of their names; their Frechet distance is called the floor.
+    """Measures samples against real images, and `floor_metrics` of others.
 
     Args:
       samples: (features, logits) of generated images.
@@ -211,8 +226,8 @@ def sample_metrics(
     Raises:
       ValueError: if features are not finite, of different dimensions or too few, or the extractor is unknown.
     """
-    real = _Real.of(reference)
+    real = PreparedReference.of(reference)
     metrics = _against(samples, real, extractor)
     if metrics[0].num_samples < PUBLISHED_SAMPLES:
         logging.warning("%s of %d samples: %s", metrics[0].label, metrics[0].num_samples, FEW_SAMPLES)
-    return metrics if test is None else (*metrics, *map(_of_test, _against(test, real, extractor)))
+    return metrics if test is None else metrics + floor_metrics(test, reference=real, extractor=extractor)
