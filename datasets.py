@@ -258,6 +258,11 @@ class Scaler:
         levels = jnp.floor(y * self.num_levels) if self.dequantize else jnp.round(y * (self.num_levels - 1))
         return jnp.clip(levels, 0, self.num_levels - 1).astype(jnp.uint8)
 
+    @property
+    def rounding(self) -> str:
+        """How samples become levels, in words."""
+        return f"{'the bin they lie in' if self.dequantize else 'the nearest'} of {self.num_levels} levels"
+
 
 def build_scaler(config: ConfigDict) -> Scaler:
     """Builds the scaling that `config.data` describes."""

@@ -10,16 +10,16 @@ import dataclasses
 import math
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float, Integer, Num
 from scipy.special import softmax, xlogy
 
-import checks
 from files import content_hash
-from metrics.extractors import KEYS
 from metrics.frechet import FeatureStatistics, frechet_distance
 from metrics.frechet_unbiased import frechet_distance_unbiased
 from metrics.metric import Metric, as_features, make_metric, mean_metric, stderr_of_mean
-from metrics.neighbors import density_coverage, precision_recall
+from metrics.naming import FEW_SAMPLES, PUBLISHED_SAMPLES, with_labels
+from metrics.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, density_coverage, precision_recall
 from metrics.pairwise import kernel_distance, kernel_distance_blocks, kernel_distance_subsets
 
 __all__ = [
@@ -132,6 +132,10 @@ def gaussian_bits_per_dim(
 def _of_rows(features: np.ndarray, reference: np.ndarray) -> list[Metric]:
     """Measures what needs the features of each real image, not only their statistics."""
     kernel = kernel_distance if max(len(features), len(reference)) <= FULL_KERNEL_IMAGES else kernel_distance_blocks
+    if len(features) <= PRECISION_NEIGHBORS or len(reference) <= DENSITY_NEIGHBORS:
+        note = f"not measured: {len(features)} and {len(reference)} images are too few to have such neighbours"
+        names = ("precision", "recall", "density", "coverage")
+        return [kernel(features, reference), *(Metric(name, None, None, len(features), note=note) for name in names)]
     return [
         kernel(features, reference),
         *precision_recall(features, reference),
@@ -140,16 +144,25 @@ def _of_rows(features: np.ndarray, reference: np.ndarray) -> list[Metric]:
 
 
 def _against(
-    features: np.ndarray, logits: np.ndarray, reference: np.ndarray | FeatureStatistics, suffix: str
-) -> list[Metric]:
+    images: tuple[np.ndarray, np.ndarray], reference: np.ndarray | FeatureStatistics, extractor: str
+) -> tuple[Metric, ...]:
+    features, logits = images
     metrics = [
         frechet_distance(features, reference),
         frechet_distance_unbiased(features, reference),
         inception_score_from_logits(logits),
     ]
+    if len(logits) >= PUBLISHED_SAMPLES:
+        metrics.append(inception_score_from_logits(logits, num_splits=10, name="inception_score_10"))
+    num_reference = reference.num_samples if isinstance(reference, FeatureStatistics) else len(reference)
     if not isinstance(reference, FeatureStatistics):
         metrics += _of_rows(features, reference)
-    return [dataclasses.replace(each, name=each.name + suffix) for each in metrics]
+    return with_labels(metrics, extractor=extractor, num_features=features.shape[1], num_reference=num_reference)
+
+
+def _of_test(metric: Metric) -> Metric:
+    label = f"{metric.label}, test images" if metric.label else ""
+    return dataclasses.replace(metric, name=f"{metric.name}_test", label=label)
 
 
 def sample_metrics(
@@ -171,12 +184,14 @@ def sample_metrics(
       extractor: key of what computed the features.
 
     Returns:
-      frechet_distance, frechet_distance_unbiased, inception_score, kernel_distance, precision, recall, density,
-      coverage, and those of `test`.
+      frechet_distance, frechet_distance_unbiased, inception_score, inception_score_10 (in 10 splits, as published, of
+      10,000 images or more), kernel_distance, precision, recall, density, coverage; and those of `test`. Their labels
+      say FID, KID and Inception Score only where that is true: metrics.naming.
 
     Raises:
       ValueError: if features are not finite, of different dimensions or too few, or the extractor is unknown.
     """
-    checks.one_of("extractor", extractor, KEYS)
-    metrics = _against(*samples, reference, "")
-    return tuple(metrics if test is None else metrics + _against(*test, reference, "_test"))
+    metrics = _against(samples, reference, extractor)
+    if metrics[0].num_samples < PUBLISHED_SAMPLES:
+        logging.warning("%s of %d samples: %s", metrics[0].label, metrics[0].num_samples, FEW_SAMPLES)
+    return metrics if test is None else (*metrics, *map(_of_test, _against(test, reference, extractor)))

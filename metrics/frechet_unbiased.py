@@ -18,9 +18,9 @@ from metrics.metric import Metric, as_features, check_dimensions, make_metric
 
 NAME = "frechet_distance_unbiased"
 LEVEL = 0.95  # of the confidence interval
-NUM_ORDERS = 3  # random orders in which the samples are divided
-MANY_RESAMPLES, FEW_RESAMPLES = 200, 50  # an eigenvalue problem each, hence fewer
-MANY_UP_TO = 256  # features
+MANY_UP_TO = 256  # features; with more, an eigenvalue problem is so dear that fewer are solved:
+MANY_ORDERS, FEW_ORDERS = 3, 1  # random orders in which the samples are divided
+MANY_RESAMPLES, FEW_RESAMPLES = 200, 20
 BLOCK_ROWS = 4096  # of features, weighted at once
 
 
@@ -78,7 +78,8 @@ def _extrapolate(distances: _Distances, generator: np.random.Generator) -> float
     num_samples = len(distances.samples)
     ones = np.ones(num_samples, np.int64)
     points = [(1.0 / num_samples, distances.of(ones))]
-    orders = [generator.permutation(num_samples) for _ in range(NUM_ORDERS)]
+    num_orders = MANY_ORDERS if distances.samples.shape[1] <= MANY_UP_TO else FEW_ORDERS
+    orders = [generator.permutation(num_samples) for _ in range(num_orders)]
     for size in (0, 1):
         parts = [part for order in orders for part in _parts(order)[size]]
         values = [distances.of(np.bincount(part, minlength=num_samples)) for part in parts]

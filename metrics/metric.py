@@ -35,6 +35,11 @@ class Metric:
     label: str = ""
     interval: tuple[float, float] | None = None
 
+    @property
+    def title(self) -> str:
+        """The label, or the name if there is none."""
+        return self.label or self.name
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Metric:
         """Builds a metric from what dataclasses.asdict made of one and JSON gave back; TypeError for other fields."""

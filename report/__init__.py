@@ -1,4 +1,4 @@
-"""The report of an evaluation: what it holds (`data`) and how it reads (`page`)."""
+"""The report of an evaluation: what it holds (`data`), how it reads (`page`), and several compared (`side_by_side`)."""
 
 from report.data import (
     CheckpointInfo,
@@ -11,7 +11,8 @@ from report.data import (
     report_path,
     save_report,
 )
-from report.page import number_text, write_report
+from report.page import metric_text, number_text, write_report
+from report.side_by_side import compare_reports
 
 __all__ = [
     "CheckpointInfo",
@@ -20,6 +21,8 @@ __all__ = [
     "ReferenceInfo",
     "Report",
     "SamplerInfo",
+    "compare_reports",
+    "metric_text",
     "number_text",
     "read_reports",
     "report_path",

@@ -14,7 +14,7 @@ from report.data import CheckpointInfo, DataInfo, FeatureInfo, ReferenceInfo, fi
 from report.page import machine_rows, metric_text, settings_rows, table
 
 NAME = "samplers"  # of the three files
-QUALITIES = {"frechet_distance": "FD", "kernel_distance": "KID"}  # metric -> heading
+QUALITIES = ("frechet_distance", "kernel_distance")  # metrics that are shown
 FLOOR_SUFFIX = "_test"  # of the metrics of real test images in place of samples
 
 
@@ -81,6 +81,16 @@ class Comparison:
         """Returns what real test images score in place of samples."""
         return self.results[0].metric(name + FLOOR_SUFFIX)
 
+    @property
+    def qualities(self) -> tuple[str, ...]:
+        """Names of the metrics that are shown: a reference of statistics alone allows no kernel distance."""
+        measured = {metric.name for metric in self.results[0].metrics}
+        return tuple(name for name in QUALITIES if name in measured)
+
+    def title(self, name: str) -> str:
+        """Returns what a metric is called."""
+        return self.results[0].metric(name).title
+
     def images_per_second(self, result: SamplerResult) -> float:
         """Returns the samples that a sampler draws in a second."""
         return self.num_images / result.seconds
@@ -107,23 +117,26 @@ def _results_table(comparison: Comparison) -> str:
             result.nfe,
             f"{result.seconds:.2f}",
             f"{comparison.images_per_second(result):,.1f}",
-            *(metric_text(result.metric(name)) for name in QUALITIES),
+            *(metric_text(result.metric(name)) for name in comparison.qualities),
         )
         for result in sorted(comparison.results, key=lambda result: (result.nfe, result.sampler))
     ]
-    floor = (metric_text(comparison.floor(name)) for name in QUALITIES)
+    floor = (metric_text(comparison.floor(name)) for name in comparison.qualities)
     rows.append(("*floor: real test images*", "", "", "", "", "", *floor))
-    return table(("sampler", "steps", "grid", "nfe", "seconds", "images/s", *QUALITIES.values()), rows)
+    return table(
+        ("sampler", "steps", "grid", "nfe", "seconds", "images/s", *map(comparison.title, comparison.qualities)), rows
+    )
 
 
 def _introduction(comparison: Comparison) -> str:
     floor, machine = comparison.floor("frechet_distance"), comparison.machine
+    titles = " and ".join(map(comparison.title, comparison.qualities))
     return (
         f"{comparison.num_images:,} samples of each sampler (seed {comparison.seed}) against the "
-        f"{comparison.reference.num_samples:,} training images. FD and KID, smaller is better, are written value ± one "
-        f"standard error; the floor is what {floor.num_samples:,} real test images score in place of samples, about "
-        "the best a network can reach (FD comes out larger when there are fewer images). nfe counts network "
-        "evaluations of a sample; seconds are those of drawing all samples, without compiling, on "
+        f"{comparison.reference.num_samples:,} images of the reference. {titles}, smaller is better, are written value "
+        f"± one standard error; the floor is what {floor.num_samples:,} real test images score in place of samples, "
+        "about the best a network can reach (a Fréchet distance comes out larger when there are fewer images). nfe "
+        "counts network evaluations of a sample; seconds are those of drawing all samples, without compiling, on "
         f"{machine['devices']} {machine['platform']} device(s), {machine['cpus']} CPUs."
     )
 
@@ -167,13 +180,13 @@ def _draw_figure(comparison: Comparison) -> bytes:
     curves: dict[str, list[dict[str, Any]]] = {}
     for result in sorted(comparison.results, key=lambda result: result.nfe):
         point: dict[str, Any] = {"nfe": result.nfe, "seconds": result.seconds}
-        point |= {name: (result.metric(name).value, result.metric(name).stderr) for name in QUALITIES}
+        point |= {name: (result.metric(name).value, result.metric(name).stderr) for name in comparison.qualities}
         curves.setdefault(result.family, []).append(point)
     figure = plots.tradeoff_figure(
         curves,
         costs={"nfe": "network evaluations of a sample", "seconds": f"seconds for {comparison.num_images:,} samples"},
-        qualities={name: f"{heading}, smaller is better" for name, heading in QUALITIES.items()},
-        floors={name: (comparison.floor(name).value, comparison.floor(name).stderr) for name in QUALITIES},
+        qualities={name: f"{comparison.title(name)}, smaller is better" for name in comparison.qualities},
+        floors={name: (comparison.floor(name).value, comparison.floor(name).stderr) for name in comparison.qualities},
         floor_label="floor: real test images",
     )
     return plots.figure_bytes(figure)

@@ -13,9 +13,11 @@ from typing import Any
 import plots
 from files import write_bytes
 from metrics.metric import Metric
+from metrics.naming import FEW_SAMPLES, PUBLISHED_SAMPLES
 from report.data import CheckpointInfo, DataInfo, Report, read_reports
 
 NOT_RUN = "not run"
+NOT_KNOWN = "not known"
 FLOOR_FACTOR = 3.0  # how many times the floor the Frechet distance of good samples may be
 
 
@@ -48,19 +50,27 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 # --- sections of the page --------------------------------------------------------------------------------------------
 
-# Name -> (heading, what it tells a newcomer). The name with "_test" is the same of real test images.
+# Name -> (what it is, what it tells a newcomer). The name with "_test" is the same of real test images. What the metric
+# is called, FID or not, is its label.
 SAMPLE_METRICS = {
     "frechet_distance": (
-        "Fréchet distance (FD) to the training images",
-        "how far the samples are from the training images as a whole; smaller is better",
+        "Fréchet distance to {reference}",
+        "how far the samples are from {reference} as a whole; smaller is better",
     ),
-    "kernel_distance": ("kernel distance (KID)", "the same question, without FD's bias for few images; 0 is best"),
+    "frechet_distance_unbiased": (
+        "the same, of infinitely many samples",
+        "extrapolated, since fewer samples make the distance larger; it may be below 0",
+    ),
+    "kernel_distance": ("kernel distance", "the same question, without such a bias; 0 is best"),
     "inception_score": (
-        "Inception Score (IS)",
+        "exp of mean information",
         "how clearly each sample belongs to a class, over many classes; larger is better",
     ),
+    "inception_score_10": ("mean of 10 splits", "the same as it is commonly published"),
     "precision": ("precision", "share of samples that look like real images"),
     "recall": ("recall", "share of real images that the samples come near to"),
+    "density": ("density", "how many real images a sample is near to: about 1 is best, more where samples crowd"),
+    "coverage": ("coverage", "share of real images that have a sample near them; larger is better"),
 }
 OTHER_METRICS = {
     "bits_per_dim": ("bits/dim of the network", "bits needed for one pixel value of a test image; smaller is better"),
@@ -78,16 +88,32 @@ OTHER_METRICS = {
 }
 
 
+def _reference_words(report: Report) -> str:
+    """Says what samples are compared with."""
+    return "the training images" if report.reference is None or report.reference.split == "train" else "the reference"
+
+
+def heading(report: Report, name: str) -> str:
+    """Returns what the pages call a metric: what it is, after the label that says by which features."""
+    words = (SAMPLE_METRICS | OTHER_METRICS)[name][0].format(reference=_reference_words(report))
+    label = next((metric.label for metric in report.metrics if metric.name == name), "")
+    return f"{label}: {words}" if label else words
+
+
 def _main_table(report: Report) -> str:
     rows: list[Sequence[object]] = [
-        (heading, metric_text(report.metric(name)), metric_text(report.metric(f"{name}_test")), meaning)
-        for name, (heading, meaning) in SAMPLE_METRICS.items()
+        (
+            heading(report, name),
+            metric_text(report.metric(name)),
+            metric_text(report.metric(f"{name}_test")),
+            meaning.format(reference=_reference_words(report)),
+        )
+        for name, (_, meaning) in SAMPLE_METRICS.items()
+        if name != "inception_score_10" or report.metric(name)
     ]
-    rows += [
-        (heading, metric_text(report.metric(name)), "", meaning) for name, (heading, meaning) in OTHER_METRICS.items()
-    ]
+    rows += [(words, metric_text(report.metric(name)), "", meaning) for name, (words, meaning) in OTHER_METRICS.items()]
     known = {*OTHER_METRICS, *SAMPLE_METRICS, *(f"{name}_test" for name in SAMPLE_METRICS)}
-    rows += [(m.name, metric_text(m), "", m.note) for m in report.metrics if m.name not in known]
+    rows += [(m.title, metric_text(m), "", m.note) for m in report.metrics if m.name not in known]
     return table(("metric", "this checkpoint", "real test images in place of samples", "what it tells"), rows)
 
 
@@ -127,6 +153,14 @@ def bias_sentence(report: Report) -> str:
         f"A Fréchet distance comes out larger when there are fewer images: here the {fewer} is raised more, since "
         f"there are {samples.num_samples} samples and {floor.num_samples} test images."
     )
+
+
+def few_sentence(report: Report) -> str:
+    """Warns of too few samples for a distance that is comparable with published ones."""
+    samples = report.metric("frechet_distance")
+    if samples is None or samples.num_samples >= PUBLISHED_SAMPLES:
+        return ""
+    return f"**{samples.num_samples:,} samples**: {FEW_SAMPLES}."
 
 
 def bits_sentence(report: Report) -> str:
@@ -175,6 +209,7 @@ def _settings_table(report: Report) -> str:
             ("sampler", settings),
             ("network evaluations of a sample (nfe)", report.sampler.nfe),
             ("samples", f"{report.sampler.num_samples:,} in {report.sampler.seconds:.1f} s"),
+            ("rounding of the samples", report.sampler.rounding or NOT_KNOWN),
         ]
     rows += _feature_rows(report)
     return table(("setting", "value"), rows)
@@ -184,25 +219,42 @@ def _feature_rows(report: Report) -> list[Sequence[object]]:
     if report.features is None or report.reference is None:
         return [("feature extractor", NOT_RUN), ("reference", NOT_RUN)]
     features, reference = report.features, report.reference
-    accuracy = "not known" if features.accuracy is None else f"{100 * features.accuracy:.1f} %"
+    accuracy = NOT_KNOWN if features.accuracy is None else f"{100 * features.accuracy:.1f} %"
     return [
-        ("feature extractor", features.name),
+        ("feature extractor", f"{features.name} (`{features.key}`)"),
+        ("images are resized for it", features.resize),
         ("its hash (SHA-256)", f"`{features.hash[:16]}`"),
         ("its accuracy on test images", accuracy),
         ("reference", f"{reference.split} split, {reference.num_samples:,} images"),
+        ("preparation of its images", reference.preparation or NOT_KNOWN),
         ("hash of its statistics (SHA-256)", f"`{reference.hash[:16]}`"),
     ]
 
 
+def _interval_text(metric: Metric) -> str:
+    if metric.interval is None or metric.stderr is None:
+        return ""
+    low, high = (number_text(end, metric.stderr).split(" ")[0] for end in metric.interval)
+    return f"; 95 %: {low} to {high}"
+
+
 def _notes_table(report: Report) -> str:
-    rows = [(m.name, metric_text(m if m.value is not None else None), m.num_samples, m.note) for m in report.metrics]
+    rows = [
+        (
+            m.title if m.title == m.name else f"{m.title} (`{m.name}`)",
+            metric_text(m if m.value is not None else None) + _interval_text(m),
+            m.num_samples,
+            m.note,
+        )
+        for m in report.metrics
+    ]
     return table(("metric", "value ± standard error", "images", "how it was computed"), rows)
 
 
 def _sweep_table(reports: Sequence[Report]) -> str:
     names = [*SAMPLE_METRICS, *OTHER_METRICS]
     present = [name for name in names if any(report.metric(name) for report in reports)]
-    headings = [(SAMPLE_METRICS | OTHER_METRICS)[name][0] for name in present]
+    headings = [heading(reports[-1], name) for name in present]
     rows = [
         (report.checkpoint.number, f"{report.checkpoint.step:,}", *(metric_text(report.metric(n)) for n in present))
         for report in reports
@@ -233,7 +285,11 @@ def _draw_pictures(reports: Sequence[Report], losses: Path) -> dict[str, bytes]:
     """Draws the curves there are data for: {file name: PNG}."""
     drawn = {
         "frechet_distance.png": _curve(
-            reports, "frechet_distance", "frechet_distance_test", "Fréchet distance", "floor: real test images"
+            reports,
+            "frechet_distance",
+            "frechet_distance_test",
+            heading(reports[-1], "frechet_distance"),
+            "floor: real test images",
         ),
         "bits_per_dim.png": _curve(
             reports, "bits_per_dim", "gaussian_bits_per_dim", "bits/dim", "Gaussian fitted to the training images"
@@ -264,6 +320,10 @@ def _picture_lines(folder: Path, report: Report, drawn: Mapping[str, bytes]) -> 
     ]
 
 
+def _extractor_words(report: Report) -> str:
+    return "" if report.features is None else f" ({report.features.name})"
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -273,12 +333,13 @@ def render_report(folder: Path, reports: Sequence[Report], drawn: Mapping[str, b
     checkpoint = report.checkpoint
     sections = [
         f"# Evaluation of checkpoint {checkpoint.number} (step {checkpoint.step:,}) on {report.data.name}",
-        "Numbers are written value ± one standard error. Samples are compared with the training images by features "
-        "that a classifier computes; the column beside shows what real test images score in the place of samples, "
-        "which is about the best a model can reach.",
+        "Numbers are written value ± one standard error. Samples are compared with "
+        f"{_reference_words(report)} by features of each image{_extractor_words(report)}; the column beside shows what "
+        "real test images score in the place of samples, which is about the best a model can reach.",
         _main_table(report),
         floor_sentence(report),
         bias_sentence(report),
+        few_sentence(report),
         bits_sentence(report),
     ]
     if len(reports) > 1:

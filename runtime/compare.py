@@ -96,8 +96,8 @@ class Comparer:
         )
         distance = result.metric("frechet_distance")
         logging.info(
-            "%s: %d network evaluations, %.2f s and %.1f s of compiling, FD %s",
-            *(spec.text, samples.nfe, samples.seconds, samples.compile_seconds),
+            "%s: %d network evaluations, %.2f s and %.1f s of compiling, %s %s",
+            *(spec.text, samples.nfe, samples.seconds, samples.compile_seconds, distance.title),
             number_text(distance.value, distance.stderr),
         )
         return result
@@ -151,7 +151,7 @@ def compare(
     folder = workdirs.output_folder(workdir, output or f"compare_ckpt_{restored.number}")
     real = RealFeatures.compute(config, train, test, workdir)
     comparer = Comparer(restored, folder, num_images or config.eval.num_samples, real, classifiers)
-    data = DataInfo(config.data.dataset, len(train), len(test), config.data.num_levels)
+    data = results.describe_data(config, train, test)
     frame = _build_frame(experiment, comparer, data)
     measured: list[SamplerResult] = []
     for spec, of_sampler in chosen:

@@ -23,7 +23,7 @@ from dequantization import PROTOCOLS
 from evaluation import gaussian_bits_per_dim, sample_metrics
 from losses import TrainState
 from metrics.metric import Metric, mean_metric
-from report import CheckpointInfo, DataInfo, Report, SamplerInfo, number_text, save_report, write_report
+from report import CheckpointInfo, Report, SamplerInfo, metric_text, save_report, write_report
 from runtime import classifier_guidance, results
 from runtime.classifier_guidance import Classifier
 from runtime.drawing import NUM_SHOWN, draw_samples
@@ -178,7 +178,11 @@ def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, folder
             real.extractor(levels), reference=real.train, test=real.test, extractor=real.extractor.key
         ),
         "sampler": SamplerInfo(
-            evaluator.experiment.sampler_settings(), drawn.nfe, drawn.seconds, num_samples=len(levels)
+            evaluator.experiment.sampler_settings(),
+            drawn.nfe,
+            drawn.seconds,
+            num_samples=len(levels),
+            rounding=evaluator.experiment.scaler.rounding,
         ),
         "features": real.feature_info,
         "reference": real.reference_info,
@@ -243,7 +247,7 @@ def evaluate_checkpoint(
         fields["metrics"] += _bpd_metrics(evaluator, params, of_checkpoint)
     if config.eval.enable_loss:
         fields["metrics"] += (mean_metric("loss", measure_loss(evaluator, params, of_checkpoint)),)
-    data = DataInfo(config.data.dataset, len(evaluator.train), len(evaluator.test), config.data.num_levels)
+    data = results.describe_data(config, evaluator.train, evaluator.test)
     checkpoint = CheckpointInfo(number, int(state.step), ema=True)
     return Report(checkpoint=checkpoint, seed=config.seed, data=data, **fields)
 
@@ -285,8 +289,9 @@ def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) ->
 def log_report(report: Report, folder: Path) -> None:
     """Logs the numbers of a checkpoint and where its pictures and the report are."""
     logging.info("checkpoint %d (step %d):", report.checkpoint.number, report.checkpoint.step)
+    width = max((len(metric.title) for metric in report.metrics), default=0)
     for metric in report.metrics:
-        logging.info("  %-24s %s %s", metric.name, number_text(metric.value, metric.stderr), metric.unit)
+        logging.info("  %-*s  %s", width, metric.title, metric_text(metric))
     if "grid" in report.files:
         logging.info("samples: %s", folder / report.files["grid"])
     logging.info("report:  %s", folder / "report.md")

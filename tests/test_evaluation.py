@@ -244,6 +244,14 @@ def test_sample_metrics_measures_what_statistics_allow():
         evaluation.sample_metrics(samples, reference=statistics, extractor="vgg")
 
 
+def test_sample_metrics_leaves_out_neighbours_of_too_few_images():
+    rng = np.random.default_rng(3)
+    few = rng.standard_normal((5, 4))
+    metrics = evaluation.sample_metrics(split_of(rng, 11), reference=few, extractor="classifier")
+    assert [m.name for m in metrics if m.value is None] == ["precision", "recall", "density", "coverage"]
+    assert metrics[-1].note == "not measured: 11 and 5 images are too few to have such neighbours"
+
+
 def test_sample_metrics_takes_blocks_of_large_sets(monkeypatch):
     rng = np.random.default_rng(1)
     monkeypatch.setattr(evaluation, "FULL_KERNEL_IMAGES", 50)

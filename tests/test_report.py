@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ def metrics(**values):
 
 
 def full_report(number=2, distance=0.25, floor=0.1, **changes):
-    measured = metrics(
-        frechet_distance=(distance, 0.05),
+    measured = (Metric("frechet_distance", distance, 0.05, 500, label="FD-classifier", note="a note"),)
+    measured += metrics(
         frechet_distance_test=(floor, 0.02),
         kernel_distance=(0.01, 0.002),
         kernel_distance_test=(-0.001, 0.002),
@@ -36,7 +37,7 @@ def full_report(number=2, distance=0.25, floor=0.1, **changes):
             seed=42,
             data=DataInfo("digits", 1500, 297, 17),
             metrics=measured,
-            sampler=SamplerInfo({"method": "pc", "num_steps": 250}, 250, 25.04, 500),
+            sampler=SamplerInfo({"method": "pc", "num_steps": 250}, 250, 25.04, 500, "the nearest of 17 levels"),
             features=FEATURES,
             reference=ReferenceInfo("train", 1500, "0123456789abcdef" * 4),
             files={"grid": f"ckpt_{number}/samples.png"},
@@ -79,8 +80,9 @@ def test_what_is_not_finite_is_null_in_the_file_and_not_run_on_the_page(tmp_path
 def test_every_field_that_a_metric_must_state_is_in_the_file():
     values = full_report().to_dict()
     assert values["checkpoint"] == {"number": 2, "step": 2000, "ema": True}
-    assert values["data"] == {"name": "digits", "train_images": 1500, "test_images": 297, "num_levels": 17}
-    assert values["sampler"].keys() == {"settings", "nfe", "seconds", "num_samples"}
+    stated = {"name": "digits", "train_images": 1500, "test_images": 297, "num_levels": 17, "hash": ""}
+    assert values["data"] == stated
+    assert values["sampler"].keys() == {"settings", "nfe", "seconds", "num_samples", "rounding"}
     assert values["features"] == dataclasses.asdict(FEATURES)
     assert values["reference"].keys() == {"split", "num_samples", "hash", "data_hash", "preparation"}
     assert values["metrics"][0].keys() == {field.name for field in dataclasses.fields(Metric)}
@@ -123,6 +125,22 @@ def test_sentences_say_when_something_was_not_run():
     assert page.bias_sentence(empty) == ""
 
 
+def test_the_page_says_how_few_samples_there_are():
+    assert page.few_sentence(full_report()).startswith("**500 samples**: fewer than 10,000 samples: the bias of")
+    enough = full_report(metrics=(Metric("frechet_distance", 0.3, 0.1, 10_000),))
+    assert page.few_sentence(enough) == page.few_sentence(full_report(metrics=())) == ""
+
+
+def test_the_page_names_the_reference_and_the_interval():
+    unbiased = Metric("frechet_distance_unbiased", 0.1234, 0.05, 500, label="FD-x without bias", interval=(0.02, 0.22))
+    changed = full_report(metrics=(unbiased,), reference=ReferenceInfo("statistics.npz", 50_000, "0" * 64))
+    text = page.render_report(pathlib.Path(), [changed], {})
+    assert row_of(text, "FD-x without bias: the same")[1] == "0.123 ± 0.050"
+    assert row_of(text, "FD-x without bias (`frechet")[1] == "0.123 ± 0.050; 95 %: 0.020 to 0.220"
+    assert row_of(text, "Fréchet distance to the reference")[1] == "not run"
+    assert "Samples are compared with the reference by features of each image (a classifier)" in text
+
+
 def test_bits_of_different_images_are_not_compared():
     network, gaussian = metrics(bits_per_dim=(2.6, 0.02), gaussian_bits_per_dim=(2.949, 0.02))
     changed = full_report(metrics=(dataclasses.replace(network, num_samples=1500), gaussian))
@@ -161,9 +179,12 @@ def test_the_page_has_every_number_and_picture(tmp_path):
     page = report.write_report(folder).read_text()
 
     assert page.startswith("# Evaluation of checkpoint 10 (step 10,000) on digits\n")
-    assert row_of(page, "Fréchet distance (FD)")[1:3] == ["0.200 ± 0.050", "0.100 ± 0.020"]
-    assert row_of(page, "kernel distance (KID)")[1:3] == ["0.0100 ± 0.0020", "-0.0010 ± 0.0020"]
-    assert row_of(page, "Inception Score (IS)")[1:3] == ["not run", "not run"]
+    assert row_of(page, "FD-classifier: Fréchet distance to the training images")[1:3] == [
+        "0.200 ± 0.050",
+        "0.100 ± 0.020",
+    ]
+    assert row_of(page, "kernel distance")[1:3] == ["0.0100 ± 0.0020", "-0.0010 ± 0.0020"]
+    assert row_of(page, "exp of mean information")[1:3] == ["not run", "not run"]
     assert row_of(page, "bits/dim of the network")[1] == "2.600 ± 0.020"
     assert row_of(page, "variational bound on bits/dim")[1] == "2.750 ± 0.030"
     assert row_of(page, "1 ")[:3] == ["1", "1,000", "0.900 ± 0.050"]
@@ -175,6 +196,8 @@ def test_the_page_has_every_number_and_picture(tmp_path):
         "sampler": "method=pc, num_steps=250",
         "network evaluations of a sample (nfe)": "250",
         "samples": "500 in 25.0 s",
+        "rounding of the samples": "the nearest of 17 levels",
+        "feature extractor": "a classifier (`classifier`)",
         "its hash": "`abcdef0123456789`",
         "its accuracy": "99.0 %",
         "reference": "train split, 1,500 images",
