@@ -25,7 +25,8 @@ import distributed
 from files import cache_folder
 from metrics import efficientnet, inception, tfgan
 from runtime.experiment import build_experiment
-from sources import tfds, tfds_build
+from sources import tfds_build
+from sources.tfds_open import data_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 OK, MISSING, WARNING, BROKEN = "ok", "missing", "warning", "BROKEN"
@@ -215,7 +216,7 @@ def _find_kept() -> Finding:
 def find_data(path: str = "") -> Iterator[Finding]:
     """Looks for data sets; `path` is a TFDS folder, empty: the usual one."""
     yield _find_digits()
-    folder = tfds.data_folder(path)
+    folder = data_folder(path)
     names = prepared_names(folder)
     if names:
         yield Finding("data", "TFDS", OK, f"{folder}: {_named(names)}")
@@ -234,8 +235,8 @@ def _look_for_data(config: ConfigDict) -> tuple[str, str, str]:
     datasets.check_name(config)
     if name := datasets.tfds_name(config):
         if tfds_build.is_prepared(name, data.path):
-            return OK, f"prepared in {tfds.data_folder(data.path)}", ""
-        text = f"{name} is not prepared in {tfds.data_folder(data.path)}"
+            return OK, f"prepared in {data_folder(data.path)}", ""
+        text = f"{name} is not prepared in {data_folder(data.path)}"
         place = f" --config.data.path={data.path}" if data.path else ""
         return MISSING, text, f"python main.py --config CONFIG --mode prepare{place}"
     file = data.path

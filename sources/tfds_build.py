@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from absl import logging as absl_logging
 
-from sources.tfds import data_folder, open_builder
+from sources.tfds_open import data_folder, open_builder
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_REFUSED = 3  # the last line of stdout says why
