@@ -45,6 +45,7 @@ MODES = {
     "compare_samplers": Mode(run_lib.compare_samplers, flags=("output", "samplers", "snapshot", "num_images")),
     "encode": Mode(run_lib.encode, flags=("output", "snapshot", "num_images", "images")),
     "restore": Mode(run_lib.restore, flags=("output", "snapshot", "num_images")),
+    "stats": Mode(run_lib.stats, flags=("output", "split", "keep_features"), workdir="none"),
     "import": Mode(
         run_lib.import_checkpoint, flags=("checkpoint", "dry_run"), needed=("checkpoint",), workdir="unmade"
     ),

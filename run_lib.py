@@ -15,6 +15,7 @@ from models.factory import require_score_network
 from runtime import (
     classifier_training,
     compare,
+    data_stats,
     encoding,
     eval_loop,
     preparing,
@@ -42,6 +43,7 @@ __all__ = [
     "prepare",
     "restore",
     "sample",
+    "stats",
     "train",
     "train_classifier",
 ]
@@ -324,3 +326,27 @@ def convert_weights(checkpoint: str | Path, output: str | Path = "") -> None:
       ValueError: if it does not hold the weights of that network.
     """
     inception_weights.convert_weights(checkpoint, output)
+
+
+def stats(config: ConfigDict, output: str = "", *, split: str = "train", keep_features: bool = False) -> Path:
+    """Measures a split of the data: statistics of its features, to compare samples with, and of its pixels.
+
+    Writes an .npz file, which eval.reference reads, and a .json file beside it with all numbers and the settings that
+    follow from them. No network needs to be trained.
+
+    Args:
+      config: experiment configuration; reads data, eval.extractor, eval.weights and, for "classifier", seed.
+      output: the .npz file; empty: in the folder "stats" of the cache, named after data, split and extractor.
+      split: "train" or "test".
+      keep_features: keep the features of every image, so that KID, precision and the like can be measured, too.
+
+    Returns:
+      The .npz file.
+
+    Raises:
+      ValueError: if a setting is wrong, or the file holds other statistics.
+      FileNotFoundError: if data or weights are missing.
+      WorkdirError: if the folder of the file cannot be written.
+    """
+    config = smoke.shrink(config) if config.training.smoke else config
+    return data_stats.write_stats(config, split=split, output=output, keep_features=keep_features)

@@ -217,6 +217,9 @@ def _eval() -> ConfigDict:
             "batch_size": 1024,  # images of a batch, over all devices and hosts
             "num_samples": 50_000,  # samples drawn for FID, IS and KID, exactly
             "enable_sampling": False,  # draw samples and measure FID, IS, KID, precision and recall
+            "extractor": "auto",  # of features: "auto" or a key of metrics.extractors.KEYS; docs/extractors.md
+            "weights": "",  # "inception": its weights file, "tfgan": its SavedModel; empty: where they usually are
+            "reference": "",  # .npz file of statistics that samples are compared with; empty: the training split
             "enable_loss": True,  # loss over the whole test split
             "enable_bpd": False,  # bits/dim
             "bpd_dataset": "test",  # split for bits/dim: "train" or "test"

@@ -133,7 +133,7 @@ def _introduction(comparison: Comparison) -> str:
     titles = " and ".join(map(comparison.title, comparison.qualities))
     return (
         f"{comparison.num_images:,} samples of each sampler (seed {comparison.seed}) against the "
-        f"{comparison.reference.num_samples:,} images of the reference. {titles}, smaller is better, are written value "
+        f"reference ({comparison.reference.words}). {titles}, smaller is better, are written value "
         f"± one standard error; the floor is what {floor.num_samples:,} real test images score in place of samples, "
         "about the best a network can reach (a Fréchet distance comes out larger when there are fewer images). nfe "
         "counts network evaluations of a sample; seconds are those of drawing all samples, without compiling, on "
@@ -152,7 +152,7 @@ def _dependence_table(comparison: Comparison) -> str:
         ("samples drawn at once", ", ".join(map(str, sorted({result.batch_size for result in comparison.results})))),
         ("seconds of compiling", ", ".join(f"{r.sampler} {r.compile_seconds:.1f}" for r in comparison.results)),
         ("feature extractor", f"{comparison.features.name}, `{comparison.features.hash[:16]}`"),
-        ("reference", f"{comparison.reference.split} split, `{comparison.reference.hash[:16]}`"),
+        ("reference", f"{comparison.reference.words}, `{comparison.reference.hash[:16]}`"),
         *machine_rows(comparison.machine),
     ]
     return table(("setting", "value"), rows)

@@ -70,7 +70,7 @@ class FeatureInfo:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceInfo:
-    """What samples are compared with: split or file, number of its images, hash of its features or statistics.
+    """What samples are compared with: split or file, number of its images (0: not known), hash of its statistics.
 
     `data_hash` is the fingerprint of the images that the features come from, `preparation` what was done to them; both
     empty if they are not known.
@@ -81,6 +81,17 @@ class ReferenceInfo:
     hash: str
     data_hash: str = ""
     preparation: str = ""
+
+    @property
+    def words(self) -> str:
+        """What it is and of how many images, for reports."""
+        what = f"{self.split} split" if self.split in ("train", "test") else self.split
+        return f"{what}, {self.images}"
+
+    @property
+    def images(self) -> str:
+        """The number of its images in words."""
+        return f"{self.num_samples:,} images" if self.num_samples else "images whose number is not known"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -225,7 +225,7 @@ def _feature_rows(report: Report) -> list[Sequence[object]]:
         ("images are resized for it", features.resize),
         ("its hash (SHA-256)", f"`{features.hash[:16]}`"),
         ("its accuracy on test images", accuracy),
-        ("reference", f"{reference.split} split, {reference.num_samples:,} images"),
+        ("reference", reference.words),
         ("preparation of its images", reference.preparation or NOT_KNOWN),
         ("hash of its statistics (SHA-256)", f"`{reference.hash[:16]}`"),
     ]

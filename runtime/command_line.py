@@ -13,7 +13,19 @@ from ml_collections import config_flags
 FLAGS = flags.FLAGS
 EXIT_BAD_FLAG = 2
 # Flags that only some modes take.
-OF_MODES = ("checkpoint", "dry_run", "eval_folder", "images", "num_images", "output", "png", "samplers", "snapshot")
+OF_MODES = (
+    "checkpoint",
+    "dry_run",
+    "eval_folder",
+    "images",
+    "keep_features",
+    "num_images",
+    "output",
+    "png",
+    "samplers",
+    "snapshot",
+    "split",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +65,7 @@ def define_flags(modes: Mapping[str, Mode]) -> None:
     flags.DEFINE_string(
         "output",
         "",
-        "Folder of the results, inside the workdir; named after what is in it if empty. convert_weights: the file.",
+        "Folder of the results, inside the workdir; named after what is in it if empty. convert_weights, stats: file.",
     )
     flags.DEFINE_integer("snapshot", 0, "Number of the checkpoint; 0: the newest.")
     flags.DEFINE_integer(
@@ -64,6 +76,8 @@ def define_flags(modes: Mapping[str, Mode]) -> None:
     )
     flags.DEFINE_string("images", "", "encode: .npz file of levels, such as samples.npz; empty: the test split.")
     flags.DEFINE_bool("png", False, "sample: write each sample as a PNG of its own, too.")
+    flags.DEFINE_string("split", "train", "stats: part of the data, train or test.")
+    flags.DEFINE_bool("keep_features", False, "stats: keep the features of every image in the file, too.")
     flags.DEFINE_string("samplers", "", "compare_samplers: METHOD[:STEPS][:KEY=VALUE...], separated by commas.")
     flags.mark_flags_as_required(["mode"])
 

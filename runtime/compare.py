@@ -14,7 +14,6 @@ import checks
 import datasets
 import distributed
 import plots
-from evaluation import sample_metrics
 from report import CheckpointInfo, DataInfo, number_text
 from report.comparison import Comparison, SamplerResult, write_comparison
 from runtime import classifier_guidance, drawing, results
@@ -87,12 +86,7 @@ class Comparer:
             seconds=samples.seconds,
             compile_seconds=samples.compile_seconds,
             batch_size=batch_size,
-            metrics=sample_metrics(
-                self.real.extractor(samples.levels),
-                reference=self.real.train,
-                test=self.real.test,
-                extractor=self.real.extractor.key,
-            ),
+            metrics=self.real.measure(samples.levels),
         )
         distance = result.metric("frechet_distance")
         logging.info(
@@ -135,7 +129,7 @@ def compare(
       The folder.
 
     Raises:
-      ValueError: if a sampler is wrong, a number negative, the folder outside the workdir, or the data have no labels.
+      ValueError: if a sampler is wrong, a number negative, the folder outside the workdir, or features cannot be had.
       CheckpointError: if there is no such checkpoint.
       WorkdirError: if the folder holds samples of other settings.
     """
@@ -150,6 +144,10 @@ def compare(
     restored = drawing.restore(experiment, workdir, snapshot)
     folder = workdirs.output_folder(workdir, output or f"compare_ckpt_{restored.number}")
     real = RealFeatures.compute(config, train, test, workdir)
+    if real.test is None:
+        raise ValueError(
+            f"the test split has {len(test)} images, too few for the floor that samplers are compared with"
+        )
     comparer = Comparer(restored, folder, num_images or config.eval.num_samples, real, classifiers)
     data = results.describe_data(config, train, test)
     frame = _build_frame(experiment, comparer, data)

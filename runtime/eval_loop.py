@@ -20,16 +20,27 @@ import plots
 from checkpoints import Checkpoints
 from controllable_generation.labels import build_labels
 from dequantization import PROTOCOLS
-from evaluation import gaussian_bits_per_dim, sample_metrics
+from evaluation import gaussian_bits_per_dim
+from files import content_hash
 from losses import TrainState
 from metrics.metric import Metric, mean_metric
-from report import CheckpointInfo, Report, SamplerInfo, metric_text, save_report, write_report
+from report import (
+    CheckpointInfo,
+    Report,
+    SamplerInfo,
+    metric_text,
+    read_reports,
+    report_path,
+    save_report,
+    write_report,
+)
 from runtime import classifier_guidance, results
 from runtime.classifier_guidance import Classifier
 from runtime.drawing import NUM_SHOWN, draw_samples
 from runtime.experiment import Experiment, SamplingProgram, build_bpd_program, build_loss_program
 from runtime.progress import track
 from runtime.real_features import RealFeatures, every_image
+from runtime.workdir import WorkdirError
 
 # Results in a folder are used again only if all of these, and the parameters, are what they were.
 SETTINGS = (
@@ -47,6 +58,9 @@ SETTINGS = (
     "eval.batch_size",
     "eval.bpd_dataset",
 )
+# A Gaussian is fitted to the training images if there are at least so many for each value of an image, and if an image
+# has no more than so many values: beyond, its covariance takes minutes and gigabytes.
+GAUSSIAN_IMAGES, GAUSSIAN_VALUES = 2, 12_288
 
 
 def check_evaluation(config: ConfigDict) -> None:
@@ -93,6 +107,24 @@ class Evaluator:
     def bpd_split(self) -> datasets.Source:
         """Split that bits/dim are measured on."""
         return self.test if self.config.eval.bpd_dataset == "test" else self.train
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """Hashes of what losses and bits/dim depend on besides the settings; samples do not."""
+        if not (self.config.eval.enable_loss or self.config.eval.enable_bpd):
+            return {}
+        return {"data": content_hash(self.train.fingerprint, self.test.fingerprint)}
+
+    @functools.cached_property
+    def no_gaussian(self) -> str:
+        """Why no Gaussian is fitted to the training images; empty if one is."""
+        dimension = math.prod(datasets.image_shape(self.config))
+        if dimension > GAUSSIAN_VALUES:
+            return f"an image has {dimension:,} values, more than the {GAUSSIAN_VALUES:,} that are fitted here"
+        if len(self.train) < GAUSSIAN_IMAGES * dimension:
+            few = f"{len(self.train):,} training images, fewer than {GAUSSIAN_IMAGES} for each of {dimension:,} values"
+            return f"there are {few}: its fit would mean nothing"
+        return ""
 
     @functools.cached_property
     def gaussian(self) -> Metric:
@@ -174,9 +206,7 @@ def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, folder
         plots.save_png(folder / "samples.png", plots.grid_of_levels(shown[0], num_levels))
         plots.save_png(folder / "samples_beside_real.png", plots.samples_beside_real(*shown, num_levels))
     return {
-        "metrics": sample_metrics(
-            real.extractor(levels), reference=real.train, test=real.test, extractor=real.extractor.key
-        ),
+        "metrics": real.measure(levels),
         "sampler": SamplerInfo(
             evaluator.experiment.sampler_settings(),
             drawn.nfe,
@@ -218,6 +248,9 @@ def _bpd_metrics(evaluator: Evaluator, params: Any, folder: Path) -> tuple[Metri
         f"{settings.num_probes} probe(s), rtol {settings.rtol:g}, atol {settings.atol:g}, "
         f"{measured['nfe'].mean():.0f} network evaluations; {end.format('probes')}"
     )
+    if is_bound and evaluator.no_gaussian:
+        logging.info("no bits/dim of a Gaussian to compare with: %s", evaluator.no_gaussian)
+        by_ode += f"; no Gaussian to compare with: {evaluator.no_gaussian}"
     in_nats = "of an image: a density in the network's range, of the dequantized values; otherwise as in bits/dim"
     nats = lambda name, values: mean_metric(name, values.mean(axis=0), unit="nats", note=in_nats)  # noqa: E731
     metrics = [_mean_over_draws("bits_per_dim", measured["bpd"], measured["stderr"], note=by_ode, probes="probes")]
@@ -231,7 +264,7 @@ def _bpd_metrics(evaluator: Evaluator, params: Any, folder: Path) -> tuple[Metri
         metrics.append(_mean_over_draws("bits_per_dim_bound", *values, note=by_sde, probes=probes))
         metrics.append(nats("log_likelihood_bound", measured["bound_nats"]))
     # A Gaussian's bits/dim are a bound: they stand beside no number that is none.
-    return (*metrics, evaluator.gaussian) if is_bound else tuple(metrics)
+    return (*metrics, evaluator.gaussian) if is_bound and not evaluator.no_gaussian else tuple(metrics)
 
 
 def evaluate_checkpoint(
@@ -240,7 +273,8 @@ def evaluate_checkpoint(
     """Measures what the configuration enables of one checkpoint, using what is on disk already."""
     config, of_checkpoint = evaluator.config, folder / f"ckpt_{number}"
     of_samples = classifier_guidance.all_params(state.params_ema, evaluator.classifier)
-    results.open_folder(of_checkpoint, config, SETTINGS, of_samples, flag="--eval_folder")
+    contents = evaluator.contents
+    results.open_folder(of_checkpoint, config, SETTINGS, of_samples, flag="--eval_folder", contents=contents)
     params = distributed.replicate(state.params_ema)
     fields: dict[str, Any] = _sampling_part(evaluator, params, real, of_checkpoint) if real else {"metrics": ()}
     if config.eval.enable_bpd:
@@ -250,6 +284,30 @@ def evaluate_checkpoint(
     data = results.describe_data(config, evaluator.train, evaluator.test)
     checkpoint = CheckpointInfo(number, int(state.step), ema=True)
     return Report(checkpoint=checkpoint, seed=config.seed, data=data, **fields)
+
+
+def drop_other_reports(folder: Path, numbers: range, real: RealFeatures) -> None:
+    """Deletes the reports of these checkpoints that another extractor or reference gave, since they are made anew.
+
+    Numbers of different ones would stand side by side on one page. Samples stay: they do not depend on either.
+
+    Raises:
+      WorkdirError: if there is such a report of a checkpoint that is not evaluated now.
+    """
+    if not list(folder.glob("report_*.json")):
+        return
+    of_real = real.feature_info, real.reference_info
+    others = [each for each in read_reports(folder) if each.features and (each.features, each.reference) != of_real]
+    for number in sorted(report.checkpoint.number for report in others):
+        if number not in numbers:
+            raise WorkdirError(
+                f"{report_path(folder, number)} has metrics of another feature extractor or reference; evaluate "
+                f"checkpoint {number} in the same sweep (eval.begin_ckpt, eval.end_ckpt), or choose a new --eval_folder"
+            )
+    for report in others if distributed.is_main_process() else ():
+        path = report_path(folder, report.checkpoint.number)
+        logging.info("%s was of another feature extractor or reference and is made anew", path)
+        path.unlink()
 
 
 def _load_classifier(experiment: Experiment, workdir: Path) -> Classifier | None:
@@ -277,6 +335,8 @@ def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) ->
             if config.eval.enable_sampling
             else None
         )
+        if real:
+            drop_other_reports(folder, numbers, real)
         for number in numbers:
             state = checkpoints.restore_snapshot(number, wait_seconds=config.eval.wait_seconds)
             report = evaluate_checkpoint(evaluator, state, number, real, folder)

@@ -75,25 +75,27 @@ def open_folder(
       names: beginnings of the keys that the results depend on.
       params: of the network, numpy arrays.
       flag: of the command line that names the folder, for the message.
-      contents: hashes of what the results depend on besides, by name.
+      contents: hashes of what the results depend on besides, by name; one that the folder does not state yet, since
+        nothing in it depended on that, is added.
 
     Raises:
       WorkdirError: naming what differs.
     """
     given = {key: value for key, value in workdirs.flatten(config).items() if key.startswith(names)}
     given["params_crc32"] = functools.reduce(lambda crc, leaf: zlib.crc32(leaf, crc), jax.tree.leaves(params), 0)
-    given |= {f"{name}_sha256": digest for name, digest in (contents or {}).items()}
+    hashes = {f"{name}_sha256": digest for name, digest in (contents or {}).items()}
     path = folder / SETTINGS_FILE
-    if not path.exists():
-        if distributed.is_main_process():
-            files.write_json(path, given)
-        return
-    stored = json.loads(path.read_text())
-    stored.pop(FACTS, None)
-    differing = [key for key in sorted(stored.keys() | given.keys()) if stored.get(key) != given.get(key)]
+    stored = json.loads(path.read_text()) if path.exists() else given
+    of_contents = {key for key in stored if key.endswith("_sha256")}
+    settings = {key: value for key, value in stored.items() if key not in {FACTS, *of_contents}}
+    differing = [key for key in settings.keys() | given.keys() if settings.get(key) != given.get(key)]
+    differing += [key for key in of_contents & hashes.keys() if stored[key] != hashes[key]]
     if differing:
-        listed = "; ".join(f"{key}: {stored.get(key)!r} there, {given.get(key)!r} now" for key in differing)
+        now = given | hashes
+        listed = "; ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in sorted(differing))
         raise WorkdirError(f"{folder} holds results of other settings ({listed}); choose a new {flag}")
+    if distributed.is_main_process() and (not path.exists() or hashes.keys() - stored.keys()):
+        files.write_json(path, stored | hashes)
 
 
 def record_facts(folder: Path, facts: dict[str, Any]) -> None:

@@ -66,7 +66,9 @@ def _eval() -> dict[str, Any]:
     """Returns an evaluation of the only snapshot: the loss of the test images."""
     batch_size = distributed.round_up(TEST_IMAGES)
     only_loss = {"enable_loss": True, "enable_bpd": False, "enable_sampling": False}
-    return {"begin_ckpt": 1, "end_ckpt": 1, "batch_size": batch_size, "num_samples": IMAGES} | only_loss
+    of_the_digits = {"extractor": "auto", "weights": "", "reference": ""}
+    counts = {"begin_ckpt": 1, "end_ckpt": 1, "batch_size": batch_size, "num_samples": IMAGES}
+    return counts | only_loss | of_the_digits
 
 
 def shrink(config: ConfigDict) -> ConfigDict:

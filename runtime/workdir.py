@@ -53,8 +53,12 @@ def versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
-def check_writable(workdir: str | Path) -> None:
-    """Makes the workdir if need be and checks that files can be written in it.
+def check_writable(workdir: str | Path, flag: str = "--workdir") -> None:
+    """Makes a folder if need be and checks that files can be written in it.
+
+    Args:
+      workdir: the folder.
+      flag: of the command line that names it.
 
     Raises:
       WorkdirError: if they cannot.
@@ -64,7 +68,7 @@ def check_writable(workdir: str | Path) -> None:
         tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
         raise WorkdirError(
-            f"cannot write in --workdir={workdir}: {error.strerror}; choose a folder that you may write in"
+            f"cannot write in {flag}={workdir}: {error.strerror}; choose a folder that you may write in"
         ) from error
 
 
