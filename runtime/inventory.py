@@ -25,6 +25,7 @@ import distributed
 from files import cache_folder
 from metrics import efficientnet, inception, tfgan
 from runtime.experiment import build_experiment
+from runtime.real_features import choose_extractor
 from sources import tfds_build
 from sources.tfds_open import data_folder
 
@@ -249,6 +250,36 @@ def _look_for_data(config: ConfigDict) -> tuple[str, str, str]:
     return OK, f"{file} is there", ""
 
 
+def _find_extractor(config: ConfigDict) -> Finding:
+    """Looks for what measures samples; which one "auto" is depends on what there is."""
+    try:
+        key = choose_extractor(config)
+    except ValueError as error:
+        return Finding("configuration", "extractor", BROKEN, str(error))
+    text, weights = f"{key} measures samples", inception.weights_path(config.eval.weights)
+    if key == "inception" and not weights.exists():
+        return Finding(
+            "configuration",
+            "extractor",
+            MISSING,
+            f"{text}; {weights} is not there",
+            inception.how_to_get_weights(weights),
+        )
+    if key == "efficientnet_lite0" and not efficientnet.is_installed():
+        return Finding("configuration", "extractor", MISSING, f"{text}; not installed", efficientnet.HOW_TO_INSTALL)
+    return Finding("configuration", "extractor", OK, text)
+
+
+def _find_reference(config: ConfigDict) -> Finding:
+    file = config.eval.reference
+    if not file:
+        return Finding("configuration", "reference", OK, "samples are compared with the training images")
+    if Path(file).expanduser().exists():
+        return Finding("configuration", "reference", OK, f"samples are compared with {file}")
+    remedy = f"python main.py --config CONFIG --mode stats --output {file}"
+    return Finding("configuration", "reference", MISSING, f"eval.reference={file!r} is not there", remedy)
+
+
 def find_configured(config: ConfigDict) -> Iterator[Finding]:
     """Looks at a configuration: whether it can be built, and its data set."""
     try:
@@ -262,6 +293,8 @@ def find_configured(config: ConfigDict) -> Iterator[Finding]:
     except ValueError as error:
         state, text, remedy = BROKEN, str(error), ""
     yield Finding("configuration", f"data.dataset={config.data.dataset}", state, text, remedy)
+    yield _find_extractor(config)
+    yield _find_reference(config)
 
 
 def take_inventory(config: Any = None) -> Iterator[Finding]:

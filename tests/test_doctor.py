@@ -209,6 +209,38 @@ def test_the_configured_data_set_is_looked_for(tmp_path, changes, state, text, r
     assert bool(finding.remedy) == bool(remedy)
 
 
+@pytest.mark.parametrize(
+    ("changes", "state", "text", "remedy"),
+    [
+        ({"extractor": "classifier"}, OK, "classifier measures samples", ""),
+        ({"extractor": "inception"}, MISSING, "inception_2015.npz is not there", "curl -LO https://"),
+        ({"extractor": "inception", "weights": "/x.npz"}, MISSING, "/x.npz is not there", "curl -LO https://"),
+        ({"extractor": "efficientnet_lite0"}, MISSING, "not installed", efficientnet.HOW_TO_INSTALL),
+        ({"extractor": "incept"}, BROKEN, "eval.extractor='incept' is unknown", ""),
+    ],
+)
+def test_what_measures_samples_is_looked_for(monkeypatch, changes, state, text, remedy):
+    monkeypatch.setattr(efficientnet, "is_installed", lambda: False)
+    config = own_config()
+    config.eval.update(changes)
+    finding = inventory._find_extractor(config)
+    assert finding.state == state
+    assert text in finding.text
+    assert finding.remedy.startswith(remedy)
+    assert bool(finding.remedy) == bool(remedy)
+
+
+def test_the_reference_is_looked_for(tmp_path):
+    config = own_config()
+    assert inventory._find_reference(config).text == "samples are compared with the training images"
+    config.eval.reference = str(tmp_path / "stats.npz")
+    finding = inventory._find_reference(config)
+    assert finding.state == MISSING
+    assert finding.remedy == f"python main.py --config CONFIG --mode stats --output {config.eval.reference}"
+    (tmp_path / "stats.npz").touch()
+    assert inventory._find_reference(config).state == OK
+
+
 # --- the self-test ---------------------------------------------------------------------------------------------------
 
 
