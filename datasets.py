@@ -89,6 +89,8 @@ def tfds_name(config: ConfigDict) -> str:
 
 def check_name(config: ConfigDict) -> None:
     """Raises a ValueError if there is no data set of the configured name; which ones TFDS has, it says when asked."""
+    if config.data.dataset == PREFIX:
+        raise ValueError(f"data.dataset={PREFIX!r} names no data set of TFDS; expected one, such as {PREFIX}mnist")
     if not config.data.dataset.startswith(PREFIX):
         checks.one_of("data.dataset", config.data.dataset, (*SOURCES, f"{PREFIX}NAME"))
 

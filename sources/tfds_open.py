@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,12 @@ def open_builder(name: str, path: str = "") -> Any:
         builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
         prepared = bool(builder.info.splits)
     except tfds.core.DatasetNotFoundError as error:
+        near = difflib.get_close_matches(
+            re.split("[/:]", name)[0], tfds.list_builders(with_community_datasets=False), 1
+        )
         raise ValueError(
             f"tensorflow-datasets {tfds.__version__} has no data set {name!r}, and {folder} has none of that name; "
-            "see https://www.tensorflow.org/datasets/catalog/overview for those that it has"
+            f"{f'did you mean {near[0]}? ' if near else ''}See https://www.tensorflow.org/datasets/catalog/overview"
         ) from error
     except NOT_PREPARED as error:
         if any(text in str(error) for text in OTHER_FORMAT):
