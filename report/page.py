@@ -63,7 +63,7 @@ SAMPLE_METRICS = {
     ),
     "kernel_distance": ("kernel distance", "the same question, without such a bias; 0 is best"),
     "inception_score": (
-        "exp of mean information",
+        "exp of the mean information of class scores",
         "how clearly each sample belongs to a class, over many classes; larger is better",
     ),
     "inception_score_10": ("mean of 10 splits", "the same as it is commonly published"),
@@ -254,7 +254,7 @@ def _notes_table(report: Report) -> str:
 def _sweep_table(reports: Sequence[Report]) -> str:
     names = [*SAMPLE_METRICS, *OTHER_METRICS]
     present = [name for name in names if any(report.metric(name) for report in reports)]
-    headings = [heading(reports[-1], name) for name in present]
+    headings = [heading(reports[-1], name).split(": ")[0] for name in present]  # the label alone, if there is one
     rows = [
         (report.checkpoint.number, f"{report.checkpoint.step:,}", *(metric_text(report.metric(n)) for n in present))
         for report in reports

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from report.page import NOT_KNOWN, metric_text, number_text, table
 
 TEST_SUFFIX = "_test"  # of metrics of real test images in the place of samples
 MIN_FILES = 2
+# What notes say of the result and not of how it was computed: the evaluations of an adaptive ODE solver, spreads.
+MEASURED = re.compile(r", \d+ network evaluations(?=;)| is \S+ on average")
 HASH_DIGITS = 16  # of a hash that are shown
 
 # What a number depends on: what it is called -> its value in a report.
@@ -165,12 +169,19 @@ def _settings_rows(reports: Sequence[Report]) -> list[list[object]]:
     return [[what, *map(value, reports), *end] for what, value in described.items()]
 
 
+def _short_names(files: Sequence[str]) -> list[str]:
+    """Returns the paths without the folders that all of them are in."""
+    paths = [Path(file).absolute() for file in files]
+    common = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(common).as_posix() for path in paths]
+
+
 def _notes(files: Sequence[str], reports: Sequence[Report]) -> list[str]:
     """Says of which metrics the way of computing differs, and how."""
     lines = []
     for name in _common_metrics(reports):
         notes = [metric.note for metric in _metrics(reports, name)]
-        if len(set(notes)) > 1:
+        if len({MEASURED.sub("", note) for note in notes}) > 1:
             of_files = "; ".join(f"{file}: {note}" for file, note in zip(files, notes, strict=True))
             lines.append(f"{name} was not computed alike. {of_files}.")
     return lines
@@ -194,14 +205,15 @@ def compare_reports(files: Sequence[str]) -> str:
         raise ValueError(f"{len(files)} file(s) to compare; expected 2 or more report_<k>.json files of --mode eval")
     reports = [_read(file) for file in files]
     _check_comparable(files, reports)
-    header = ["", *files, "difference"] if len(files) == MIN_FILES else ["", *files]
+    names = _short_names(files)
+    header = ["", *names, "difference"] if len(files) == MIN_FILES else ["", *names]
     text = _padded_table(header, _settings_rows(reports) + _rows(reports))
     first = reports[0]
     shared = [f"Data: {first.data.name}, {first.data.num_levels} levels."]
     if first.sampler and first.reference and any(map(_is_of_samples, _common_metrics(reports))):
         shared.append(
-            f"{first.sampler.num_samples:,} samples, rounded to {_rounding(first)}, against "
-            f"{first.reference.num_samples:,} images of the reference, by the extractor {_extractor(first)}."
+            f"{first.sampler.num_samples:,} samples, rounded to {_rounding(first)}, against the reference "
+            f"({first.reference.words}) by the extractor {_extractor(first)}."
         )
     shared.append("Numbers are value ± one standard error; that of a difference supposes that the two are independent.")
-    return "\n\n".join([text, " ".join(shared), *_notes(files, reports)])
+    return "\n\n".join([text, " ".join(shared), *_notes(names, reports)])

@@ -184,11 +184,12 @@ def test_the_page_has_every_number_and_picture(tmp_path):
         "0.100 ± 0.020",
     ]
     assert row_of(page, "kernel distance")[1:3] == ["0.0100 ± 0.0020", "-0.0010 ± 0.0020"]
-    assert row_of(page, "exp of mean information")[1:3] == ["not run", "not run"]
+    assert row_of(page, "exp of the mean information")[1:3] == ["not run", "not run"]
     assert row_of(page, "bits/dim of the network")[1] == "2.600 ± 0.020"
     assert row_of(page, "variational bound on bits/dim")[1] == "2.750 ± 0.030"
     assert row_of(page, "1 ")[:3] == ["1", "1,000", "0.900 ± 0.050"]
     assert row_of(page, "10 ")[2] == "0.200 ± 0.050"
+    assert row_of(page, "checkpoint | step")[:4] == ["checkpoint", "step", "FD-classifier", "kernel distance"]
     for setting, value in {
         "seed": "42",
         "parameters": "exponential moving average (EMA)",

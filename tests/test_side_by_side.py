@@ -29,12 +29,12 @@ def test_two_reports_stand_beside_each_other_with_their_difference(tmp_path, cap
     run_lib.compare_reports(files)
     text = capsys.readouterr().out
     rows = rows_of(text)
-    assert rows[""] == [*files, "difference"]
+    assert rows[""] == ["a.json", "b.json", "difference"]
     assert len({len(line) for line in text.splitlines() if line.startswith(("| FD", "| bits"))}) == 1
     assert rows["FD-classifier"] == ["0.250 ± 0.050", "0.350 ± 0.050", "0.100 ± 0.071"]
     assert rows["bits_per_dim"] == ["2.600 ± 0.020", "2.600 ± 0.020", "0.000 ± 0.028"]
     assert rows["checkpoint"][:2] == ["1 (step 1,000)", "2 (step 2,000)"]
-    assert "500 samples, rounded to the nearest of 17 levels, against 1,500 images of the reference" in text
+    assert "500 samples, rounded to the nearest of 17 levels, against the reference (train split, 1,500 images)" in text
     assert "by the extractor classifier abcdef0123456789." in text
     assert "was not computed alike" not in text
 
@@ -117,6 +117,19 @@ def test_what_was_computed_otherwise_is_told(tmp_path):
     text = report.compare_reports([write(tmp_path, "a"), write(tmp_path, "b", metrics=changed)])
     assert "bits_per_dim was not computed alike." in text
     assert "b.json: by another ODE solver." in text
+    notes = [f"rtol 0.01, {count} network evaluations; own error is 0.{count} on average" for count in (37, 43)]
+    alike = [(dataclasses.replace(bits, note=note),) for note in notes]
+    files = [write(tmp_path, name, metrics=metrics) for name, metrics in zip("cd", alike, strict=True)]
+    assert "not computed alike" not in report.compare_reports(files)
+
+
+def test_columns_are_named_by_what_their_paths_do_not_share(tmp_path):
+    files = []
+    for run in ("one", "two"):
+        (tmp_path / run / "eval").mkdir(parents=True)
+        files.append(write(tmp_path / run / "eval", "report_2"))
+    assert rows_of(report.compare_reports(files))[""][:2] == ["one/eval/report_2.json", "two/eval/report_2.json"]
+    assert rows_of(report.compare_reports([files[0], files[0]]))[""][:2] == ["report_2.json", "report_2.json"]
 
 
 def test_files_that_are_no_reports_are_named(tmp_path):
