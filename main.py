@@ -40,6 +40,7 @@ MODES = {
     "train_classifier": Mode(run_lib.train_classifier, workdir="writable"),
     "eval": Mode(run_lib.evaluate, flags=("eval_folder",)),
     "sample": Mode(run_lib.sample, flags=("output", "snapshot", "num_images", "png")),
+    "compare": Mode(run_lib.compare_reports, config=False, workdir="none", files="A.json B.json ..."),
     "compare_samplers": Mode(run_lib.compare_samplers, flags=("output", "samplers", "snapshot", "num_images")),
     "encode": Mode(run_lib.encode, flags=("output", "snapshot", "num_images", "images")),
     "restore": Mode(run_lib.restore, flags=("output", "snapshot", "num_images")),

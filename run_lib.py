@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
 from ml_collections import ConfigDict
 
 import datasets
+import report
 from metrics import inception_weights
 from models.factory import require_score_network
 from runtime import (
@@ -29,6 +31,7 @@ from runtime.importing import export_checkpoint, import_checkpoint
 
 __all__ = [
     "build_experiment",
+    "compare_reports",
     "compare_samplers",
     "convert_weights",
     "encode",
@@ -171,6 +174,20 @@ def sample(
     return sample_run.write_samples(
         _open(config, workdir), Path(workdir), output=output, snapshot=snapshot, num_images=num_images, png=png
     )
+
+
+def compare_reports(files: Sequence[str]) -> None:
+    """Prints a table of the metrics of several evaluations, with the difference of two.
+
+    Args:
+      files: report_<k>.json of --mode eval, two or more.
+
+    Raises:
+      ValueError: if a file is no report, or what a number depends on differs: extractor, reference, number of samples,
+        rounding, data.
+      FileNotFoundError: if there is no such file.
+    """
+    print(report.compare_reports(files))
 
 
 def compare_samplers(

@@ -1,4 +1,4 @@
-"""The report of an evaluation: what it holds (`data`) and how it reads (`page`)."""
+"""The report of an evaluation: what it holds (`data`), how it reads (`page`), and several compared (`side_by_side`)."""
 
 from report.data import (
     CheckpointInfo,
@@ -12,6 +12,7 @@ from report.data import (
     save_report,
 )
 from report.page import metric_text, number_text, write_report
+from report.side_by_side import compare_reports
 
 __all__ = [
     "CheckpointInfo",
@@ -20,6 +21,7 @@ __all__ = [
     "ReferenceInfo",
     "Report",
     "SamplerInfo",
+    "compare_reports",
     "metric_text",
     "number_text",
     "read_reports",

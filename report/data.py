@@ -28,12 +28,16 @@ class CheckpointInfo:
 
 @dataclasses.dataclass(frozen=True)
 class DataInfo:
-    """Name of the data set, images of its splits, and levels of a pixel."""
+    """Name of the data set, images of its splits, and levels of a pixel.
+
+    `hash` changes with the images of either split or what is done to them; empty if it is not known.
+    """
 
     name: str
     train_images: int
     test_images: int
     num_levels: int
+    hash: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +163,11 @@ def save_report(folder: str | Path, report: Report) -> None:
     write_json(report_path(folder, report.checkpoint.number), report.to_dict())
 
 
+def read_report(path: str | Path) -> Report:
+    """Reads a report_<k>.json; raises a ValueError if it is none."""
+    return Report.from_dict(json.loads(Path(path).read_text()))
+
+
 def read_reports(folder: str | Path) -> list[Report]:
     """Reads every report_<k>.json of a folder, in the order of their training steps.
 
@@ -170,7 +179,7 @@ def read_reports(folder: str | Path) -> list[Report]:
         if not re.fullmatch(r"report_\d+\.json", path.name):
             continue
         try:
-            reports.append(Report.from_dict(json.loads(path.read_text())))
+            reports.append(read_report(path))
         except ValueError as error:
             raise ValueError(
                 f"{path} cannot be read ({error}); delete it and evaluate that checkpoint again"

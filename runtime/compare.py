@@ -149,7 +149,7 @@ def compare(
             f"the test split has {len(test)} images, too few for the floor that samplers are compared with"
         )
     comparer = Comparer(restored, folder, num_images or config.eval.num_samples, real, classifiers)
-    data = DataInfo(config.data.dataset, len(train), len(test), config.data.num_levels)
+    data = results.describe_data(config, train, test)
     frame = _build_frame(experiment, comparer, data)
     measured: list[SamplerResult] = []
     for spec, of_sampler in chosen:

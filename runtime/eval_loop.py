@@ -26,7 +26,6 @@ from losses import TrainState
 from metrics.metric import Metric, mean_metric
 from report import (
     CheckpointInfo,
-    DataInfo,
     Report,
     SamplerInfo,
     metric_text,
@@ -282,7 +281,7 @@ def evaluate_checkpoint(
         fields["metrics"] += _bpd_metrics(evaluator, params, of_checkpoint)
     if config.eval.enable_loss:
         fields["metrics"] += (mean_metric("loss", measure_loss(evaluator, params, of_checkpoint)),)
-    data = DataInfo(config.data.dataset, len(evaluator.train), len(evaluator.test), config.data.num_levels)
+    data = results.describe_data(config, evaluator.train, evaluator.test)
     checkpoint = CheckpointInfo(number, int(state.step), ema=True)
     return Report(checkpoint=checkpoint, seed=config.seed, data=data, **fields)
 

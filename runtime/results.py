@@ -17,11 +17,18 @@ from ml_collections import ConfigDict
 import datasets
 import distributed
 import files
+from report import DataInfo
 from runtime import workdir as workdirs
 from runtime.workdir import WorkdirError
 
 SETTINGS_FILE = "settings.json"
 FACTS = "facts"  # key of settings.json under which the results are described; no setting
+
+
+def describe_data(config: ConfigDict, train: datasets.Source, test: datasets.Source) -> DataInfo:
+    """Says in a report which images there are."""
+    name, num_levels = config.data.dataset, config.data.num_levels
+    return DataInfo(name, len(train), len(test), num_levels, files.content_hash(train.fingerprint, test.fingerprint))
 
 
 def cached(

@@ -80,7 +80,8 @@ def test_what_is_not_finite_is_null_in_the_file_and_not_run_on_the_page(tmp_path
 def test_every_field_that_a_metric_must_state_is_in_the_file():
     values = full_report().to_dict()
     assert values["checkpoint"] == {"number": 2, "step": 2000, "ema": True}
-    assert values["data"] == {"name": "digits", "train_images": 1500, "test_images": 297, "num_levels": 17}
+    stated = {"name": "digits", "train_images": 1500, "test_images": 297, "num_levels": 17, "hash": ""}
+    assert values["data"] == stated
     assert values["sampler"].keys() == {"settings", "nfe", "seconds", "num_samples", "rounding"}
     assert values["features"] == dataclasses.asdict(FEATURES)
     assert values["reference"].keys() == {"split", "num_samples", "hash", "data_hash", "preparation"}
