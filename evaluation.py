@@ -19,14 +19,16 @@ from metrics.frechet import FeatureStatistics, frechet_distance
 from metrics.frechet_unbiased import frechet_distance_unbiased
 from metrics.metric import Metric, as_features, make_metric, mean_metric, stderr_of_mean
 from metrics.naming import FEW_SAMPLES, PUBLISHED_SAMPLES, with_labels
-from metrics.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, density_coverage, precision_recall
+from metrics.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, Balls, density_coverage, precision_recall
 from metrics.pairwise import kernel_distance, kernel_distance_blocks, kernel_distance_subsets
 
 __all__ = [
     "FeatureStatistics",
     "Metric",
+    "PreparedReference",
     "content_hash",
     "density_coverage",
+    "floor_metrics",
     "frechet_distance",
     "frechet_distance_unbiased",
     "gaussian_bits_per_dim",
@@ -129,35 +131,58 @@ def gaussian_bits_per_dim(
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
-def _of_rows(features: np.ndarray, reference: np.ndarray) -> list[Metric]:
-    """Measures what needs the features of each real image, not only their statistics."""
-    kernel = kernel_distance if max(len(features), len(reference)) <= FULL_KERNEL_IMAGES else kernel_distance_blocks
-    if len(features) <= PRECISION_NEIGHBORS or len(reference) <= DENSITY_NEIGHBORS:
-        note = f"not measured: {len(features)} and {len(reference)} images are too few to have such neighbours"
-        names = ("precision", "recall", "density", "coverage")
-        return [kernel(features, reference), *(Metric(name, None, None, len(features), note=note) for name in names)]
-    return [
-        kernel(features, reference),
-        *precision_recall(features, reference),
-        *density_coverage(features, reference),
-    ]
+@dataclasses.dataclass(frozen=True)
+class PreparedReference:
+    """What samples are compared with, and what takes long to compute of it, for any number of sample_metrics.
+
+    Attributes:
+      rows: features of each image; None if only their statistics are known.
+      statistics: of the features.
+      balls: around the images; None without rows, or if these are too few.
+    """
+
+    rows: np.ndarray | None
+    statistics: FeatureStatistics
+    balls: Balls | None
+
+    @classmethod
+    def of(cls, reference: np.ndarray | FeatureStatistics | PreparedReference) -> PreparedReference:
+        """Prepares features of real images, or their statistics."""
+        if isinstance(reference, PreparedReference):
+            return reference
+        if isinstance(reference, FeatureStatistics):
+            return cls(None, reference, None)
+        balls = Balls.around(reference) if len(reference) > DENSITY_NEIGHBORS else None
+        return cls(reference, FeatureStatistics.from_features(reference), balls)
 
 
-def _against(
-    images: tuple[np.ndarray, np.ndarray], reference: np.ndarray | FeatureStatistics, extractor: str
-) -> tuple[Metric, ...]:
+def _of_rows(features: np.ndarray, rows: np.ndarray, balls: Balls | None) -> list[Metric]:
+    """Measures what needs the features of each real image."""
+    kernel = kernel_distance if max(len(features), len(rows)) <= FULL_KERNEL_IMAGES else kernel_distance_blocks
+    if balls is not None and len(features) > PRECISION_NEIGHBORS:
+        return [kernel(features, rows), *precision_recall(features, balls), *density_coverage(features, balls)]
+    note = f"not measured: {len(features)} and {len(rows)} images are too few to have such neighbours"
+    names = ("precision", "recall", "density", "coverage")
+    return [kernel(features, rows), *(Metric(name, None, None, len(features), note=note) for name in names)]
+
+
+def _against(images: tuple[np.ndarray, np.ndarray], real: PreparedReference, extractor: str) -> tuple[Metric, ...]:
     features, logits = images
     metrics = [
-        frechet_distance(features, reference),
-        frechet_distance_unbiased(features, reference),
+        frechet_distance(features, real.statistics if real.rows is None else real.rows),
+        frechet_distance_unbiased(features, real.statistics),
         inception_score_from_logits(logits),
     ]
     if len(logits) >= PUBLISHED_SAMPLES:
         metrics.append(inception_score_from_logits(logits, num_splits=10, name="inception_score_10"))
-    num_reference = reference.num_samples if isinstance(reference, FeatureStatistics) else len(reference)
-    if not isinstance(reference, FeatureStatistics):
-        metrics += _of_rows(features, reference)
-    return with_labels(metrics, extractor=extractor, num_features=features.shape[1], num_reference=num_reference)
+    if real.rows is not None:
+        metrics += _of_rows(features, real.rows, real.balls)
+    return with_labels(
+        metrics,
+        extractor=extractor,
+        num_features=len(real.statistics.mean),
+        num_reference=real.statistics.num_samples,
+    )
 
 
 def _of_test(metric: Metric) -> Metric:
@@ -165,17 +190,27 @@ def _of_test(metric: Metric) -> Metric:
     return dataclasses.replace(metric, name=f"{metric.name}_test", label=label)
 
 
+def floor_metrics(
+    test: tuple[Float[np.ndarray, "L D"], Float[np.ndarray, "L K"]],
+    *,
+    reference: Float[np.ndarray, "M D"] | FeatureStatistics | PreparedReference,
+    extractor: str,
+) -> tuple[Metric, ...]:
+    """Measures real images that no network has seen in the place of samples: what a perfect network would reach.
+
+    Arguments are as of `sample_metrics`; names have "_test" at their ends. The Frechet distance is called the floor.
+    """
+    return tuple(map(_of_test, _against(test, PreparedReference.of(reference), extractor)))
+
+
 def sample_metrics(
     samples: tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]],
     *,
-    reference: Float[np.ndarray, "M D"] | FeatureStatistics,
+    reference: Float[np.ndarray, "M D"] | FeatureStatistics | PreparedReference,
     test: tuple[Float[np.ndarray, "L D"], Float[np.ndarray, "L K"]] | None = None,
     extractor: str,
 ) -> tuple[Metric, ...]:
-    """Measures samples against real images, and others that no network has seen in their place.
-
-    What these score is what a perfect network would reach with as many samples. Their metrics have "_test" at the end
-    of their names; their Frechet distance is called the floor.
+    """Measures samples against real images, and `floor_metrics` of others.
 
     Args:
       samples: (features, logits) of generated images.
@@ -191,7 +226,8 @@ def sample_metrics(
     Raises:
       ValueError: if features are not finite, of different dimensions or too few, or the extractor is unknown.
     """
-    metrics = _against(samples, reference, extractor)
+    real = PreparedReference.of(reference)
+    metrics = _against(samples, real, extractor)
     if metrics[0].num_samples < PUBLISHED_SAMPLES:
         logging.warning("%s of %d samples: %s", metrics[0].label, metrics[0].num_samples, FEW_SAMPLES)
-    return metrics if test is None else (*metrics, *map(_of_test, _against(test, reference, extractor)))
+    return metrics if test is None else metrics + floor_metrics(test, reference=real, extractor=extractor)

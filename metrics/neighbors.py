@@ -5,13 +5,15 @@ All four ask which images lie in balls around other images that reach to those i
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
-from metrics.metric import Metric, as_feature_pair, make_metric, stderr_of_mean
+from metrics.metric import Metric, as_features, check_dimensions, make_metric, stderr_of_mean
 from metrics.pairwise import row_blocks
 
 PRECISION_NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
@@ -23,14 +25,51 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "n m"]
     return np.maximum(squares, 0.0)
 
 
-def _squared_radii(x: np.ndarray, num_neighbors: int) -> Float[np.ndarray, "n"]:
-    """Returns the squared distance of each row to its k-th nearest other row."""
-    radii = np.empty(len(x))
+def _squared_radii(x: np.ndarray, num_neighbors: Sequence[int]) -> Float[np.ndarray, "K n"]:
+    """Returns the squared distances of each row to its k-th nearest other row, for each k."""
+    radii, last = np.empty((len(num_neighbors), len(x))), [k - 1 for k in num_neighbors]
     for rows in row_blocks(len(x), len(x)):
         distances = _squared_distances(x[rows], x)
         distances[np.arange(len(distances)), np.arange(rows.start, rows.stop)] = np.inf
-        radii[rows] = np.partition(distances, num_neighbors - 1, axis=1)[:, num_neighbors - 1]
+        radii[:, rows] = np.partition(distances, last, axis=1)[:, last].T
     return radii
+
+
+@dataclasses.dataclass(frozen=True)
+class Balls:
+    """Images with the balls around them that reach to their k-th nearest neighbours; computed once for many uses.
+
+    Attributes:
+      rows: features less their mean, float64[M, D]: distances come from products, and fewer digits cancel near 0.
+      center: their mean.
+      squared_radii: of the balls, for each k.
+    """
+
+    rows: Float[np.ndarray, "M D"]
+    center: Float[np.ndarray, "D"]
+    squared_radii: Mapping[int, Float[np.ndarray, "M"]]
+
+    @classmethod
+    def around(
+        cls,
+        features: Num[np.ndarray, "M D"],
+        num_neighbors: Sequence[int] = (PRECISION_NEIGHBORS, DENSITY_NEIGHBORS),
+        *,
+        name: str = "reference",
+    ) -> Balls:
+        """Computes the radii; raises a ValueError if features are not finite or not more than neighbours."""
+        if min(num_neighbors) < 1:
+            raise ValueError(f"num_neighbors={min(num_neighbors)}; expected 1 or more")
+        y = as_features(name, features, max(num_neighbors) + 1)
+        center = y.mean(axis=0)
+        rows = y - center
+        return cls(rows, center, dict(zip(num_neighbors, _squared_radii(rows, num_neighbors), strict=True)))
+
+    def moved(self, features: Num[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+        """Returns other features less the same mean; raises a ValueError if they are of another dimension."""
+        x = as_features("features", features)
+        check_dimensions(x.shape[1], len(self.center))
+        return x - self.center
 
 
 class _Inside(NamedTuple):
@@ -47,35 +86,25 @@ class _Inside(NamedTuple):
     owners: Int[np.ndarray, "m"]
 
 
-def _count_inside(points: np.ndarray, centers: np.ndarray, num_neighbors: int) -> _Inside:
-    """Counts points in the balls around centers that reach to the center's k-th nearest other center."""
-    radii = _squared_radii(centers, num_neighbors)
+def _count_inside(points: np.ndarray, centers: np.ndarray, squared_radii: np.ndarray) -> _Inside:
     inside = _Inside(*(np.zeros(n, np.int64) for n in (len(points), len(centers), len(centers))))
     for rows in row_blocks(len(points), len(centers)):
-        block = _squared_distances(points[rows], centers) <= radii
+        block = _squared_distances(points[rows], centers) <= squared_radii
         inside.of_points[rows] = block.sum(axis=1)
         inside.of_balls[:] += block.sum(axis=0)
         inside.owners[:] += np.arange(rows.start, rows.stop) @ block
     return inside
 
 
-def _centered_pair(features: np.ndarray, reference: np.ndarray, num_neighbors: int, *, both: bool) -> list[np.ndarray]:
-    """Returns both sets as float64, moved so that fewer digits cancel in distances, which come from products.
-
-    `both`: there are balls around the features too, so that these must be more than `num_neighbors`, too.
-    """
-    if num_neighbors < 1:
-        raise ValueError(f"num_neighbors={num_neighbors}; expected 1 or more")
-    x, y = as_feature_pair(features, reference)
-    for name, z in (("features", x), ("reference", y))[0 if both else 1 :]:
-        if len(z) <= num_neighbors:
-            raise ValueError(f"{name} has {len(z)} rows; expected {num_neighbors + 1} or more images")
-    center = y.mean(axis=0)
-    return [x - center, y - center]
+def _balls(reference: np.ndarray | Balls, num_neighbors: int) -> Balls:
+    return reference if isinstance(reference, Balls) else Balls.around(reference, (num_neighbors,))
 
 
 def precision_recall(
-    features: Num[np.ndarray, "N D"], reference: Num[np.ndarray, "M D"], *, num_neighbors: int = PRECISION_NEIGHBORS
+    features: Num[np.ndarray, "N D"],
+    reference: Num[np.ndarray, "M D"] | Balls,
+    *,
+    num_neighbors: int = PRECISION_NEIGHBORS,
 ) -> tuple[Metric, Metric]:
     """Measures improved precision and recall (Kynkaanniemi et al. 2019, Section 2).
 
@@ -85,7 +114,7 @@ def precision_recall(
 
     Args:
       features: of generated images.
-      reference: of real images.
+      reference: of real images, or the balls around them.
       num_neighbors: k; the paper's is 3.
 
     Returns:
@@ -94,10 +123,12 @@ def precision_recall(
     Raises:
       ValueError: as `kernel_distance`, or if a set does not have more than `num_neighbors` images.
     """
-    x, y = _centered_pair(features, reference, num_neighbors, both=True)
+    real = _balls(reference, num_neighbors)
+    x, y = real.moved(features), real.rows
+    fake_radii = Balls.around(features, (num_neighbors,), name="features").squared_radii[num_neighbors]
     return (
-        _share("precision", _count_inside(x, y, num_neighbors).of_points > 0, num_neighbors),
-        _share("recall", _count_inside(y, x, num_neighbors).of_points > 0, num_neighbors),
+        _share("precision", _count_inside(x, y, real.squared_radii[num_neighbors]).of_points > 0, num_neighbors),
+        _share("recall", _count_inside(y, x, fake_radii).of_points > 0, num_neighbors),
     )
 
 
@@ -116,7 +147,10 @@ def _share(name: str, inside: Bool[np.ndarray, "n"], num_neighbors: int) -> Metr
 
 
 def density_coverage(
-    features: Num[np.ndarray, "N D"], reference: Num[np.ndarray, "M D"], *, num_neighbors: int = DENSITY_NEIGHBORS
+    features: Num[np.ndarray, "N D"],
+    reference: Num[np.ndarray, "M D"] | Balls,
+    *,
+    num_neighbors: int = DENSITY_NEIGHBORS,
 ) -> tuple[Metric, Metric]:
     """Measures density and coverage (Naeem et al. 2020, Eqs. 4 and 5): unlike precision and recall, not by outliers.
 
@@ -130,7 +164,7 @@ def density_coverage(
 
     Args:
       features: of generated images.
-      reference: of real images.
+      reference: of real images, or the balls around them.
       num_neighbors: k; the paper's is 5.
 
     Returns:
@@ -139,9 +173,10 @@ def density_coverage(
     Raises:
       ValueError: as `kernel_distance`, or if the reference does not have more than `num_neighbors` images.
     """
-    x, y = _centered_pair(features, reference, num_neighbors, both=False)
-    of_points, of_balls, owners = _count_inside(x, y, num_neighbors)
-    n, m = len(x), len(y)
+    real = _balls(reference, num_neighbors)
+    x = real.moved(features)
+    of_points, of_balls, owners = _count_inside(x, real.rows, real.squared_radii[num_neighbors])
+    n, m = len(x), len(real.rows)
     note = f"k = {num_neighbors}; standard error over both sets, with the radii as given"
     density = of_points / num_neighbors
     stderr = math.hypot(stderr_of_mean(density), stderr_of_mean(of_balls * m / (num_neighbors * n)))

@@ -200,8 +200,8 @@ def compare_reports(files: Sequence[str]) -> str:
     shared = [f"Data: {first.data.name}, {first.data.num_levels} levels."]
     if first.sampler and first.reference and any(map(_is_of_samples, _common_metrics(reports))):
         shared.append(
-            f"{first.sampler.num_samples:,} samples, rounded to {_rounding(first)}, against "
-            f"{first.reference.num_samples:,} images of the reference, by the extractor {_extractor(first)}."
+            f"{first.sampler.num_samples:,} samples, rounded to {_rounding(first)}, against the reference "
+            f"({first.reference.words}) by the extractor {_extractor(first)}."
         )
     shared.append("Numbers are value ± one standard error; that of a difference supposes that the two are independent.")
     return "\n\n".join([text, " ".join(shared), *_notes(files, reports)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 import datasets
 import distributed
-from evaluation import sample_metrics
+from evaluation import PreparedReference, floor_metrics, sample_metrics
 from files import content_hash
 from metrics import classifier
 from metrics.extractors import Extractor, build_extractor, resolve_extractor
@@ -257,10 +258,21 @@ class RealFeatures:
         )
         return cls(extractor, reference, _test_features(extractor, test, folder), info)
 
+    @functools.cached_property
+    def _prepared(self) -> PreparedReference:
+        return PreparedReference.of(self.reference)
+
+    @functools.cached_property
+    def floor(self) -> tuple[Metric, ...]:
+        """Metrics of the test split in the place of samples; none if it has too few images."""
+        if self.test is None:
+            return ()
+        return floor_metrics(self.test, reference=self._prepared, extractor=self.extractor.key)
+
     def measure(self, levels: UInt8[np.ndarray, "N H W C"]) -> tuple[Metric, ...]:
         """Measures samples, and the test split in their place."""
         of_samples = self.extractor(levels)
-        return sample_metrics(of_samples, reference=self.reference, test=self.test, extractor=self.extractor.key)
+        return sample_metrics(of_samples, reference=self._prepared, extractor=self.extractor.key) + self.floor
 
     @property
     def feature_info(self) -> FeatureInfo:

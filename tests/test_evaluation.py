@@ -231,6 +231,10 @@ def test_sample_metrics_measures_the_test_split_in_the_place_of_samples():
     assert metrics["recall"] == evaluation.precision_recall(samples[0], train)[1]
     assert metrics["coverage"] == evaluation.density_coverage(samples[0], train)[1]
     assert metrics["inception_score_test"].num_samples == 40
+    prepared = evaluation.PreparedReference.of(train)
+    again = evaluation.sample_metrics(samples, reference=prepared, extractor="classifier")
+    floor = evaluation.floor_metrics(test, reference=prepared, extractor="classifier")
+    assert [*again, *floor] == list(metrics.values())
 
 
 def test_sample_metrics_measures_what_statistics_allow():

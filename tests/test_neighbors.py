@@ -8,6 +8,7 @@ import scipy.spatial
 
 import evaluation
 from metrics import pairwise
+from metrics.neighbors import Balls
 
 
 class TestPrecisionRecall:
@@ -45,6 +46,16 @@ class TestPrecisionRecall:
             evaluation.precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
         with pytest.raises(ValueError, match="num_neighbors=0; expected 1 or more"):
             evaluation.precision_recall(np.zeros((3, 2)), np.zeros((9, 2)), num_neighbors=0)
+
+
+def test_balls_computed_once_give_the_same():
+    rng = np.random.default_rng(4)
+    x, y = rng.standard_normal((30, 3)), rng.standard_normal((40, 3)) + 100.5
+    balls = Balls.around(y)
+    assert evaluation.precision_recall(x + 100.0, balls) == evaluation.precision_recall(x + 100.0, y)
+    assert evaluation.density_coverage(x + 100.0, balls) == evaluation.density_coverage(x + 100.0, y)
+    with pytest.raises(ValueError, match="features have 2 dimensions, the reference 3"):
+        evaluation.density_coverage(x[:, :2], balls)
 
 
 class TestDensityCoverage:

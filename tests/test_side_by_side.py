@@ -34,7 +34,7 @@ def test_two_reports_stand_beside_each_other_with_their_difference(tmp_path, cap
     assert rows["FD-classifier"] == ["0.250 ± 0.050", "0.350 ± 0.050", "0.100 ± 0.071"]
     assert rows["bits_per_dim"] == ["2.600 ± 0.020", "2.600 ± 0.020", "0.000 ± 0.028"]
     assert rows["checkpoint"][:2] == ["1 (step 1,000)", "2 (step 2,000)"]
-    assert "500 samples, rounded to the nearest of 17 levels, against 1,500 images of the reference" in text
+    assert "500 samples, rounded to the nearest of 17 levels, against the reference (train split, 1,500 images)" in text
     assert "by the extractor classifier abcdef0123456789." in text
     assert "was not computed alike" not in text
 
