@@ -87,12 +87,20 @@ def tfds_name(config: ConfigDict) -> str:
     return name.removeprefix(PREFIX) if name.startswith(PREFIX) else TFDS_NAMES.get(name, lambda config: "")(config)
 
 
+def check_name(config: ConfigDict) -> None:
+    """Raises a ValueError if there is no data set of the configured name; which ones TFDS has, it says when asked."""
+    if config.data.dataset == PREFIX:
+        raise ValueError(f"data.dataset={PREFIX!r} names no data set of TFDS; expected one, such as {PREFIX}mnist")
+    if not config.data.dataset.startswith(PREFIX):
+        checks.one_of("data.dataset", config.data.dataset, (*SOURCES, f"{PREFIX}NAME"))
+
+
 def open_source(config: ConfigDict, split: str) -> Source:
     """Opens one split of the configured data set, which may not be what the network expects (see `build_source`)."""
+    check_name(config)
     name = config.data.dataset
     if name.startswith(PREFIX):
         return load_any(name.removeprefix(PREFIX), split, config.data.path, rules_of(config))
-    checks.one_of("data.dataset", name, (*SOURCES, f"{PREFIX}NAME"))
     return SOURCES[name](config, split)
 
 

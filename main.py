@@ -34,6 +34,7 @@ MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
 
 # Every value of --mode. The keywords of a function of run_lib are the flags of the same names.
 MODES = {
+    "doctor": Mode(run_lib.doctor, config="optional", workdir="none"),
     "prepare": Mode(run_lib.prepare, workdir="none"),
     # Scripts of the 2021 code always give --eval_folder.
     "train": Mode(run_lib.train, ignored=("eval_folder",), workdir="writable"),
@@ -78,7 +79,7 @@ def run(files: Sequence[str]) -> None:
     """Runs the mode with its flags; a mode that returns False has said why it failed."""
     mode = MODES[FLAGS.mode]
     settings = {name: FLAGS[name].value for name in mode.flags}
-    if mode.config:
+    if mode.config and FLAGS["config"].value is not None:
         settings["config"] = FLAGS.config.lock()
     if mode.workdir != "none":
         settings["workdir"] = Path(FLAGS.workdir)

@@ -26,6 +26,7 @@ from runtime import (
 )
 from runtime import workdir as workdirs
 from runtime.classifier_experiment import check_settings
+from runtime.doctor import examine
 from runtime.experiment import Experiment, build_experiment, describe
 from runtime.importing import export_checkpoint, import_checkpoint
 
@@ -34,6 +35,7 @@ __all__ = [
     "compare_reports",
     "compare_samplers",
     "convert_weights",
+    "doctor",
     "encode",
     "evaluate",
     "export_checkpoint",
@@ -45,6 +47,18 @@ __all__ = [
     "train",
     "train_classifier",
 ]
+
+
+def doctor(config: ConfigDict | None = None) -> bool:
+    """Prints what is installed, present or missing and how to get it, and runs a self-test of some ten seconds.
+
+    Args:
+      config: experiment configuration whose settings and data set are looked at, too; None: none.
+
+    Returns:
+      Whether nothing is broken; what is missing and can be done without does not count.
+    """
+    return examine(smoke.shrink(config) if config is not None and config.training.smoke else config)
 
 
 def prepare(config: ConfigDict) -> None:

@@ -22,7 +22,17 @@ from sde_lib import SDE, VESDE, VPSDE, ReverseSDE, ScoreFn, expand
 from solvers import SOLVERS
 from solvers.interface import TRANSFORM_STREAM, Sampler, StepResult, StepTransform, prepare, unchanged
 
-__all__ = ["CORRECTORS", "METHODS", "PREDICTORS", "Sampler", "StepResult", "StepTransform", "build_sampler"]
+__all__ = [
+    "CORRECTORS",
+    "METHODS",
+    "PREDICTORS",
+    "Sampler",
+    "StepResult",
+    "StepTransform",
+    "build_sampler",
+    "clip_prediction",
+    "data_range",
+]
 
 
 Predictor = Callable[[PRNGKeyArray, Array, Array, ReverseSDE], StepResult]
@@ -252,16 +262,55 @@ def _build_pc(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
 METHODS: dict[str, Callable[[ConfigDict, SDE, tuple[int, ...]], Sampler]] = {"pc": _build_pc, **SOLVERS}
 
 
+def data_range(config: ConfigDict) -> tuple[float, float]:
+    """Returns the lowest and the highest value of an image in the network's range."""
+    return (-1.0 if config.data.centered else 0.0), 1.0
+
+
+def clip_prediction(score_fn: ScoreFn, sde: SDE, bounds: tuple[float, float]) -> ScoreFn:
+    """Returns the score whose prediction of the data, E[x0 | x], is clipped; as given where nothing is clipped.
+
+    As the code of DDPM (Ho et al. 2020) draws. Where the noise is strong, a small error of the score is a large one of
+    the prediction (Tweedie's formula divides by mean_coeff), and the samples of a network that is not yet trained well
+    drift to black or white; the paper's samplers do not clip.
+
+    Args:
+      score_fn: score(x, t).
+      sde: forward SDE.
+      bounds: lowest and highest value of the data.
+    """
+
+    def clipped(x: Float[Array, "B ..."], t: Float[Array, "B"]) -> Float[Array, "B ..."]:
+        m, variance, score = expand(sde.mean_coeff(t), x), expand(jnp.square(sde.std(t)), x), score_fn(x, t)
+        x0 = (x + variance * score) / m
+        return score + m / variance * (jnp.clip(x0, *bounds) - x0)
+
+    return clipped
+
+
+def _with_clipping(sampler: Sampler, sde: SDE, bounds: tuple[float, float]) -> Sampler:
+    def sample(
+        key: PRNGKeyArray,
+        score_fn: ScoreFn,
+        x_init: Float[Array, "B ..."] | None = None,
+        transform: StepTransform | None = None,
+    ) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
+        return sampler(key, clip_prediction(score_fn, sde, bounds), x_init, transform)
+
+    return sample
+
+
 def build_sampler(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
     """Builds the sampler that `config.sampling` describes.
 
     "pc" discretizes `sde` in `sampling.num_steps` steps (0: `model.num_scales`), runs corrector then predictor at each
     time and, with `noise_removal`, returns the last predictor's mean. "ode" integrates the probability-flow ODE with
     steps of its own choice, whatever `num_steps` is, and with `noise_removal` ends on one denoising step; a sample is
-    NaN if its integration failed (`ode.require_solved`). Both run under `jax.jit` and inside `distributed.pmap`.
+    NaN if its integration failed (`ode.require_solved`). Both run under `jax.jit` and inside `distributed.pmap`. With
+    `clip` the score's predictions of the data are clipped to the range of images (`clip_prediction`).
 
     Args:
-      config: read here: `sampling`, `model.num_scales`.
+      config: read here: `sampling`, `model.num_scales`, `data.centered`.
       sde: forward SDE.
       shape: shape of a batch of samples, (B, H, W, C); B counts the examples of one device.
 
@@ -271,4 +320,5 @@ def build_sampler(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampl
     checks.one_of("sampling.method", config.sampling.method, METHODS)
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"shape={shape}: expected a batch axis and at least one more, none of them empty")
-    return METHODS[config.sampling.method](config, sde, tuple(shape))
+    sampler = METHODS[config.sampling.method](config, sde, tuple(shape))
+    return _with_clipping(sampler, sde, data_range(config)) if config.sampling.clip else sampler

@@ -136,6 +136,7 @@ def _sampling() -> ConfigDict:
             "labels": "",  # classes of the samples in turn: "3", "0..9", "0,2,5"; "": of any class
             "guidance_scale": 1.0,  # classifier-free: w in s(any) + w (s(class) - s(any)); 1: none
             "guidance_interval": (0.0, 0.0),  # low < sigma <= high in which there is guidance; high 0: no bound
+            "clip": False,  # clip the score's predictions of clean images to their range, as DDPM's code; not the paper
             "noise_removal": True,  # end without noise: on the last step's mean, or on the data predicted at the end
             # a class by the gradient of a classifier
             "classifier_scale": 0.0,  # factor on it: 1 is Bayes' rule, more favours typical images; 0: no classifier

@@ -19,7 +19,7 @@ from controllable_generation import guidance, operators
 from controllable_generation.masks import read_mask
 from controllable_generation.operators import ImageShape, Operator
 from controllable_generation.projection import put_in_each_step
-from sampling import StepTransform
+from sampling import StepTransform, data_range
 from sde_lib import SDE, ScoreFn
 from solvers import ADAPTIVE
 
@@ -196,9 +196,8 @@ def _build_weighting(config: ConfigDict, sde: SDE, operator: Operator) -> guidan
 
 
 def _build_guidance(config: ConfigDict, sde: SDE, operator: Operator) -> Restoration:
-    weighting, bounds = _build_weighting(config, sde, operator), None
-    if config.restore.clip:
-        bounds = (-1.0, 1.0) if config.data.centered else (0.0, 1.0)
+    weighting = _build_weighting(config, sde, operator)
+    bounds = data_range(config) if config.restore.clip else None
     guide = functools.partial(guidance.guide, operator=operator, sde=sde, weight=weighting, bounds=bounds)
     return lambda score_fn, y: Conditional(guide(score_fn, y=y), None, None)
 

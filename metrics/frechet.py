@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Num
 
-from files import content_hash, read_npz, write_atomically
-from metrics.metric import Metric, as_features, check_dimensions, check_finite, make_metric, stderr_of_mean
+from files import content_hash
+from metrics.metric import Metric, as_features, check_dimensions, make_metric, stderr_of_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,27 +40,6 @@ class FeatureStatistics:
     def hash(self) -> str:
         """SHA-256 in hex, to say in a report which statistics were used."""
         return content_hash(self.mean, self.cov, str(self.num_samples))
-
-    def save(self, path: str | Path) -> None:
-        """Writes an .npz file, whole or not at all."""
-        write_atomically(path, lambda file: np.savez(file, **dataclasses.asdict(self)))
-
-    @classmethod
-    def load(cls, path: str | Path) -> FeatureStatistics:
-        """Reads an .npz file of `save`, or one with "mu" and "sigma" as other FID programs write it.
-
-        Raises:
-          ValueError: if it cannot be read as one, or its arrays do not fit together.
-        """
-        file = read_npz(path)
-        mean, cov = file.get("mean", file.get("mu")), file.get("cov", file.get("sigma"))
-        if mean is None or cov is None:
-            raise ValueError(f"{path} holds {sorted(file)}; expected mean and cov, or mu and sigma")
-        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-            raise ValueError(f"{path} has mean {mean.shape} and covariance {cov.shape}; expected [D] and [D, D]")
-        check_finite(str(path), mean)
-        check_finite(str(path), cov)
-        return cls(mean.astype(np.float64), cov.astype(np.float64), int(file.get("num_samples", 0)))
 
 
 def covariance_factor(cov: np.ndarray) -> np.ndarray:

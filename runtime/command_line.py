@@ -38,7 +38,7 @@ class Mode:
       flags: that it takes besides --config and --workdir.
       needed: those of them that must be given.
       ignored: that it takes and does nothing with.
-      config: --config must be given.
+      config: whether --config must be given; "optional": it may be.
       workdir: what --workdir must be: "trained", "writable", "unmade" (made by the mode itself), or "none", not given.
       files: what the arguments that are no flags stand for, such as "A.json B.json"; empty: there may be none.
     """
@@ -47,7 +47,7 @@ class Mode:
     flags: tuple[str, ...] = ()
     needed: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    config: bool = True
+    config: bool | str = True
     workdir: str = "trained"
     files: str = ""
 
@@ -102,7 +102,7 @@ def check_flags(name: str, mode: Mode, files: Sequence[str] = ()) -> None:
     """
     if files and not mode.files:
         raise ValueError(f"unexpected argument {files[0]!r}; every setting is a flag, such as --workdir DIR")
-    for flag, wanted, value in (("config", mode.config, "FILE"), ("workdir", mode.workdir != "none", "DIR")):
+    for flag, wanted, value in (("config", mode.config is True, "FILE"), ("workdir", mode.workdir != "none", "DIR")):
         if wanted and FLAGS[flag].value is None:
             raise ValueError(f"--mode {name} needs --{flag} {value}")
     for flag in OF_MODES:

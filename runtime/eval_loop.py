@@ -286,8 +286,8 @@ def evaluate_checkpoint(
     return Report(checkpoint=checkpoint, seed=config.seed, data=data, **fields)
 
 
-def drop_other_reports(folder: Path, numbers: range, real: RealFeatures) -> None:
-    """Deletes the reports of these checkpoints that another extractor or reference gave, since they are made anew.
+def other_reports(folder: Path, numbers: range, real: RealFeatures) -> list[Path]:
+    """Returns the reports of these checkpoints that another extractor or reference gave, and that must be made anew.
 
     Numbers of different ones would stand side by side on one page. Samples stay: they do not depend on either.
 
@@ -295,7 +295,7 @@ def drop_other_reports(folder: Path, numbers: range, real: RealFeatures) -> None
       WorkdirError: if there is such a report of a checkpoint that is not evaluated now.
     """
     if not list(folder.glob("report_*.json")):
-        return
+        return []
     of_real = real.feature_info, real.reference_info
     others = [each for each in read_reports(folder) if each.features and (each.features, each.reference) != of_real]
     for number in sorted(report.checkpoint.number for report in others):
@@ -304,10 +304,17 @@ def drop_other_reports(folder: Path, numbers: range, real: RealFeatures) -> None
                 f"{report_path(folder, number)} has metrics of another feature extractor or reference; evaluate "
                 f"checkpoint {number} in the same sweep (eval.begin_ckpt, eval.end_ckpt), or choose a new --eval_folder"
             )
-    for report in others if distributed.is_main_process() else ():
-        path = report_path(folder, report.checkpoint.number)
+    return [report_path(folder, report.checkpoint.number) for report in others]
+
+
+def _write(folder: Path, workdir: Path, report: Report, others: list[Path]) -> None:
+    """Writes the report of a checkpoint and, without the others, the page."""
+    for path in others:
         logging.info("%s was of another feature extractor or reference and is made anew", path)
         path.unlink()
+    save_report(folder, report)
+    write_report(folder, losses=workdir / plots.LOSSES_FILE)
+    log_report(report, folder)
 
 
 def _load_classifier(experiment: Experiment, workdir: Path) -> Classifier | None:
@@ -335,15 +342,13 @@ def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) ->
             if config.eval.enable_sampling
             else None
         )
-        if real:
-            drop_other_reports(folder, numbers, real)
+        others = other_reports(folder, numbers, real) if real else []
         for number in numbers:
             state = checkpoints.restore_snapshot(number, wait_seconds=config.eval.wait_seconds)
             report = evaluate_checkpoint(evaluator, state, number, real, folder)
             if distributed.is_main_process():
-                save_report(folder, report)
-                write_report(folder, losses=workdir / plots.LOSSES_FILE)
-                log_report(report, folder)
+                _write(folder, workdir, report, others)
+            others = []  # only once a checkpoint could be evaluated: a refusal must not cost a report
 
 
 def log_report(report: Report, folder: Path) -> None:

@@ -21,7 +21,6 @@ from metrics import classifier
 from metrics.extractors import Extractor, build_extractor, resolve_extractor
 from metrics.frechet import FeatureStatistics
 from metrics.metric import Metric
-from metrics.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS
 from metrics.pretrained import BATCH_SIZE
 from metrics.reference import NOT_STATED, OTHERS_EXTRACTORS, Reference, compact, load_reference
 from report import FeatureInfo, ReferenceInfo
@@ -31,6 +30,7 @@ from runtime.progress import track
 BATCH_IMAGES = 256  # read at a time, or one batch of every device if that is more
 BATCH_BYTES = 2**25  # the same, in bytes of their levels
 BATCH_STEP = 64  # large batches are multiples of it, so that no network's own batch is filled up in vain
+FEWEST_IMAGES = 2  # of a split, so that it has a covariance
 TAKE_WEIGHTS = ("inception", "tfgan")  # extractors that read eval.weights
 FOR_PHOTOGRAPHS = "inception, efficientnet_lite0 or tfgan"
 _Compared = tuple[Float[np.ndarray, "N D"] | FeatureStatistics, ReferenceInfo]  # samples with what, and its name
@@ -202,10 +202,10 @@ def _read_reference(config: ConfigDict, stored: Reference, extractor: Extractor)
 
 def _compute_reference(extractor: Extractor, train: datasets.Source, folder: Path) -> _Compared:
     """Returns the features of the training split and what the report says of them."""
-    if len(train) <= DENSITY_NEIGHBORS:
+    if len(train) < FEWEST_IMAGES:
         raise ValueError(
-            f"the training split has {len(train)} images; metrics of samples need more than {DENSITY_NEIGHBORS} to "
-            "compare with: add some, or set eval.enable_sampling=False"
+            f"the training split has {len(train)} image(s); metrics of samples need {FEWEST_IMAGES} or more to compare "
+            "with: add some, or set eval.enable_sampling=False"
         )
     features = cached_features(extractor, train, folder, name="training features", with_logits=False)["features"]
     digest = FeatureStatistics.from_features(features).hash
@@ -216,8 +216,8 @@ def _test_features(
     extractor: Extractor, test: datasets.Source, folder: Path
 ) -> tuple[Float[np.ndarray, "M D"], Float[np.ndarray, "M K"]] | None:
     """Returns (features, logits) of the test split, or None if it is too small to be measured."""
-    if len(test) <= PRECISION_NEIGHBORS:
-        logging.warning("the test split has %d images, too few to be measured in the place of samples", len(test))
+    if len(test) < FEWEST_IMAGES:
+        logging.warning("the test split has %d image(s), too few to be measured in the place of samples", len(test))
         return None
     found = cached_features(extractor, test, folder, name="test features", with_logits=True)
     return found["features"], found["logits"]

@@ -6,6 +6,7 @@ Here are those that the 2021 code knew, prepared as it did; any others are in `t
 from __future__ import annotations
 
 import functools
+import io
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from files import content_hash
 from sources import resize
 from sources.base import AS_STORED
+from sources.tfds_open import NOT_PREPARED, not_prepared, open_builder
 
-# What TFDS raises if data are not there, or not in files that can be read by index.
-NOT_PREPARED = (AssertionError, KeyError, ValueError, NotImplementedError, FileNotFoundError)
-OTHER_FORMAT = ("File format is already set", "does not match the file formats")  # TFDS of files of another kind
+MODES: dict[int | None, str] = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by the number of channels
 
 
 def unchanged(image: Any) -> Any:
@@ -101,60 +102,19 @@ class TfdsSource:
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
-def data_folder(path: str = "") -> Path:
-    """Returns the folder where TFDS keeps data: the given one, $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
-    return Path(path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+def decode_stored(data: bytes, channels: int | None) -> np.ndarray:
+    """Decodes an image of 8 bits, uint8[H, W, C], with Pillow.
 
-
-def not_prepared(name: str, path: str = "") -> FileNotFoundError:
-    """Returns the error that says how to prepare a data set; the arguments are those of `open_builder`."""
-    return FileNotFoundError(
-        f"data set {name!r} is not prepared as ArrayRecord files in {data_folder(path)}; prepare it once, where "
-        "TensorFlow is installed: python main.py --config CONFIG --mode prepare"
-        + (f" --config.data.path={path}" if path else "")
-    )
-
-
-def _other_format(name: str, folder: Path) -> ValueError:
-    return ValueError(
-        f"data set {name!r} is prepared in {folder}, but not as ArrayRecord files, so that it cannot be read by index; "
-        "prepare it in another folder: --mode prepare --config.data.path=FOLDER"
-    )
-
-
-def open_builder(name: str, path: str = "") -> Any:
-    """Opens a data set of TFDS that is prepared.
+    TFDS would take OpenCV where that is installed, whose JPEGs differ by a level here and there.
 
     Args:
-      name: of it, such as "cifar10" or "imagenette/320px"; TFDS need not know it if it is prepared.
-      path: TFDS data folder; empty: the usual one (see `data_folder`).
-
-    Returns:
-      The builder of TFDS, with `info` and `as_data_source`.
-
-    Raises:
-      ValueError: if there is no such data set, or no such configuration or version of it.
-      FileNotFoundError: if it is not prepared.
+      data: content of a file.
+      channels: C, if TFDS states it.
     """
-    import tensorflow_datasets as tfds  # lazily: half a second, and the embedded data need none of it
-
-    folder = data_folder(path)
-    try:
-        builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
-        prepared = bool(builder.info.splits)
-    except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(
-            f"tensorflow-datasets {tfds.__version__} has no data set {name!r}, and {folder} has none of that name; "
-            "see https://www.tensorflow.org/datasets/catalog/overview for those that it has"
-        ) from error
-    except NOT_PREPARED as error:
-        if any(text in str(error) for text in OTHER_FORMAT):
-            raise _other_format(name, folder) from error
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"tensorflow-datasets cannot open {name!r} of {folder}: {reason}") from error
-    if not prepared:
-        raise not_prepared(name, path)
-    return builder
+    with Image.open(io.BytesIO(data)) as image:
+        mode = MODES.get(channels, image.mode)
+        levels = np.asarray(image if image.mode == mode else image.convert(mode))
+    return levels.reshape(*levels.shape[:2], -1)
 
 
 def find_feature(features: Any, kind: str) -> list[str]:
@@ -192,11 +152,13 @@ def open_split(builder: Any, split: str, name: str, path: str = "") -> TfdsSourc
     except NOT_PREPARED as error:
         raise not_prepared(name, path) from error
     num_classes = features[labels[0]].num_classes if len(labels) == 1 else 0
+    if num_classes and len(records) and records.__getitems__([0])[0][labels[0]] < 0:
+        num_classes = 0  # TFDS's sign of a test split whose labels are secret
     return TfdsSource(
         records,
         num_classes,
         fingerprint=f"{builder.info.full_name} {split} ({size.num_examples:,} images, {int(size.num_bytes):,} bytes)",
-        decode=features[images[0]].decode_example_np,
+        decode=functools.partial(decode_stored, channels=features[images[0]].shape[-1]),
         image=images[0],
         label=labels[0] if num_classes else "",
         stamp=_stamp(Path(builder.data_path), split),

@@ -17,6 +17,7 @@ from sources.folder import Rules
 from sources.pictures import decode_picture, fit_picture, to_levels
 from sources.tfds import TfdsSource
 from sources.tfds_cache import keep
+from sources.tfds_open import open_builder
 
 PREFIX = "tfds:"  # of `data.dataset`, before the name that TFDS has
 TEST_SPLITS = ("test", "validation")  # the first one that is there is the test split
@@ -79,7 +80,7 @@ def load_any(name: str, split: str, path: str, rules: Rules) -> Source:
         cannot be brought to the size.
       FileNotFoundError: if it is not prepared.
     """
-    builder = tfds.open_builder(name, path)
+    builder = open_builder(name, path)
     train, test = choose_splits(builder.info.splits, name)
     stored = tfds.open_split(builder, test if split == "test" else train, name, path)
     feature = builder.info.features[stored.image]

@@ -7,6 +7,7 @@ TFDS downloads and writes; this says in one sentence what stops it.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import os
@@ -19,11 +20,12 @@ from urllib.parse import urlsplit
 
 from absl import logging as absl_logging
 
-from sources.tfds import data_folder, open_builder
+from sources.tfds_open import data_folder, open_builder
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_REFUSED = 3  # the last line of stdout says why
 MARK = "tfds_build: "  # before that line
+CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 NUM_NAMED = 8  # files that a message names
 MAX_RETRIES = 3  # of a download; TFDS's own 10 take 204 s to find out that there is no network
 HOW_TO_INSTALL = 'python -m pip install "tensorflow>=2.21,<2.22"'
@@ -73,6 +75,8 @@ def _explain(error: Exception, builder: Any, manual: Path) -> str:
                 f"TFDS lacks a package for it: {_first_line(cause)}; install that, or get the "
                 "pictures and use data.dataset=folder"
             )
+        if isinstance(cause, OSError) and (cause.errno in CANNOT_WRITE or "disk space" in str(cause)):
+            return f"its files cannot be written: {_first_line(cause)}; set --config.data.path to another folder"
         if isinstance(cause, NonMatchingChecksumError):
             return f"a file is not the one that TFDS expects, get it anew: {_first_line(cause).rstrip(':')}"
         if isinstance(cause, (RequestException, DownloadError)):

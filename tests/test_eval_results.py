@@ -12,7 +12,7 @@ import datasets
 from metrics.metric import Metric
 from report import CheckpointInfo, DataInfo, FeatureInfo, ReferenceInfo, Report, save_report
 from runtime import eval_loop, results
-from runtime.eval_loop import Evaluator, drop_other_reports
+from runtime.eval_loop import Evaluator, other_reports
 from runtime.workdir import WorkdirError
 
 
@@ -108,10 +108,10 @@ def write_report(folder, number, *, features=REAL.feature_info, reference=REAL.r
 
 
 def test_reports_of_the_same_features_stay(tmp_path):
-    drop_other_reports(tmp_path, range(1, 3), REAL)  # none is there
-    paths = write_report(tmp_path, 1), write_report(tmp_path, 7), write_report(tmp_path, 8, features=None)
-    drop_other_reports(tmp_path, range(1, 3), REAL)
-    assert all(path.exists() for path in paths)
+    assert other_reports(tmp_path, range(1, 3), REAL) == []
+    for number, changes in ((1, {}), (7, {}), (8, {"features": None})):
+        write_report(tmp_path, number, **changes)
+    assert other_reports(tmp_path, range(1, 3), REAL) == []
 
 
 @pytest.mark.parametrize(
@@ -125,17 +125,20 @@ def test_reports_of_the_same_features_stay(tmp_path):
 )
 def test_reports_of_other_features_do_not_stand_beside_new_ones(tmp_path, other):
     path = write_report(tmp_path, 2, **other)
+    write_report(tmp_path, 1)
     with pytest.raises(WorkdirError, match=r"report_2.json has metrics of another .*; evaluate checkpoint 2 in"):
-        drop_other_reports(tmp_path, range(1, 2), REAL)
+        other_reports(tmp_path, range(1, 2), REAL)
+    assert other_reports(tmp_path, range(1, 3), REAL) == [path]
     assert path.exists()
-    earlier = write_report(tmp_path, 1, **other)
-    with pytest.raises(WorkdirError, match="evaluate checkpoint 2 in"):
-        drop_other_reports(tmp_path, range(1, 2), REAL)
-    assert earlier.exists()  # nothing is deleted before all are known
-    kept = write_report(tmp_path, 1)
-    drop_other_reports(tmp_path, range(1, 3), REAL)
-    assert not path.exists()
-    assert kept.exists()
+
+
+def test_they_are_deleted_once_a_checkpoint_could_be_evaluated(tmp_path, monkeypatch):
+    """And not if the evaluation is refused."""
+    paths = [write_report(tmp_path, number) for number in (1, 2, 3)]
+    of_one, pages = eval_loop.read_reports(tmp_path)[0], []
+    monkeypatch.setattr(eval_loop, "write_report", lambda folder, losses: pages.append(sorted(folder.iterdir())))
+    eval_loop._write(tmp_path, tmp_path, of_one, [paths[0], paths[2]])
+    assert pages == [paths[:2]]
 
 
 def test_a_reference_of_unknown_size_says_so():

@@ -97,6 +97,7 @@ def test_flags_that_do_not_go_with_a_mode_are_refused(mode, flags, message):
         (Mode(print), ["--workdir=w"], [], "--mode x needs --config FILE"),
         (Mode(print, config=False), [], [], "--mode x needs --workdir DIR"),
         (Mode(print, config=False, workdir="none"), [], [], ""),
+        (Mode(print, config="optional", workdir="none"), [], [], ""),
         (Mode(print, config=False, workdir="none"), [], ["a.json"], "unexpected argument 'a.json'"),
         (Mode(print, config=False, workdir="none", files="A.json"), [], ["a.json"], ""),
     ],

@@ -1,11 +1,13 @@
 """Statistics of pixels: against numpy on all of them at once; the largest distance against scipy's of all pairs."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from scipy.spatial.distance import pdist, squareform
 
 from metrics import pixels
-from metrics.pixels import LevelCounts, farthest_pair, radii_from
+from metrics.pixels import LevelCounts, farthest_pair, mean_and_variance, radii_from
 
 GENERATOR = np.random.default_rng(0)
 LEVELS = GENERATOR.integers(0, 256, (120, 4, 5, 3), dtype=np.uint8)
@@ -28,6 +30,17 @@ def test_a_constant_image_has_exactly_no_variance():
     counts = LevelCounts(1)
     counts.add(np.full((3, 8, 8, 1), 253, np.uint8))
     assert counts.all() == (253.0, 0.0)
+
+
+def test_moments_are_rounded_once():
+    """Of a thousand million values that differ in three the floats' difference would keep no digit."""
+    counts = np.zeros(256, np.int64)
+    counts[254], counts[255] = 3, 10**9
+    number = 10**9 + 3
+    assert mean_and_variance(counts) == (
+        float(Fraction(254 * 3 + 255 * 10**9, number)),
+        float(Fraction(3 * 10**9, number**2)),
+    )
 
 
 def find(levels, center=None, **options):

@@ -198,6 +198,16 @@ MANY = [f"{i}.zip" for i in range(9)]
             builder(instructions="Register,\n  then put A.tar here."),
             "it must be downloaded by hand to data/downloads/manual: Register, then put A.tar here.",
         ),
+        (
+            OSError("Not enough disk space. Needed: 160 GiB (download: 155 GiB, generated: 5 GiB)"),
+            builder("a.tar"),
+            "its files cannot be written: Not enough disk space. Needed: 160 GiB (download: 155 GiB, generated: 5 GiB)",
+        ),
+        (
+            PermissionError(13, "Permission denied", "/data"),
+            builder("a"),
+            "cannot be written: [Errno 13] Permission denied",
+        ),
         (AssertionError("a defect"), builder(), ""),
     ],
     ids=lambda value: type(value).__name__,

@@ -9,6 +9,7 @@ from fake_features import LinearExtractor, make_source
 
 import evaluation
 from evaluation import FeatureStatistics, frechet_distance, sample_metrics
+from metrics import efficientnet, inception
 from metrics.neighbors import Balls
 from metrics.reference import Provenance, Reference, save_reference
 from runtime import real_features
@@ -186,6 +187,40 @@ def test_a_file_of_another_program_goes_with_inception(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("provenance", "num_features", "message"),
+    [
+        (Provenance(), 5, "does not state its extractor, .* go with inception or tfgan, not 'efficientnet_lite0'"),
+        (dataclasses.replace(OF_FAKE, extractor="inception"), 5, "the extractor 'inception' with parameters 0000"),
+        (dataclasses.replace(OF_FAKE, extractor_hash="12" * 32), 5, "parameters 1212121212121212, the configured one"),
+        (OF_FAKE, 4, "has features of 4 dimensions, the extractor 'efficientnet_lite0' of 5"),
+    ],
+)
+def test_a_reference_of_another_network_is_refused(tmp_path, extractor, provenance, num_features, message):
+    path = saved(tmp_path, provenance, num_features=num_features)
+    with pytest.raises(ValueError, match=rf"r.npz' .*{message}.*with --mode stats"):
+        compute(tmp_path, eval__reference=path)
+    assert extractor.images == 0
+
+
+def test_a_missing_reference_is_said_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_features, "build_extractor", None)
+    with pytest.raises(FileNotFoundError, match=r"eval.reference='/none.npz' is not a file; --mode stats makes one"):
+        compute(tmp_path, eval__reference="/none.npz")
+
+
+# --- which extractor -------------------------------------------------------------------------------------------------
+
+
+def test_colour_without_labels_is_measured_with_efficientnet(tmp_path, monkeypatch, extractor):
+    monkeypatch.setattr(efficientnet, "PACKAGE", "numpy")  # whatever is installed
+    monkeypatch.setattr(inception, "weights_path", lambda weights="": tmp_path / "none")
+    asked = []
+    monkeypatch.setattr(real_features, "build_extractor", lambda key, **settings: asked.append(key) or extractor)
+    assert len(compute(tmp_path, eval__extractor="auto").reference) == 60
+    assert asked == ["efficientnet_lite0"]
+
+
+@pytest.mark.parametrize(
     ("channels", "message"),
     [
         (3, r"has no labels .*'classifier'; set eval.extractor to inception, efficientnet_lite0 or tfgan \(docs"),
@@ -207,11 +242,13 @@ def test_the_digits_are_measured_with_the_classifier():
 
 
 def test_splits_that_are_too_small(tmp_path, extractor, caplog):
-    with pytest.raises(ValueError, match="the training split has 5 images; metrics of samples need more than 5"):
-        compute(tmp_path, train=make_source(5))
-    real = compute(tmp_path, test=make_source(3))
+    with pytest.raises(ValueError, match=r"the training split has 1 image\(s\); metrics of samples need 2 or"):
+        compute(tmp_path, train=make_source(1))
+    real = compute(tmp_path, test=make_source(1))
     assert real.test is None
     assert {m.name for m in real.measure(make_source(40, seed=4).levels)}.isdisjoint({"frechet_distance_test"})
+    few = {m.name for m in compute(tmp_path, test=make_source(2)).measure(make_source(40, seed=4).levels)}
+    assert "frechet_distance_test" in few
 
 
 def test_the_digits_reach_the_classifier_as_when_all_were_given_at_once():

@@ -15,7 +15,7 @@ import distributed
 import rng
 import sampling
 from configs import base
-from sde_lib import VESDE, VPSDE, subVPSDE
+from sde_lib import VESDE, VPSDE, expand, subVPSDE
 
 SHAPE = (500, 4, 4, 1)  # 8,000 independent numbers: the standard error of their std is 0.8 %
 KEYS = jax.random.split(jax.random.key(0), 6)  # one for each example of the reference's batches
@@ -142,6 +142,18 @@ def test_counts_every_evaluation(settings):
     _, nfe = sample(make_config(**settings), sde, (2, 2, 2, 1), score_fn=score_fn)
     jax.effects_barrier()
     assert int(nfe) == len(calls)
+
+
+@pytest.mark.parametrize(("method", "centered"), [("ode", True), ("dpmpp_2m", False)])
+def test_clipping_draws_as_if_the_data_ended_at_the_range(method, centered):
+    """Of data that are one point, each image another one, beyond the range its end is drawn, within it the point."""
+    sde, points = VPSDE(), jnp.array([3.0, -3.0, 0.3])
+    score_fn = lambda x, t: -(x - expand(sde.mean_coeff(t) * points, x)) / expand(sde.std(t) ** 2, x)  # noqa: E731
+    for clip, expected in ((True, [1.0, -1.0 if centered else 0.0, 0.3]), (False, points)):
+        config = make_config(method=method, num_steps=20, clip=clip)
+        config.data.centered = centered
+        x, _ = sample(config, sde, (3, 2, 2, 1), score_fn=score_fn)
+        np.testing.assert_allclose(x, np.broadcast_to(np.reshape(expected, (3, 1, 1, 1)), x.shape), atol=0.02)
 
 
 def test_noise_removal_is_the_mean_of_the_last_step():

@@ -152,6 +152,21 @@ def test_labels_are_those_of_the_only_class_label(tmp_path, features):
     assert datasets.build_source(make_config(tmp_path), "train").num_classes == 0
 
 
+def test_secret_labels_are_none(tmp_path):
+    """TFDS writes -1, as in ImageNet's test split."""
+    secret = [{"image": image, "label": -1} for image in EXACT[4:6]]
+    write_own(tmp_path, {"train": records(EXACT[:4]), "test": secret})
+    assert [datasets.build_source(make_config(tmp_path), split).num_classes for split in ("train", "test")] == [3, 0]
+
+
+def test_what_is_stored_in_another_mode_becomes_what_tfds_states():
+    """A grey picture among colour ones, as in ImageNet and LSUN."""
+    assert np.array_equal(tfds_source.decode_stored(tfds_files.png(EXACT[0][..., :1]), 3), EXACT[0][..., [0, 0, 0]])
+    assert np.array_equal(tfds_source.decode_stored(tfds_files.png(EXACT[0]), 3), EXACT[0])
+    assert np.array_equal(tfds_source.decode_stored(tfds_files.png(EXACT[0][..., :1]), 1), EXACT[0][..., :1])
+    assert np.array_equal(tfds_source.decode_stored(tfds_files.png(EXACT[0]), None), EXACT[0])
+
+
 # --- opening and keeping ---------------------------------------------------------------------------------------------
 
 
@@ -189,6 +204,8 @@ def test_data_too_large_to_keep_are_decoded_when_read(tmp_path):
         ("MNIST", FileNotFoundError, "'mnist' is not prepared"),
         ("FASHION_MNIST", FileNotFoundError, "'fashion_mnist' is not prepared"),
         ("tfds:nonesuch", ValueError, r"tensorflow-datasets .* has no data set 'nonesuch', and .* none of that name"),
+        ("tfds:imagenete/320px", ValueError, "has no data set 'imagenete/320px'.*; did you mean imagenette?"),
+        ("tfds:", ValueError, "data.dataset='tfds:' names no data set of TFDS; expected one, such as tfds:mnist"),
         ("tfds:imagenette/3px", ValueError, "cannot open 'imagenette/3px' of .*BuilderConfig 3px not found"),
         ("tfds:cifar10:1.0.0", ValueError, "cannot open 'cifar10:1.0.0' of .*cannot be loaded at version 1.0.0"),
     ],
