@@ -86,6 +86,7 @@ def test_levels_survive_the_round_trip(centered, dequantize):
 def test_the_middle_of_a_level_is_half_a_level_from_the_next(centered, dequantize, num_levels):
     """So that it maps back to its level, and still does when it is moved by 0.49 levels."""
     scaler = datasets.Scaler(num_levels, centered, dequantize)
+    assert scaler.rounding == f"{'the bin they lie in' if dequantize else 'the nearest'} of {num_levels} levels"
     levels = jnp.arange(num_levels, dtype=jnp.uint8).reshape(1, num_levels, 1, 1)
     x = scaler.middle(levels)
     assert x.dtype == jnp.float32

@@ -82,6 +82,8 @@ def test_the_report_counts_every_image_once(unbroken):
     assert stored["checkpoint"] == {"number": 2, "step": 24, "ema": True}
     assert stored["sampler"]["num_samples"] == 200
     assert stored["sampler"]["nfe"] == 25
+    assert stored["sampler"]["rounding"] == "the bin they lie in of 17 levels"
+    assert len(stored["data"]["hash"]) == 64
     assert metrics["frechet_distance"]["num_samples"] == 200
     assert metrics["bits_per_dim"]["num_samples"] == 297
     assert metrics["bits_per_dim_bound"]["num_samples"] == 297

@@ -7,8 +7,10 @@ import pytest
 import tiny
 from fake_features import LinearExtractor, make_source
 
+import evaluation
 from evaluation import FeatureStatistics, frechet_distance, sample_metrics
 from metrics import efficientnet, inception
+from metrics.neighbors import Balls
 from metrics.reference import Provenance, Reference, save_reference
 from runtime import real_features
 from runtime.real_features import RealFeatures, batches_of, cached_features, extract
@@ -155,6 +157,19 @@ def test_the_numbers_are_those_of_the_metrics(tmp_path, extractor):
     expected = sample_metrics(extractor(samples), reference=train, test=test, extractor="efficientnet_lite0")
     assert real.measure(samples) == expected
     assert real.measure(samples)[0].value == frechet_distance(extractor.features(samples), train).value
+
+
+def test_the_test_split_and_the_neighbours_of_the_reference_are_measured_once(tmp_path, extractor, monkeypatch):
+    measured = []
+    of_test, around = evaluation.floor_metrics, Balls.around
+    monkeypatch.setattr(real_features, "floor_metrics", lambda *a, **k: measured.append("floor") or of_test(*a, **k))
+    monkeypatch.setattr(
+        Balls, "around", lambda x, *a, **k: measured.append(k.get("name", "real")) or around(x, *a, **k)
+    )
+    real = compute(tmp_path)
+    levels = make_source(30, seed=3).levels
+    assert real.measure(levels) == real.measure(levels)
+    assert sorted(measured) == ["features", "features", "features", "floor", "real"]
 
 
 def test_a_file_of_another_program_goes_with_inception(tmp_path, monkeypatch):
