@@ -156,14 +156,26 @@ class PreparedReference:
         return cls(reference, FeatureStatistics.from_features(reference), balls)
 
 
+def _shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
+    """Returns rows in a random order, always the same: data sets often stand in the order of their classes."""
+    return np.random.Generator(np.random.Philox(seed)).permutation(rows)
+
+
+def _kernel_distance(features: np.ndarray, rows: np.ndarray) -> Metric:
+    """Measures the kernel distance over all pairs, or of many images over blocks of images in random order."""
+    if max(len(features), len(rows)) <= FULL_KERNEL_IMAGES:
+        return kernel_distance(features, rows)
+    return kernel_distance_blocks(_shuffled(features, 0), _shuffled(rows, 1))
+
+
 def _of_rows(features: np.ndarray, rows: np.ndarray, balls: Balls | None) -> list[Metric]:
     """Measures what needs the features of each real image."""
-    kernel = kernel_distance if max(len(features), len(rows)) <= FULL_KERNEL_IMAGES else kernel_distance_blocks
+    distance = _kernel_distance(features, rows)
     if balls is not None and len(features) > PRECISION_NEIGHBORS:
-        return [kernel(features, rows), *precision_recall(features, balls), *density_coverage(features, balls)]
+        return [distance, *precision_recall(features, balls), *density_coverage(features, balls)]
     note = f"not measured: {len(features)} and {len(rows)} images are too few to have such neighbours"
     names = ("precision", "recall", "density", "coverage")
-    return [kernel(features, rows), *(Metric(name, None, None, len(features), note=note) for name in names)]
+    return [distance, *(Metric(name, None, None, len(features), note=note) for name in names)]
 
 
 def _against(images: tuple[np.ndarray, np.ndarray], real: PreparedReference, extractor: str) -> tuple[Metric, ...]:
@@ -174,7 +186,8 @@ def _against(images: tuple[np.ndarray, np.ndarray], real: PreparedReference, ext
         inception_score_from_logits(logits),
     ]
     if len(logits) >= PUBLISHED_SAMPLES:
-        metrics.append(inception_score_from_logits(logits, num_splits=10, name="inception_score_10"))
+        splits = _shuffled(logits, 0)
+        metrics.append(inception_score_from_logits(splits, num_splits=10, name="inception_score_10"))
     if real.rows is not None:
         metrics += _of_rows(features, real.rows, real.balls)
     return with_labels(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 import checks
@@ -104,6 +104,12 @@ def restore(experiment: Experiment, workdir: Path, number: int = 0) -> Snapshot:
         state: TrainState = checkpoints.restore_snapshot(number)
     logging.info("restored checkpoint %d (step %d) from %s", number, int(state.step), workdir)
     return Snapshot(number, int(state.step), state.params_ema)
+
+
+def evenly_chosen(num_images: int, num_shown: int) -> Int[np.ndarray, "n"]:
+    """Returns indices of images to show at even distances, since the first ones may all be of one class."""
+    shown = min(num_shown, num_images)
+    return np.arange(shown) * num_images // shown
 
 
 def picture(

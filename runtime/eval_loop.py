@@ -36,7 +36,7 @@ from report import (
 )
 from runtime import classifier_guidance, results
 from runtime.classifier_guidance import Classifier
-from runtime.drawing import NUM_SHOWN, draw_samples
+from runtime.drawing import NUM_SHOWN, draw_samples, evenly_chosen
 from runtime.experiment import Experiment, SamplingProgram, build_bpd_program, build_loss_program
 from runtime.progress import track
 from runtime.real_features import RealFeatures, every_image
@@ -201,7 +201,7 @@ def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, folder
     drawn = draw_samples(evaluator.draw, params, folder, evaluator.config.eval.num_samples)
     levels = drawn.levels
     num_levels = evaluator.experiment.scaler.num_levels
-    shown = levels[:NUM_SHOWN], evaluator.train.images(np.arange(min(NUM_SHOWN, len(evaluator.train))))
+    shown = levels[:NUM_SHOWN], evaluator.train.images(evenly_chosen(len(evaluator.train), NUM_SHOWN))
     if distributed.is_main_process():
         plots.save_png(folder / "samples.png", plots.grid_of_levels(shown[0], num_levels))
         plots.save_png(folder / "samples_beside_real.png", plots.samples_beside_real(*shown, num_levels))

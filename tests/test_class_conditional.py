@@ -318,6 +318,11 @@ def test_four_devices_draw_the_same_digits(tmp_path):
     assert (difference == 0).mean() > 0.99
 
 
+def test_images_to_show_are_chosen_evenly():
+    assert drawing.evenly_chosen(1000, 4).tolist() == [0, 250, 500, 750]
+    assert drawing.evenly_chosen(3, 100).tolist() == [0, 1, 2]
+
+
 def test_as_many_are_drawn_of_each_label():
     assert [sample_run._default_number(labels) for labels in ((), (3,), (1, 0), tuple(range(10)))] == [64, 64, 64, 70]
     assert drawing.rows_of_labels(3, 10, 100).tolist() == [[0], [1], [2]]

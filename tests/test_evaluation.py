@@ -1,5 +1,6 @@
 """Metrics against closed forms, brute force, tensorflow_gan, and the spread of repeated experiments."""
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -262,3 +263,25 @@ def test_sample_metrics_takes_blocks_of_large_sets(monkeypatch):
     x = rng.standard_normal((60, 4))
     metrics = evaluation.sample_metrics((x, x), reference=x, extractor="classifier")
     assert ["disjoint blocks" in m.note for m in metrics if m.name == "kernel_distance"] == [True]
+
+
+def test_sample_metrics_do_not_depend_on_the_order_of_the_images(monkeypatch):
+    """Folders give images class after class: consecutive blocks and splits would hold one class each."""
+    rng = np.random.default_rng(4)
+    blocks_of = evaluation.kernel_distance_blocks
+    monkeypatch.setattr(evaluation, "FULL_KERNEL_IMAGES", 500)
+    monkeypatch.setattr(evaluation, "PUBLISHED_SAMPLES", 1000)
+    monkeypatch.setattr(evaluation, "kernel_distance_blocks", functools.partial(blocks_of, max_block_size=200))
+    classes = np.repeat(np.arange(4), 300)
+
+    def features(order):
+        return 3.0 * np.eye(4)[order] + rng.standard_normal((1200, 4))
+
+    x, logits = features(rng.permutation(classes)), 5.0 * np.eye(4)[classes]
+    metrics = evaluation.sample_metrics((x, logits), reference=features(classes), extractor="classifier")
+    values = {m.name: m for m in metrics}
+    whole, ten = values["inception_score"], values["inception_score_10"]
+    assert ten.value == pytest.approx(whole.value, rel=0.02)
+    blocks = values["kernel_distance"]
+    assert abs(blocks.value) < 5 * blocks.stderr
+    assert blocks.stderr < 0.1 * blocks_of(x, features(classes), max_block_size=200).value
