@@ -52,19 +52,20 @@ def examine(config: ConfigDict | None = None) -> bool:
     Returns:
       Whether nothing is broken.
     """
-    counts, verbosity = dict.fromkeys(MEANINGS, 0), logging.get_verbosity()
+    counts, logger = dict.fromkeys(MEANINGS, 0), logging.get_absl_logger()
+    level = logger.level
 
     def counted() -> Iterator[Finding]:
         for finding in itertools.chain(take_inventory(config), test_findings()):
             counts[finding.state] += 1
             yield finding
 
-    logging.set_verbosity(logging.WARNING)  # what the self-test does would be said between the lines
+    logger.setLevel("WARNING")  # what the self-test does would be said between the lines
     try:
         for line in lines(counted()):
             print(line, flush=True)
     finally:
-        logging.set_verbosity(verbosity)
+        logger.setLevel(level)
     print()
     for state, meaning in MEANINGS.items():
         if counts[state]:

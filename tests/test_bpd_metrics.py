@@ -14,7 +14,7 @@ GAUSSIAN = make_metric("gaussian_bits_per_dim", 2.949, 0.019, 297)
 
 
 def metrics_of(monkeypatch, measured, **changes):
-    evaluator = types.SimpleNamespace(config=tiny.make_config(**changes), gaussian=GAUSSIAN)
+    evaluator = types.SimpleNamespace(config=tiny.make_config(**changes), gaussian=GAUSSIAN, no_gaussian="")
     measured = {"nfe": np.full_like(measured["bpd"], 100.0), "nats": -10 * measured["bpd"]} | measured
     if "bound" in measured:
         measured["bound_nats"] = -10 * measured["bound"]

@@ -33,7 +33,7 @@ SHRUNK = {
     *("sampling." + key for key in ("num_steps", "n_steps_each", "rtol", "atol")),
     *("likelihood." + key for key in ("rtol", "atol")),
     *("eval." + key for key in ("begin_ckpt", "end_ckpt", "batch_size", "num_samples")),
-    *("eval." + key for key in ("enable_bpd", "enable_sampling")),
+    *("eval." + key for key in ("enable_bpd", "enable_sampling", "extractor", "weights", "reference")),
 }
 # DDPM++ is trained in the test below and in test_end_to_end.py.
 FAMILIES = [
