@@ -129,7 +129,7 @@ def floor_sentence(report: Report) -> str:
     limit = FLOOR_FACTOR * floor.value
     start = (
         f"The samples stand at {number_text(samples.value, samples.stderr)}, the floor, which is what "
-        f"{floor.num_samples} real test images score, at {number_text(floor.value, floor.stderr)}: "
+        f"{floor.num_samples:,} real test images score, at {number_text(floor.value, floor.stderr)}: "
         f"**{samples.value / floor.value:.2f} times the floor**. "
     )
     if samples.value <= limit:
@@ -151,7 +151,7 @@ def bias_sentence(report: Report) -> str:
     fewer = "floor" if floor.num_samples < samples.num_samples else "distance of the samples"
     return (
         f"A Fréchet distance comes out larger when there are fewer images: here the {fewer} is raised more, since "
-        f"there are {samples.num_samples} samples and {floor.num_samples} test images."
+        f"there are {samples.num_samples:,} samples and {floor.num_samples:,} test images."
     )
 
 

@@ -139,7 +139,7 @@ def _find_folder(name: str, folder: Path, remedy: str) -> Finding:
 def find_folders() -> Iterator[Finding]:
     """Looks at where things are kept."""
     yield _find_folder("cache", cache_folder("data").parent, "export SCORE_SDE_CACHE=FOLDER, on another disk")
-    compiled = Path(jax.config.jax_compilation_cache_dir or cache_folder("xla"))
+    compiled = Path(getattr(jax.config, "jax_compilation_cache_dir", None) or cache_folder("xla"))
     yield _find_folder("compiled programs", compiled, "export JAX_COMPILATION_CACHE_DIR=FOLDER, on another disk")
 
 
