@@ -47,10 +47,10 @@ SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
     "npz": lambda config, split: load_npz_split(
         config.data.path, split, image_shape(config), config.data.num_levels, config.data.test_share
     ),
-    "CIFAR10": lambda config, split: _keep(config, load_tfds("cifar10", split, config.data.path)),
-    "SVHN": lambda config, split: _keep(config, load_tfds("svhn_cropped", split, config.data.path)),
-    "MNIST": lambda config, split: load_any("mnist", split, config.data.path, rules_of(config)),
-    "FASHION_MNIST": lambda config, split: load_any("fashion_mnist", split, config.data.path, rules_of(config)),
+    "CIFAR10": lambda config, split: _keep(config, load_tfds(tfds_name(config), split, config.data.path)),
+    "SVHN": lambda config, split: _keep(config, load_tfds(tfds_name(config), split, config.data.path)),
+    "MNIST": lambda config, split: _load_any(config, split),
+    "FASHION_MNIST": lambda config, split: _load_any(config, split),
     "CELEBA": lambda config, split: _keep(config, load_celeba(split, config.data.image_size, config.data.path)),
     "LSUN": lambda config, split: _keep(
         config, load_lsun(config.data.category, split, config.data.image_size, config.data.path)
@@ -63,6 +63,11 @@ SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
 def _keep(config: ConfigDict, source: TfdsSource) -> Source:
     """Keeps what is decoded in the cache, as far as `config.data` allows."""
     return keep(source, image_shape(config), config.data.cache_gib)
+
+
+def _load_any(config: ConfigDict, split: str) -> Source:
+    """Opens one split of a data set of TFDS about which nothing special is known."""
+    return load_any(tfds_name(config), split, config.data.path, rules_of(config))
 
 
 def rules_of(config: ConfigDict) -> Rules:
@@ -98,10 +103,8 @@ def check_name(config: ConfigDict) -> None:
 def open_source(config: ConfigDict, split: str) -> Source:
     """Opens one split of the configured data set, which may not be what the network expects (see `build_source`)."""
     check_name(config)
-    name = config.data.dataset
-    if name.startswith(PREFIX):
-        return load_any(name.removeprefix(PREFIX), split, config.data.path, rules_of(config))
-    return SOURCES[name](config, split)
+    load = _load_any if config.data.dataset.startswith(PREFIX) else SOURCES[config.data.dataset]
+    return load(config, split)
 
 
 def build_source(config: ConfigDict, split: str) -> Source:

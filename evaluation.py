@@ -18,7 +18,7 @@ from files import content_hash
 from metrics.frechet import FeatureStatistics, frechet_distance
 from metrics.frechet_unbiased import frechet_distance_unbiased
 from metrics.metric import Metric, as_features, make_metric, mean_metric, stderr_of_mean
-from metrics.naming import FEW_SAMPLES, PUBLISHED_SAMPLES, with_labels
+from metrics.naming import FEW_SAMPLES, PUBLISHED_SAMPLES, TEST_SUFFIX, with_labels
 from metrics.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, Balls, density_coverage, precision_recall
 from metrics.pairwise import kernel_distance, kernel_distance_blocks, kernel_distance_subsets
 
@@ -200,7 +200,7 @@ def _against(images: tuple[np.ndarray, np.ndarray], real: PreparedReference, ext
 
 def _of_test(metric: Metric) -> Metric:
     label = f"{metric.label}, test images" if metric.label else ""
-    return dataclasses.replace(metric, name=f"{metric.name}_test", label=label)
+    return dataclasses.replace(metric, name=metric.name + TEST_SUFFIX, label=label)
 
 
 def floor_metrics(

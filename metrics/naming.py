@@ -16,6 +16,7 @@ FEATURES = {
     "classifier": "classifier",
 }
 INCEPTION = ("inception", "tfgan")
+TEST_SUFFIX = "_test"  # at the end of the names of metrics of real test images in the place of samples
 PUBLISHED_SAMPLES = 10_000  # below which a Frechet distance is compared with no published one
 FEW_SAMPLES = (
     "fewer than 10,000 samples: the bias of a finite sample raises it so much that it is comparable only with that of "

@@ -20,7 +20,6 @@ from metrics.frechet import FeatureStatistics
 from metrics.metric import as_features, check_finite
 
 NOT_STATED = "not stated by the file"
-OTHERS_EXTRACTORS = ("inception", "tfgan")  # that files of other programs may come from
 # Part of the largest eigenvalue by which another may be negative, and of the largest entry by which a matrix may not be
 # symmetric: float32 rounding of a 2048x2048 covariance is 3e-6 of it.
 ROUNDING = 1e-5

@@ -10,12 +10,12 @@ from typing import Any
 import plots
 from files import write_bytes, write_json
 from metrics.metric import Metric
+from metrics.naming import TEST_SUFFIX
 from report.data import CheckpointInfo, DataInfo, FeatureInfo, ReferenceInfo, finite
 from report.page import machine_rows, metric_text, settings_rows, table
 
 NAME = "samplers"  # of the three files
 QUALITIES = ("frechet_distance", "kernel_distance")  # metrics that are shown
-FLOOR_SUFFIX = "_test"  # of the metrics of real test images in place of samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Comparison:
 
     def floor(self, name: str) -> Metric:
         """Returns what real test images score in place of samples."""
-        return self.results[0].metric(name + FLOOR_SUFFIX)
+        return self.results[0].metric(name + TEST_SUFFIX)
 
     @property
     def qualities(self) -> tuple[str, ...]:
@@ -100,8 +100,8 @@ class Comparison:
         values = dataclasses.asdict(self)
         for of_result, result in zip(values["results"], self.results, strict=True):
             of_result["images_per_second"] = self.images_per_second(result)
-            of_result["metrics"] = [m for m in of_result["metrics"] if not m["name"].endswith(FLOOR_SUFFIX)]
-        floor = [dataclasses.asdict(m) for m in self.results[0].metrics if m.name.endswith(FLOOR_SUFFIX)]
+            of_result["metrics"] = [m for m in of_result["metrics"] if not m["name"].endswith(TEST_SUFFIX)]
+        floor = [dataclasses.asdict(m) for m in self.results[0].metrics if m.name.endswith(TEST_SUFFIX)]
         return finite(values | {"floor": floor})
 
 

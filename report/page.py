@@ -13,7 +13,7 @@ from typing import Any
 import plots
 from files import write_bytes
 from metrics.metric import Metric
-from metrics.naming import FEW_SAMPLES, PUBLISHED_SAMPLES
+from metrics.naming import FEW_SAMPLES, PUBLISHED_SAMPLES, TEST_SUFFIX
 from report.data import CheckpointInfo, DataInfo, Report, read_reports
 
 NOT_RUN = "not run"
@@ -105,14 +105,14 @@ def _main_table(report: Report) -> str:
         (
             heading(report, name),
             metric_text(report.metric(name)),
-            metric_text(report.metric(f"{name}_test")),
+            metric_text(report.metric(name + TEST_SUFFIX)),
             meaning.format(reference=_reference_words(report)),
         )
         for name, (_, meaning) in SAMPLE_METRICS.items()
         if name != "inception_score_10" or report.metric(name)
     ]
     rows += [(words, metric_text(report.metric(name)), "", meaning) for name, (words, meaning) in OTHER_METRICS.items()]
-    known = {*OTHER_METRICS, *SAMPLE_METRICS, *(f"{name}_test" for name in SAMPLE_METRICS)}
+    known = {*OTHER_METRICS, *SAMPLE_METRICS, *(name + TEST_SUFFIX for name in SAMPLE_METRICS)}
     rows += [(m.title, metric_text(m), "", m.note) for m in report.metrics if m.name not in known]
     return table(("metric", "this checkpoint", "real test images in place of samples", "what it tells"), rows)
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from metrics.metric import Metric
+from metrics.naming import TEST_SUFFIX
 from report.data import Report, read_report
 from report.page import NOT_KNOWN, metric_text, number_text, table
 
-TEST_SUFFIX = "_test"  # of metrics of real test images in the place of samples
 MIN_FILES = 2
 # What notes say of the result and not of how it was computed: the evaluations of an adaptive ODE solver, spreads.
 MEASURED = re.compile(r", \d+ network evaluations(?=;)| is \S+ on average")

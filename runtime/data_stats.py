@@ -204,19 +204,7 @@ def check_replaceable(path: Path, provenance: Provenance) -> bool:
 def write_stats(config: ConfigDict, *, split: str, output: str, keep_features: bool) -> Path:
     """Measures a split of the data and writes the .npz file of its statistics, and a .json file of all numbers.
 
-    Args:
-      config: experiment configuration; reads data, eval.extractor, eval.weights and, for "classifier", seed.
-      split: "train" or "test".
-      output: the .npz file; empty: see `default_output`.
-      keep_features: keep those of every image, for the metrics that statistics are not enough for.
-
-    Returns:
-      The .npz file.
-
-    Raises:
-      ValueError: if a setting is wrong, or the file holds other statistics.
-      FileNotFoundError: if data or weights are missing.
-      WorkdirError: if the folder of the file cannot be written.
+    Arguments, result and errors are those of `run_lib.stats`; without an output the file is that of `default_output`.
     """
     checks.one_of("--split", split, SPLITS)
     check_output_name(output)

@@ -21,11 +21,11 @@ from checkpoints import Checkpoints
 from controllable_generation.labels import build_labels
 from dequantization import PROTOCOLS
 from evaluation import gaussian_bits_per_dim
-from files import content_hash
 from losses import TrainState
 from metrics.metric import Metric, mean_metric
 from report import (
     CheckpointInfo,
+    DataInfo,
     Report,
     SamplerInfo,
     metric_text,
@@ -108,12 +108,17 @@ class Evaluator:
         """Split that bits/dim are measured on."""
         return self.test if self.config.eval.bpd_dataset == "test" else self.train
 
+    @functools.cached_property
+    def data(self) -> DataInfo:
+        """Says in a report which images there are."""
+        return results.describe_data(self.config, self.train, self.test)
+
     @property
     def contents(self) -> dict[str, str]:
         """Hashes of what losses and bits/dim depend on besides the settings; samples do not."""
         if not (self.config.eval.enable_loss or self.config.eval.enable_bpd):
             return {}
-        return {"data": content_hash(self.train.fingerprint, self.test.fingerprint)}
+        return {"data": self.data.hash}
 
     @functools.cached_property
     def no_gaussian(self) -> str:
@@ -281,9 +286,8 @@ def evaluate_checkpoint(
         fields["metrics"] += _bpd_metrics(evaluator, params, of_checkpoint)
     if config.eval.enable_loss:
         fields["metrics"] += (mean_metric("loss", measure_loss(evaluator, params, of_checkpoint)),)
-    data = results.describe_data(config, evaluator.train, evaluator.test)
     checkpoint = CheckpointInfo(number, int(state.step), ema=True)
-    return Report(checkpoint=checkpoint, seed=config.seed, data=data, **fields)
+    return Report(checkpoint=checkpoint, seed=config.seed, data=evaluator.data, **fields)
 
 
 def other_reports(folder: Path, numbers: range, real: RealFeatures) -> list[Path]:

@@ -21,8 +21,9 @@ from metrics import classifier
 from metrics.extractors import Extractor, build_extractor, resolve_extractor
 from metrics.frechet import FeatureStatistics
 from metrics.metric import Metric
+from metrics.naming import INCEPTION
 from metrics.pretrained import BATCH_SIZE
-from metrics.reference import NOT_STATED, OTHERS_EXTRACTORS, Reference, compact, load_reference
+from metrics.reference import NOT_STATED, Reference, compact, load_reference
 from report import FeatureInfo, ReferenceInfo
 from runtime import results
 from runtime.progress import track
@@ -168,10 +169,10 @@ def check_reference(path: str, reference: Reference, extractor: Extractor) -> No
     """
     stored, dimension = reference.provenance, len(reference.statistics.mean)
     way_out = f"set eval.extractor to the file's, or make a file of {extractor.key!r} with --mode stats"
-    if not stored.extractor and extractor.key not in OTHERS_EXTRACTORS:
+    if not stored.extractor and extractor.key not in INCEPTION:
         raise ValueError(
             f"eval.reference={path!r} does not state its extractor, as files of other programs; those go with "
-            f"{' or '.join(OTHERS_EXTRACTORS)}, not {extractor.key!r}: {way_out}"
+            f"{' or '.join(INCEPTION)}, not {extractor.key!r}: {way_out}"
         )
     if stored.extractor and (stored.extractor, stored.extractor_hash) != (extractor.key, extractor.hash):
         raise ValueError(
