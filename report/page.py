@@ -100,6 +100,11 @@ def heading(report: Report, name: str) -> str:
     return f"{label}: {words}" if label else words
 
 
+def short_heading(report: Report, name: str) -> str:
+    """Returns the label of a metric alone, if it has one; otherwise what `heading` does."""
+    return heading(report, name).split(": ")[0]
+
+
 def _main_table(report: Report) -> str:
     rows: list[Sequence[object]] = [
         (
@@ -254,7 +259,7 @@ def _notes_table(report: Report) -> str:
 def _sweep_table(reports: Sequence[Report]) -> str:
     names = [*SAMPLE_METRICS, *OTHER_METRICS]
     present = [name for name in names if any(report.metric(name) for report in reports)]
-    headings = [heading(reports[-1], name).split(": ")[0] for name in present]  # the label alone, if there is one
+    headings = [short_heading(reports[-1], name) for name in present]
     rows = [
         (report.checkpoint.number, f"{report.checkpoint.step:,}", *(metric_text(report.metric(n)) for n in present))
         for report in reports
@@ -288,7 +293,7 @@ def _draw_pictures(reports: Sequence[Report], losses: Path) -> dict[str, bytes]:
             reports,
             "frechet_distance",
             "frechet_distance_test",
-            heading(reports[-1], "frechet_distance"),
+            short_heading(reports[-1], "frechet_distance"),  # the whole is longer than the axis
             "floor: real test images",
         ),
         "bits_per_dim.png": _curve(
