@@ -5,13 +5,18 @@ The bounds are stated in docs/security.md. Every error is a ValueError that says
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+import reprlib
 import struct
+import tokenize
+import types
+import typing
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -34,6 +39,9 @@ PICTURE_ERRORS = (
 )
 # What zipfile and zlib raise for damaged archives, and for encrypted ones (RuntimeError).
 ZIP_ERRORS = (*(zipfile.BadZipFile, zlib.error, EOFError, RuntimeError), *(OSError, ValueError, struct.error))
+
+# What numpy raises for headers, which are parsed as literals of Python, and repaired if Python 2 may have written them.
+HEADER_ERRORS = (*(ValueError, TypeError, SyntaxError, LookupError, OverflowError), tokenize.TokenError, RecursionError)
 
 Result = TypeVar("Result")
 
@@ -114,14 +122,14 @@ def check_array(file: IO[bytes], num_bytes: int) -> None:
     """
     try:
         shape, dtype = _read_header(file)
-    except (ValueError, TypeError, SyntaxError, LookupError, RecursionError, MemoryError, OverflowError) as error:
+    except HEADER_ERRORS as error:
         raise ValueError(f"it is no array of numpy's format: {str(error) or type(error).__name__}") from error
     if dtype.hasobject:
         raise ValueError("Object arrays cannot be loaded: they are pickles, which may run code; save numbers or text")
     if dtype.kind not in ARRAY_KINDS or dtype.itemsize == 0:
         raise ValueError(f"its array is of type {dtype}; only numbers and text are read")
     held, announced = num_bytes - file.tell(), math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or announced != held:
+    if any(type(n) is not int or n < 0 for n in shape) or announced != held:
         raise ValueError(f"its array is {dtype}{list(shape)}, {announced:,} bytes, but it holds {held:,}")
     file.seek(0)
 
@@ -245,40 +253,85 @@ def array_names(archive: zipfile.ZipFile) -> list[str]:
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parses strict JSON: NaN and infinity are refused.
-
-    Raises:
-      ValueError: saying why it cannot be parsed.
-    """
+def _parse_json(text: str | bytes) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
-def read_json(path: str | Path, kind: type = dict) -> Any:
-    """Reads a JSON file.
-
-    Args:
-      path: of the file.
-      kind: that it must hold.
+def parse_json(text: str | bytes, kind: type = dict) -> Any:
+    """Parses JSON that holds a value of this kind; numbers are finite.
 
     Raises:
-      ValueError: naming the file, if it is damaged, too large or holds something else.
+      ValueError: saying why it cannot be parsed, or what it holds.
+    """
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"it has {len(text):,} bytes, more than the {MAX_JSON_BYTES:,} that are read of JSON")
+    value = _parse_json(text)
+    if not isinstance(value, kind):
+        raise ValueError(f"it holds a value of type {type(value).__name__}; expected {kind.__name__}")
+    return value
+
+
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """Reads a JSON file that holds a value of this kind; numbers are finite.
+
+    Raises:
+      ValueError: naming the file, if it is damaged, too large, or holds something else.
       FileNotFoundError: if there is none.
     """
-    size = os.stat(path).st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read of a JSON file")
     try:
-        value = parse_json(Path(path).read_bytes())
+        with open(path, "rb") as file:
+            return parse_json(file.read(MAX_JSON_BYTES + 1), kind)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or no JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}")
-    return value
+        raise ValueError(f"{path} is damaged or none of ours: {error}") from error
+
+
+def _convert(value: Any, hint: Any, what: str) -> Any:
+    """Returns a value of JSON as the annotated type; lists become tuples, and whole numbers may stand for floats."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and types.NoneType in arguments:
+            return None
+        [hint] = [each for each in arguments if each is not types.NoneType]
+        return _convert(value, hint, what)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return build(hint, value, what)
+    if origin is tuple and isinstance(value, list):
+        hints = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(value) == len(hints):
+            return tuple(_convert(each, hint, what) for each, hint in zip(value, hints, strict=True))
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _convert(each, arguments[1], f"{what}.{key}") for key, each in value.items()}
+    if hint is Any or type(value) is hint or (hint is float and type(value) is int):
+        return value
+    raise ValueError(f"{what} is {reprlib.repr(value)}; expected {getattr(hint, '__name__', hint)}")
+
+
+def build(kind: Callable[..., Result], values: Any, what: str = "it") -> Result:
+    """Builds a dataclass, and those in it, from what JSON made of `dataclasses.asdict`.
+
+    Args:
+      kind: the dataclass; its fields are numbers, text, dataclasses, mappings or tuples of these, or None.
+      values: of its fields by name.
+      what: it is, for messages.
+
+    Raises:
+      ValueError: naming a field that is missing, unknown, or of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} is {reprlib.repr(values)}; expected a map")
+    hints = typing.get_type_hints(kind)
+    converted = {key: _convert(each, hints[key], key) if key in hints else each for key, each in values.items()}
+    try:
+        return kind(**converted)
+    except TypeError as error:
+        raise ValueError(str(error)) from error

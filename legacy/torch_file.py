@@ -49,7 +49,7 @@ _STORAGES = {
 _NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _ERRORS = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError),
-    *(AttributeError, IndexError, KeyError, MemoryError, OverflowError, TypeError, ValueError),
+    *(AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError),
 )
 
 
@@ -275,7 +275,7 @@ def _read_zip(file: BinaryIO) -> Any:
             raise ValueError("it is not an archive of torch.save")
         root = pickles[0].removesuffix("data.pkl")
         order = f"{root}byteorder"
-        if order in members and (members[order].file_size > 8 or archive.read(order) != b"little"):
+        if order in members and (members[order].file_size > 8 or guards.read_entry(archive, order) != b"little"):
             raise ValueError("its byte order is not little-endian")
         storages: dict[str, np.ndarray] = {}
 
@@ -285,12 +285,12 @@ def _read_zip(file: BinaryIO) -> Any:
                 stored = info.compress_type == zipfile.ZIP_STORED
                 if not stored or info.file_size != storage.size * storage.dtype.itemsize:
                     raise ValueError(f"the size of {info.filename} is not what the tensors say")
-                storages[storage.key] = np.frombuffer(archive.read(info), storage.dtype)
+                storages[storage.key] = np.frombuffer(guards.read_entry(archive, info), storage.dtype)
             return _of_type(storages[storage.key], storage)
 
         if members[pickles[0]].compress_type != zipfile.ZIP_STORED:
             raise ValueError("its pickle is compressed")
-        return _Unpickler(io.BytesIO(archive.read(pickles[0])), load).load()
+        return _Unpickler(io.BytesIO(guards.read_entry(archive, pickles[0])), load).load()
 
 
 def _of_type(values: np.ndarray, storage: _Storage) -> np.ndarray:

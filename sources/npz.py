@@ -181,5 +181,5 @@ def load_npz_split(
         raise ValueError(f"{file} has no images")
     if not one_file:
         return source
-    chosen = held_out(_digests(source), test_share)
+    chosen = held_out(_digests(source), test_share, file)
     return Selection(source, np.flatnonzero(chosen if split == "test" else ~chosen))
