@@ -6,6 +6,7 @@ The bounds are stated in docs/security.md. Every error is a ValueError that says
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -76,20 +77,19 @@ def _check_pixels(width: int, height: int) -> None:
         )
 
 
-def read_picture(file: IO[bytes], convert: Callable[[Image.Image], Result]) -> Result:
+def read_picture(data: bytes, convert: Callable[[Image.Image], Result]) -> Result:
     """Opens a picture of a kind that is known, checks its size before it is decoded, and converts it.
 
     Args:
-      file: open at its beginning.
+      data: content of the file. (From an open one Pillow reads as many bytes as a chunk of PNG announces.)
       convert: called with the picture, which is decoded when it is first looked at.
 
     Raises:
       ValueError: saying why it cannot be read.
     """
     try:
-        _check_pixels(*_webp_size(file.read(30)))
-        file.seek(0)
-        with Image.open(file, formats=FORMATS) as image:
+        _check_pixels(*_webp_size(data[:30]))
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(*image.size)
             return convert(image)
     except UnidentifiedImageError as error:

@@ -87,14 +87,23 @@ def _is_gray(image: Image.Image) -> bool:
     return image.mode in ("1", "L", "LA", "La")
 
 
+def _values(image: Image.Image, mode: str) -> Float[np.ndarray, "H W C"]:
+    """Converts to a mode of 8 bits and divides by 255, in place: a large picture is a GiB."""
+    values = np.array(image if image.mode == mode else image.convert(mode), np.float32)
+    values /= 255
+    return values.reshape(*image.size[::-1], -1)
+
+
 def _with_alpha(image: Image.Image) -> Float[np.ndarray, "H W C"]:
-    return np.asarray(image.convert("LA" if _is_gray(image) else "RGBA"), np.float32) / 255
+    return _values(image, "LA" if _is_gray(image) else "RGBA")
 
 
 def _on_white(values: Float[np.ndarray, "H W C"]) -> Float[np.ndarray, "..."]:
-    """Lays a picture with transparency, its last channel, on white."""
+    """Lays a picture with transparency, its last channel, on white; in place."""
     color, alpha = values[..., :-1], values[..., -1:]
-    return alpha * color + (1 - alpha)
+    color *= alpha
+    color += 1 - alpha
+    return color
 
 
 def to_array(image: Image.Image, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
@@ -120,7 +129,7 @@ def to_array(image: Image.Image, *, keep_alpha: bool = False) -> Float[np.ndarra
         return _with_alpha(image)
     if image.has_transparency_data:
         return _on_white(_with_alpha(image))
-    return np.asarray(image.convert("L" if _is_gray(image) else "RGB"), np.float32).reshape(*image.size[::-1], -1) / 255
+    return _values(image, "L" if _is_gray(image) else "RGB")
 
 
 def _decode_array(data: bytes) -> Float[np.ndarray, "H W C"]:
@@ -140,7 +149,7 @@ def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float
     try:
         if name.lower().endswith(".npy"):
             return _decode_array(data)
-        return guards.read_picture(io.BytesIO(data), lambda image: to_array(image, keep_alpha=keep_alpha))
+        return guards.read_picture(data, lambda image: to_array(image, keep_alpha=keep_alpha))
     except ValueError as error:
         raise ValueError(f"it cannot be read: {error}") from error
 

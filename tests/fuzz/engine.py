@@ -32,24 +32,30 @@ class Reader:
     Attributes:
       name: of the reader.
       file: name of the file.
-      inputs: good ones, bytes.
+      inputs: good ones, bytes; or a function that returns them, called in the process that reads.
       change: (random, inputs) -> bytes.
       read: called with the path.
       errors: that it may raise; their message must name the file.
       memory: bytes that it may take.
       clean: called after each input.
+      prepare: called once in the process that reads: what the first input would otherwise wait for.
       name_in_message: what must be in the message; empty: the file's name.
+      address_space: bytes that it may reserve; 0: little more than `memory`.
+      share: of the inputs that are asked for, if it is slow.
     """
 
     name: str
     file: str
-    inputs: tuple[bytes, ...]
+    inputs: tuple[bytes, ...] | Callable
     change: Callable
     read: Callable
     errors: tuple[type[BaseException], ...] = (ValueError, FileNotFoundError)
     memory: int = MEMORY
     clean: Callable = lambda: None
+    prepare: Callable = lambda: None
     name_in_message: str = ""
+    address_space: int = 0
+    share: float = 1.0
 
 
 class TooLongError(BaseException):
@@ -95,12 +101,14 @@ def attempt(reader, path):
 def _child(reader, count, seed, path, keep, results):
     """Tries the inputs; appends a line of JSON for each failure, and one at the end."""
     signal.signal(signal.SIGALRM, _stop)
-    limit = _status("VmSize") + reader.memory + 2**28  # stacks of threads, arenas
+    reader.prepare()
+    inputs = list(reader.inputs() if callable(reader.inputs) else reader.inputs)
+    limit = _status("VmSize") + (reader.address_space or reader.memory + 2**28)  # stacks of threads, arenas
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     outcomes, slowest, largest, failures = {}, 0.0, 0, 0
     with open(results, "a") as log:
         for number in range(count):
-            data = reader.change(random.Random(f"{seed} {number}"), list(reader.inputs))
+            data = reader.change(random.Random(f"{seed} {number}"), inputs)
             path.write_bytes(data)
             _forget_peak()
             before, start = _status("VmRSS"), time.monotonic()
