@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import distributed
 from files import write_bytes
-from plots import LOSSES_FILE
+from plots import LOSSES_FILE, read_losses
 
 Item = TypeVar("Item")
 
@@ -63,8 +63,7 @@ class TrainingProgress:
         """Drops what a killed run recorded after the state that this one resumes from."""
         if not self._path.exists():
             return
-        lines = self._path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [json.dumps(record) + "\n" for record in read_losses(self._path) if record["step"] <= step]
         write_bytes(self._path, "".join(kept).encode())
 
     def show(self, step: int, loss: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+import guards
 from files import write_json
 
 CONFIG_FILE = "config.json"
@@ -83,6 +84,22 @@ def check_trained(workdir: str | Path) -> None:
     check_writable(workdir)
 
 
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Returns the flat configuration of a config.json.
+
+    Raises:
+      WorkdirError: if it is damaged.
+      FileNotFoundError: if there is none.
+    """
+    try:
+        stored = guards.read_json(path).get("config")
+    except ValueError as error:
+        raise WorkdirError(f"{error}; put back a copy of it, or choose a new --workdir") from error
+    if not isinstance(stored, dict):
+        raise WorkdirError(f"{path} holds no configuration; put back a copy of it, or choose a new --workdir")
+    return stored
+
+
 def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
     """Checks that an existing workdir was made with the same network, data and SDE.
 
@@ -94,7 +111,7 @@ def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
     path = Path(workdir) / CONFIG_FILE
     if not path.exists():
         return
-    stored, given = json.loads(path.read_text())["config"], flatten(config)
+    stored, given = read_config(path), flatten(config)
     differences = {
         key: (stored[key], given[key])
         for key in sorted(stored.keys() & given.keys())
@@ -122,7 +139,7 @@ def record_config(workdir: str | Path, config: ConfigDict) -> None:
     given = flatten(config)
     path = Path(workdir) / CONFIG_FILE
     if path.exists():
-        stored = json.loads(path.read_text())["config"]
+        stored = read_config(path)
         for key in sorted(key for key in given if stored.get(key) != given[key]):
             logging.info("%s changes from %s to %s", key, stored.get(key), given[key])
     write_json(path, {"config": given, "versions": versions(), "commit": commit()})
