@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -73,6 +74,31 @@ def check_writable(workdir: str | Path, flag: str = "--workdir") -> None:
         ) from error
 
 
+class Presence:
+    """Notices that a folder, such as the workdir of a run that goes on, is removed or replaced.
+
+    What is open in it could be written on, and would be lost.
+
+    Args:
+      folder: that is there now.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._folder, self._status = Path(folder), os.stat(folder)
+
+    def require(self) -> None:
+        """Raises a WorkdirError if the folder is no longer what it was."""
+        try:
+            is_there = os.path.samestat(os.stat(self._folder), self._status)
+        except (FileNotFoundError, NotADirectoryError):
+            is_there = False
+        if not is_there:
+            raise WorkdirError(
+                f"{self._folder} is gone: somebody has removed, moved or replaced it while the run wrote there; put it "
+                "back and give the same command again, or choose a new --workdir"
+            )
+
+
 def check_trained(workdir: str | Path) -> None:
     """Checks that the workdir holds a training run and can be written.
 
@@ -91,12 +117,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
       WorkdirError: if it is damaged.
       FileNotFoundError: if there is none.
     """
+    way_out = "put a copy in its place, or move it away to have the settings that you give taken for the run's"
     try:
         stored = guards.read_json(path).get("config")
     except ValueError as error:
-        raise WorkdirError(f"{error}; put back a copy of it, or choose a new --workdir") from error
+        raise WorkdirError(f"{error}; {way_out}") from error
     if not isinstance(stored, dict):
-        raise WorkdirError(f"{path} holds no configuration; put back a copy of it, or choose a new --workdir")
+        raise WorkdirError(f"{path} is damaged: it holds no configuration; {way_out}")
     return stored
 
 
