@@ -7,8 +7,9 @@ of test images, TensorBoard, checkpoints to resume from, snapshots and grids of 
 files and threads are looked at every `--sample_every` steps; a line is fitted to what comes after the warm-up, the
 first third. (Memory: of the process's own pages, once Python's garbage is collected.)
 
-TensorStore 0.1.86 loses some 200 bytes whenever it is asked for a specification as JSON, and Orbax asks once or more for
-each array that it saves: 70 KB a checkpoint of this network. `--save_every` says how much of that is in the numbers.
+TensorStore 0.1.86 loses some 200 bytes whenever it is asked for a specification as JSON, and Orbax asks for one or more
+with each array that it saves: 70 KB a checkpoint of this network. How much of that is in the numbers, `--save_every`
+says.
 
 `progress_share` is the time of the calls that show and record, TensorBoard's among them, as a part of the run without
 evaluating and drawing. `progress_share_digits` sets the same against the time of a step that
@@ -66,7 +67,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 20_000, "Training steps.")
     flags.DEFINE_integer("sample_every", 200, "Steps between two looks at memory, files and threads.")
     flags.DEFINE_integer(
-        "save_every", 2000, "Steps between two checkpoints; every second one is a snapshot with a grid."
+        "save_every", 2000, "Steps between two checkpoints, of which every second is kept and draws a grid."
     )
 
 
@@ -94,7 +95,7 @@ class MeasuredProgress(TrainingProgress):
         super().__init__(*arguments, **options)
         self.samples: dict[int, dict[str, int]] = {}
         self.seconds = self.paused = 0.0
-        self.started = self.first = 0.0
+        self.first = self.last = (0, 0.0, 0.0, 0.0)  # of the time that is measured: step, clock, `seconds`, `paused`
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -106,13 +107,13 @@ class MeasuredProgress(TrainingProgress):
         """Shows the loss; looks at the process if it is time to."""
         with self._timed():
             super().show(step, loss)
-        if not self.started:  # all is compiled but for what evaluates and draws
-            self.started, self.first, self.seconds, self.paused = time.perf_counter(), step, 0.0, 0.0
         if step % self.sample_every == 0:
             start = time.perf_counter()
             self.samples[step] = usage()
             self.paused += time.perf_counter() - start
-        self.ended, self.last = time.perf_counter(), step
+        self.last = (step, time.perf_counter(), self.seconds, self.paused)
+        if not self.first[0]:  # all is compiled but for what evaluates and draws
+            self.first = self.last
 
     def record(self, step: int, **values: float) -> None:
         """Records values."""
@@ -135,12 +136,14 @@ class MeasuredProgress(TrainingProgress):
     @property
     def step_seconds(self) -> float:
         """Mean time of a training step with its share of showing and recording."""
-        return (self.ended - self.started - self.paused) / (self.last - self.first)
+        steps, clock, _, paused = np.subtract(self.last, self.first)
+        return (clock - paused) / steps
 
     @property
     def progress_seconds(self) -> float:
         """Mean time of showing and recording, for each step."""
-        return self.seconds / (self.last - self.first)
+        steps, _, seconds, _ = np.subtract(self.last, self.first)
+        return seconds / steps
 
 
 def make_config(steps: int, save_every: int) -> ConfigDict:
