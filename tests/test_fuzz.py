@@ -66,6 +66,8 @@ def swallow(path):
         raise ValueError(f"{path} is wrong")
 def hang(path):
     while True: time.sleep(0.01)
+def busy(path):
+    while True: pass
 def deaf(path):
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
     time.sleep(60)
@@ -73,8 +75,8 @@ def grow(path): bytearray(2**27)
 def reserve(path): bytearray(2**31)
 def crash(path): os.abort()
 
-engine.SECONDS = 0.3
-for read in (refuse, unnamed, other, swallow, hang, deaf, grow, reserve, crash):
+engine.SECONDS, engine.WAITING = 0.2, 0.8
+for read in (refuse, unnamed, other, swallow, hang, busy, deaf, grow, reserve, crash):
     reader = engine.Reader(read.__name__, "file.bin", (b"good",), lambda random, inputs: b"bad", read, memory=2**26)
     summary, failures = engine.run(reader, 1, 1, sys.argv[1])
     print(json.dumps([read.__name__, failures[0]["wrong"] if failures else ""]))
@@ -92,7 +94,8 @@ def test_the_fuzzer_sees_faults(tmp_path):
         "unnamed": "does not name file.bin",
         "other": "KeyError",
         "swallow": "",
-        "hang": "took more than 0.3 s",
+        "hang": "took more than 0.2 s, or 0.8 s in all",
+        "busy": "took more than 0.2 s, or 0.8 s in all",
         "deaf": "the process ended with status 9",
         "grow": "took 128 MiB",
         "reserve": "MemoryError",
