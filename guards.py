@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192, at most 1 GiB as float32 with four channels
+MAX_PICTURE_BYTES = 2**30  # of its file: twice the bound uncompressed, with four channels of 16 bits
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # of Pillow's; its EPS, for one, starts Ghostscript
 MAX_JSON_BYTES = 2**26  # no file that we write comes near
 # Compressed entries of archives: those that expand to less are read, and those that do not expand more than so often.
@@ -75,6 +76,23 @@ def _check_pixels(width: int, height: int) -> None:
         raise ValueError(
             f"it has {width}x{height} pixels (width x height), more than {MAX_PIXELS:,} in all; make it smaller"
         )
+
+
+def read_content(path: str | Path) -> bytes:
+    """Reads the file of a picture.
+
+    Raises:
+      ValueError: if it is larger than any that can be decoded.
+      OSError: if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        _check_bytes(os.fstat(file.fileno()).st_size)
+        return file.read()
+
+
+def _check_bytes(num_bytes: int) -> None:
+    if num_bytes > MAX_PICTURE_BYTES:
+        raise ValueError(f"it has {num_bytes:,} bytes, more than {MAX_PICTURE_BYTES:,}; make it smaller")
 
 
 def read_picture(data: bytes, convert: Callable[[Image.Image], Result]) -> Result:
@@ -193,6 +211,12 @@ def check_total(entries: Sequence[zipfile.ZipInfo]) -> None:
             f"its entries would expand to {_gib(expanded)}, more than {MAX_RATIO} times their size; if that is right, "
             "pack it anew without compression"
         )
+
+
+def read_picture_entry(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Reads the entry of a picture, as `read_entry`; it must not be larger than any that can be decoded."""
+    _check_bytes(archive.getinfo(name).file_size)
+    return read_entry(archive, name)
 
 
 def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo | str) -> bytes:

@@ -22,6 +22,7 @@ from sources.resize import resize
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
 RESIZE = ("none", "crop", "stretch")  # values of `data.resize` and `restore.resize`
+MAX_VALUES = 4 * guards.MAX_PIXELS  # of an array: a GiB as float32
 NUM_NAMED = 5  # files that an error lists
 GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # luma of R, G and B by ITU-R BT.601, as Pillow's
 
@@ -137,6 +138,8 @@ def _decode_array(data: bytes) -> Float[np.ndarray, "H W C"]:
     array = guards.read_array(io.BytesIO(data), len(data))
     if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or not array.size:
         raise ValueError(f"it is {array.dtype}{list(array.shape)}; expected uint8 or uint16 of [H, W] or [H, W, C]")
+    if array.size > MAX_VALUES:
+        raise ValueError(f"it has {array.size:,} values, more than {MAX_VALUES:,}; make it smaller")
     return array.reshape(*array.shape[:2], -1).astype(np.float32) / np.iinfo(array.dtype).max
 
 
@@ -161,7 +164,7 @@ def read_picture(path: str | Path, *, keep_alpha: bool = False) -> Float[np.ndar
       ValueError: saying why it cannot be read.
     """
     try:
-        data = Path(path).read_bytes()
+        data = guards.read_content(path)
     except OSError as error:
         raise ValueError(f"it cannot be read: {error.strerror}") from error
     return decode_picture(data, str(path), keep_alpha=keep_alpha)

@@ -40,8 +40,9 @@ from runtime.progress import TrainingProgress
 from runtime.workdir import WorkdirError
 from sources import tfds_open, tfrecord
 from sources.folder import Rules, load_folder
+from sources.listing import list_folder
 from sources.npz import load_npz_split
-from sources.pictures import Fit, decode_picture
+from sources.pictures import Fit, decode_picture, read_picture
 
 SHAPE = (4, 4, 3)
 MIB = 2**20
@@ -399,6 +400,25 @@ def test_text_of_a_picture_is_not_expanded_without_end(chunk):
         decode_picture(data, "one.png")
     assert tracemalloc.get_traced_memory()[1] < 8 * MIB
     tracemalloc.stop()
+
+
+def test_a_file_larger_than_any_picture_is_not_read(tmp_path):
+    """A hole on disk of 4 GiB, as a picture, as an array, and of a folder."""
+    for name in ("one.png", "one.npy"):
+        with (tmp_path / name).open("wb") as file:
+            file.write(png() if name == "one.png" else array_bytes(header("(65536, 65536)")))
+            file.truncate(2**32)
+        for read in (
+            lambda name=name: read_picture(tmp_path / name),
+            lambda name=name: list_folder(tmp_path).read(name),
+            lambda name=name: read_mask(str(tmp_path / name), SHAPE, 0),
+        ):
+            peak, told = peak_of(read)
+            assert "4,294,967,296 bytes, more than 1,073,741,824; make it smaller" in told
+            assert peak < MIB
+    (tmp_path / "one.npy").unlink()
+    with pytest.raises(ValueError, match=r"one.png: it .* 4,294,967,296 bytes"):
+        load_folder(str(tmp_path), "train", Rules(Fit(SHAPE, "crop"), 256, strict=True))
 
 
 def test_pixels_are_not_believed(tmp_path):
