@@ -2,6 +2,8 @@
 
 `checkpoints/` keeps every snapshot, number k taken at step k * snapshot_freq; `checkpoints-meta/` keeps the two newest
 states to resume from. A checksum of each array is stored beside the arrays, so that a damaged file is noticed.
+
+The state is the same on all processes: process 0 alone reads and writes it, so that no other needs the folder.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+import distributed
 from losses import TrainState
 
 NUM_RESUMABLE = 2  # a damaged newest state leaves the one before it
@@ -59,7 +62,7 @@ def _restore(manager: ocp.CheckpointManager, number: int, template: TrainState) 
 
 
 class Checkpoints:
-    """The checkpoints of one workdir.
+    """The checkpoints of one workdir; every process calls the same methods, and gets what process 0 finds.
 
     Args:
       workdir: of the run.
@@ -70,10 +73,15 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, *, snapshot_freq: int, template: TrainState, read_only: bool = False):
         root = Path(workdir).absolute()
+        self.directory = root / "checkpoints"  # of the kept snapshots
         self._snapshot_freq = snapshot_freq
         self._template = jax.tree.map(np.asarray, template)
-        self._snapshots = self._open(root / "checkpoints", max_to_keep=None, read_only=read_only)
-        self._resumable = self._open(root / "checkpoints-meta", max_to_keep=NUM_RESUMABLE, read_only=read_only)
+        self._open(root, read_only)
+
+    @distributed.on_main
+    def _open(self, root: Path, read_only: bool) -> None:
+        self._snapshots = self._manager(self.directory, max_to_keep=None, read_only=read_only)
+        self._resumable = self._manager(root / "checkpoints-meta", max_to_keep=NUM_RESUMABLE, read_only=read_only)
 
     def __enter__(self) -> Checkpoints:
         """Returns itself."""
@@ -81,22 +89,26 @@ class Checkpoints:
 
     def __exit__(self, *exception: object) -> None:
         """Waits for what is being written and frees the threads."""
-        self._snapshots.close()
-        self._resumable.close()
+        if distributed.is_main_process():  # not `on_main`: after an error the others may not come by here
+            self._snapshots.close()
+            self._resumable.close()
 
     @staticmethod
-    def _open(directory: Path, *, max_to_keep: int | None, read_only: bool) -> ocp.CheckpointManager:
+    def _manager(directory: Path, *, max_to_keep: int | None, read_only: bool) -> ocp.CheckpointManager:
+        if not read_only:
+            directory.mkdir(parents=True, exist_ok=True)  # Orbax makes it for all processes or not at all
         # Not Orbax's own read_only: all that it adds to opening without cleaning up is three warnings.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep, create=not read_only, cleanup_tmp_directories=not read_only
+            max_to_keep=max_to_keep,
+            create=False,
+            cleanup_tmp_directories=not read_only,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}, barrier_sync_key_prefix=directory.name
+            ),
         )
         return ocp.CheckpointManager(directory, options=options)
 
-    @property
-    def directory(self) -> Path:
-        """Folder of the kept snapshots."""
-        return Path(self._snapshots.directory)
-
+    @distributed.on_main
     def save(self, state: TrainState) -> None:
         """Writes a state, numpy arrays on the host: to the snapshots if its step is one, else as resumable."""
         step = int(state.step)
@@ -105,6 +117,7 @@ class Checkpoints:
         if number not in manager.all_steps():
             _save(manager, number, state)
 
+    @distributed.on_main
     def save_snapshot(self, number: int, state: TrainState) -> None:
         """Writes a state as snapshot `number`, whatever its step is: one that another program took.
 
@@ -115,11 +128,13 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {number} is in {self.directory} already; it was not overwritten")
         _save(self._snapshots, number, state)
 
+    @distributed.on_main
     def wait(self) -> None:
         """Returns when everything saved so far is on disk; raises what failed in the background."""
         self._snapshots.wait_until_finished()
         self._resumable.wait_until_finished()
 
+    @distributed.on_main
     def numbers(self) -> list[int]:
         """Returns the numbers of the complete snapshots, ascending."""
         self._snapshots.reload()
@@ -133,6 +148,9 @@ class Checkpoints:
         Raises:
           CheckpointError: if there are states, but every one is damaged.
         """
+        return distributed.once_tree(self._read_newest, self._template)
+
+    def _read_newest(self) -> TrainState | None:
         candidates = [(number * self._snapshot_freq, self._snapshots, number) for number in self._snapshots.all_steps()]
         candidates += [(step, self._resumable, step) for step in self._resumable.all_steps()]
         damaged = []
@@ -149,6 +167,7 @@ class Checkpoints:
             raise CheckpointError("no checkpoint of this workdir can be read: " + "; ".join(damaged))
         return None
 
+    @distributed.on_main
     def require(self, numbers: Iterable[int]) -> None:
         """Checks that snapshots are there.
 
@@ -174,9 +193,15 @@ class Checkpoints:
         Raises:
           CheckpointError: if it is missing after that time, or damaged.
         """
-        _wait_until(lambda: number in self.numbers(), wait_seconds)
-        self.require([number])
-        return _restore(self._snapshots, number, self._template)
+
+        def read() -> TrainState:
+            _wait_until(lambda: number in self.numbers(), wait_seconds)
+            self.require([number])
+            return _restore(self._snapshots, number, self._template)
+
+        state = distributed.once_tree(read, self._template)
+        assert state is not None
+        return state
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float) -> None:

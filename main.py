@@ -18,6 +18,7 @@ from typing import NoReturn
 import jax
 from absl import app
 
+import distributed
 import run_lib
 from checkpoints import CheckpointError
 from files import cache_folder
@@ -28,7 +29,15 @@ from runtime.command_line import FLAGS, Mode
 from runtime.train_loop import DivergedError
 
 # What a user can mend: told in one sentence. Anything else is our fault and ends with its traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, workdirs.WorkdirError, CheckpointError, SolverError, DivergedError)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    workdirs.WorkdirError,
+    CheckpointError,
+    SolverError,
+    DivergedError,
+    distributed.ProcessError,
+)
 EXIT_FAILED = 1
 MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
 
@@ -37,15 +46,17 @@ MODES = {
     "doctor": Mode(run_lib.doctor, config="optional", workdir="none"),
     "prepare": Mode(run_lib.prepare, workdir="none"),
     # Scripts of the 2021 code always give --eval_folder.
-    "train": Mode(run_lib.train, ignored=("eval_folder",), workdir="writable"),
-    "train_classifier": Mode(run_lib.train_classifier, workdir="writable"),
-    "eval": Mode(run_lib.evaluate, flags=("eval_folder",)),
-    "sample": Mode(run_lib.sample, flags=("output", "snapshot", "num_images", "png")),
+    "train": Mode(run_lib.train, ignored=("eval_folder",), workdir="writable", shared=True, preemptible=True),
+    "train_classifier": Mode(run_lib.train_classifier, workdir="writable", shared=True, preemptible=True),
+    "eval": Mode(run_lib.evaluate, flags=("eval_folder",), shared=True),
+    "sample": Mode(run_lib.sample, flags=("output", "snapshot", "num_images", "png"), shared=True),
     "compare": Mode(run_lib.compare_reports, config=False, workdir="none", files="A.json B.json ..."),
-    "compare_samplers": Mode(run_lib.compare_samplers, flags=("output", "samplers", "snapshot", "num_images")),
-    "encode": Mode(run_lib.encode, flags=("output", "snapshot", "num_images", "images")),
-    "restore": Mode(run_lib.restore, flags=("output", "snapshot", "num_images")),
-    "stats": Mode(run_lib.stats, flags=("output", "split", "keep_features"), workdir="none"),
+    "compare_samplers": Mode(
+        run_lib.compare_samplers, flags=("output", "samplers", "snapshot", "num_images"), shared=True
+    ),
+    "encode": Mode(run_lib.encode, flags=("output", "snapshot", "num_images", "images"), shared=True),
+    "restore": Mode(run_lib.restore, flags=("output", "snapshot", "num_images"), shared=True),
+    "stats": Mode(run_lib.stats, flags=("output", "split", "keep_features"), workdir="none", shared=True),
     "import": Mode(
         run_lib.import_checkpoint, flags=("checkpoint", "dry_run"), needed=("checkpoint",), workdir="unmade"
     ),
@@ -64,10 +75,31 @@ def set_up_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
 
 
-def prepare(files: Sequence[str]) -> None:
-    """Checks the flags and the workdir that a mode needs, and starts its log file."""
+def join_processes() -> None:
+    """Joins the other processes of the run, if there are any and the mode can be shared."""
     mode = MODES[FLAGS.mode]
+    if not mode.shared:
+        return
+    distributed.initialize(
+        FLAGS.coordinator_address,
+        FLAGS.num_processes,
+        FLAGS.process_id,
+        start_seconds=FLAGS.start_seconds,
+        preemptible=mode.preemptible,
+    )
+    logs.set_up_process()
+    given = {f"--{name}": FLAGS[name].value for name in ("mode", "workdir", *mode.flags)}
+    distributed.require_same(
+        given | {f"--config.{key}": value for key, value in workdirs.flatten(FLAGS.config).items()}
+    )
+
+
+def prepare(files: Sequence[str]) -> None:
+    """Checks the flags, joins the other processes, checks the workdir that a mode needs, and starts its log file."""
+    mode = MODES[FLAGS.mode]
+    command_line.check_process_flags(FLAGS.mode, MODES)
     command_line.check_flags(FLAGS.mode, mode, files)
+    join_processes()
     if mode.workdir in ("none", "unmade"):
         return
     check = workdirs.check_trained if mode.workdir == "trained" else workdirs.check_writable
@@ -90,12 +122,17 @@ def run(files: Sequence[str]) -> None:
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Ends the program with the error in one sentence; its traceback goes to stdout.txt, if there is one."""
+    """Ends the program, and all other processes of the run, with the error in one sentence.
+
+    Its traceback goes to stdout.txt, if there is one; and to the console if it is nothing that a user can mend.
+    """
+    if not isinstance(error, USER_ERRORS):
+        traceback.print_exception(error)
     print(f"score_sde: {error}", file=sys.stderr)
-    if FLAGS.workdir and (log := Path(FLAGS.workdir) / logs.FILE).exists():
+    if FLAGS.workdir and distributed.is_main_process() and (log := Path(FLAGS.workdir) / logs.FILE).exists():
         with log.open("a") as file:
             traceback.print_exception(error, file=file)
-    sys.exit(EXIT_FAILED)
+    distributed.stop(f"{error}", EXIT_FAILED)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -106,7 +143,11 @@ def main(argv: Sequence[str]) -> None:
         prepare(argv[1:])
         run(argv[1:])
     except USER_ERRORS as error:
-        fail(error)
+        fail(distributed.explain(error))
+    except (Exception, KeyboardInterrupt) as error:
+        if distributed.is_alone():
+            raise
+        fail(distributed.explain(error))
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def train_loop(
                     values |= trainer.test_values(state, step)
             if values:
                 progress.record(step, **values)
-            stop = preemption.requested(step)
+            stop = preemption.requested()
             if stop or step == last or due["snapshot_freq"] or due["snapshot_freq_for_preemption"]:
                 # A state that has diverged must not become the newest checkpoint.
                 _mean_loss([metrics["loss"]], step, trainer.rate)
@@ -272,8 +272,7 @@ def train(trainer: Trainer, source: datasets.Source, workdir: str | Path) -> Tra
     ) as checkpoints:
         state = checkpoints.restore_newest() or experiment.init_state()
         check_first_step(experiment.config, int(state.step), group)
-        if distributed.is_main_process():
-            workdirs.record_config(workdir, experiment.config)
+        workdirs.record_config(workdir, experiment.config)
         steps = num_steps(experiment.config, group)
         with TrainingProgress(
             workdir, first_step=int(state.step), num_steps=steps, batch_size=settings.batch_size

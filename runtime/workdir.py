@@ -12,6 +12,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+import distributed
 from files import write_json
 
 CONFIG_FILE = "config.json"
@@ -53,6 +54,7 @@ def versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
+@distributed.on_main
 def check_writable(workdir: str | Path, flag: str = "--workdir") -> None:
     """Makes a folder if need be and checks that files can be written in it.
 
@@ -72,6 +74,7 @@ def check_writable(workdir: str | Path, flag: str = "--workdir") -> None:
         ) from error
 
 
+@distributed.on_main
 def check_trained(workdir: str | Path) -> None:
     """Checks that the workdir holds a training run and can be written.
 
@@ -83,6 +86,7 @@ def check_trained(workdir: str | Path) -> None:
     check_writable(workdir)
 
 
+@distributed.on_main
 def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
     """Checks that an existing workdir was made with the same network, data and SDE.
 
@@ -117,6 +121,7 @@ def output_folder(workdir: str | Path, output: str) -> Path:
     return folder
 
 
+@distributed.on_main
 def record_config(workdir: str | Path, config: ConfigDict) -> None:
     """Writes config.json: the exact configuration, the versions of the packages and the commit of this code."""
     given = flatten(config)
