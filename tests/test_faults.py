@@ -73,6 +73,20 @@ def test_a_file_on_a_full_disk_is_named_and_the_old_one_stays(tmp_path):
         assert os.listdir(tmp_path / "disk") == ["report.json"]  # what was half written gave its room back
 
 
+def test_what_a_killed_process_left_of_a_file_is_removed_and_nothing_of_others(tmp_path):
+    host = os.uname().nodename
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    leftover = tmp_path / f".report.json.{host}-{ended.stdout.strip()}.abcd"
+    kept = [tmp_path / f".report.json.{host}-{os.getppid()}.abcd", tmp_path / ".report.json.elsewhere-1.abcd"]
+    kept += [tmp_path / f"report.md.{host}-{ended.stdout.strip()}.abcd"]
+    for each in (leftover, *kept):
+        each.write_text("half")
+    files.remove_leftovers(tmp_path.parent)
+    assert set(tmp_path.iterdir()) == set(kept)
+
+
 def test_a_growing_file_keeps_what_a_full_disk_refuses(tmp_path, caplog):
     """Also the part of a line that still had room is written once."""
     lines = [f"{number:07d}\n".encode() for number in range(2000)]
