@@ -10,13 +10,14 @@ import json
 import os
 import socket
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from absl import logging
+
+import guards
 
 CACHE = "~/.cache/score_sde"  # $SCORE_SDE_CACHE replaces it
 # What a user can do about what the system refuses.
@@ -184,14 +185,13 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """Reads all arrays of an .npz file.
 
     Raises:
-      ValueError: if the file is damaged or no .npz; the checksum of every array is verified.
+      ValueError: if the file is damaged or no .npz, or asks for more memory than is sensible (see `guards`); the
+        checksum of every array is verified.
       FileNotFoundError: if there is none.
     """
     try:
-        # Opened here, since numpy leaves a file open that turns out to be damaged.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError("one array, no .npz")
-            return dict(stored)
-    except (EOFError, ValueError, AttributeError, zipfile.BadZipFile, NotImplementedError) as error:
+        with guards.open_zip(path) as archive:
+            guards.check_total(archive.infolist())
+            return {name: guards.read_array_entry(archive, name) for name in guards.array_names(archive)}
+    except ValueError as error:
         raise ValueError(f"{path} is damaged or not an .npz file: {error}") from error

@@ -28,7 +28,7 @@ def _step_of(line: str) -> float:
     """Returns the step of a line of losses.jsonl; infinite if the line is damaged."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 

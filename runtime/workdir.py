@@ -13,6 +13,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+import guards
 from files import write_json
 
 CONFIG_FILE = "config.json"
@@ -109,20 +110,21 @@ def check_trained(workdir: str | Path) -> None:
     check_writable(workdir)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Reads the configuration in a config.json.
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Returns the flat configuration of a config.json.
 
     Raises:
-      WorkdirError: if the file is damaged.
+      WorkdirError: if it is damaged.
+      FileNotFoundError: if there is none.
     """
+    way_out = "put a copy in its place, or move it away to have the settings that you give taken for the run's"
     try:
-        stored: dict[str, Any] = json.loads(path.read_text())["config"]
-        return dict(stored)
-    except (ValueError, KeyError, TypeError) as error:
-        raise WorkdirError(
-            f"{path} is damaged ({error}); put a copy in its place, or move it away to have the settings that you give "
-            "taken for the run's"
-        ) from error
+        stored = guards.read_json(path).get("config")
+    except ValueError as error:
+        raise WorkdirError(f"{error}; {way_out}") from error
+    if not isinstance(stored, dict):
+        raise WorkdirError(f"{path} is damaged: it holds no configuration; {way_out}")
+    return stored
 
 
 def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
@@ -136,7 +138,7 @@ def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
     path = Path(workdir) / CONFIG_FILE
     if not path.exists():
         return
-    stored, given = _read_config(path), flatten(config)
+    stored, given = read_config(path), flatten(config)
     differences = {
         key: (stored[key], given[key])
         for key in sorted(stored.keys() & given.keys())
@@ -164,7 +166,7 @@ def record_config(workdir: str | Path, config: ConfigDict) -> None:
     given = flatten(config)
     path = Path(workdir) / CONFIG_FILE
     if path.exists():
-        stored = _read_config(path)
+        stored = read_config(path)
         for key in sorted(key for key in given if stored.get(key) != given[key]):
             logging.info("%s changes from %s to %s", key, stored.get(key), given[key])
     write_json(path, {"config": given, "versions": versions(), "commit": commit()})
