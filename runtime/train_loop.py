@@ -294,7 +294,7 @@ class _Loop:
                     self.watch.add(step, metrics)
                     # Before the first call is compiled and done there is nothing to save: SIGTERM then ends at once.
                     preemption = preemption or stack.enter_context(distributed.Preemption())
-                    self.after_call(state, step, is_last=step == last, stop=preemption.requested(step))
+                    self.after_call(state, step, is_last=step == last, stop=preemption.requested())
             except NotFiniteError as error:
                 on_host = distributed.unreplicate(state)
                 raise divergence.explain(error, trainer, source, on_host, self.checkpoints) from None
@@ -324,8 +324,7 @@ def train(trainer: Trainer, source: datasets.Source, workdir: str | Path) -> Tra
         presence = workdirs.Presence(workdir)
         state = checkpoints.restore_newest() or experiment.init_state()
         check_first_step(experiment.config, int(state.step), group)
-        if distributed.is_main_process():
-            workdirs.record_config(workdir, experiment.config)
+        workdirs.record_config(workdir, experiment.config)
         steps = num_steps(experiment.config, group)
         with TrainingProgress(
             workdir, first_step=int(state.step), num_steps=steps, batch_size=settings.batch_size
