@@ -8,6 +8,7 @@ python main.py --config configs/ve/cifar10_ncsnpp.py --mode import --checkpoint 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -21,17 +22,18 @@ from absl import app
 import distributed
 import run_lib
 from checkpoints import CheckpointError
-from files import cache_folder
+from files import cache_folder, explain
 from ode import SolverError
 from runtime import command_line, logs
 from runtime import workdir as workdirs
 from runtime.command_line import FLAGS, Mode
-from runtime.train_loop import DivergedError
+from runtime.divergence import DivergedError
+from runtime.locks import LockedError
 
 # What a user can mend: told in one sentence. Anything else is our fault and ends with its traceback.
 USER_ERRORS = (
     ValueError,
-    FileNotFoundError,
+    OSError,
     workdirs.WorkdirError,
     CheckpointError,
     SolverError,
@@ -128,11 +130,14 @@ def fail(error: BaseException) -> NoReturn:
     """
     if not isinstance(error, USER_ERRORS):
         traceback.print_exception(error)
-    print(f"score_sde: {error}", file=sys.stderr)
-    if FLAGS.workdir and distributed.is_main_process() and (log := Path(FLAGS.workdir) / logs.FILE).exists():
-        with log.open("a") as file:
+    message = explain(error) if isinstance(error, OSError) else str(error)
+    print(f"score_sde: {message}", file=sys.stderr)
+    # A run that is refused since another one works there has no business in that one's log.
+    if FLAGS.workdir and distributed.is_main_process() and not isinstance(error, LockedError):
+        with contextlib.suppress(OSError), (Path(FLAGS.workdir) / logs.FILE).open("r+") as file:
+            file.seek(0, os.SEEK_END)
             traceback.print_exception(error, file=file)
-    distributed.stop(f"{error}", EXIT_FAILED)
+    distributed.stop(message, EXIT_FAILED)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -121,6 +121,7 @@ def _check_values(config: ConfigDict) -> None:
     if not 0.0 <= config.model.ema_rate < 1.0:
         raise ValueError(f"model.ema_rate={config.model.ema_rate}; expected 0 <= rate < 1")
     checks.one_of("eval.bpd_dataset", config.eval.bpd_dataset, ("test", "train"))
+    checks.one_of("training.on_nan", config.training.on_nan, ("stop", "skip"))
 
 
 def _build_likelihoods(
@@ -188,6 +189,8 @@ def build_train_program(experiment: Experiment) -> Callable[..., Any]:
         ema_rate=experiment.config.model.ema_rate,
         prepare=datasets.build_preparation(experiment.config, train=True),
     )
+    if experiment.config.training.on_nan == "skip":
+        step = losses.skip_nonfinite(step)
     steps = distributed.pmap(losses.make_train_steps(step), donate_argnums=(1,), in_axes=(None, 0, 0))
     return lambda state, batches: steps(experiment.keys["train"], state, batches)
 
