@@ -75,6 +75,7 @@ def _training() -> ConfigDict:
             "smoke": False,  # train two steps of a shrunk network on the embedded digits, to see that all is in place
             "sde": "vpsde",  # "vesde", "vpsde" or "subvpsde"
             "batch_size": 128,  # images of a step, over all devices and hosts
+            "microbatches": 1,  # parts of a device's batch, one after the other in memory; the result is the same
             "n_iters": 1_300_001,  # steps
             "n_jitted_steps": 5,  # steps in one compiled call; divides the frequencies below
             "continuous": True,  # denoising score matching in continuous time; False: SMLD (VE) or DDPM (VP) losses
@@ -114,6 +115,7 @@ def _classifier() -> ConfigDict:
             "blocks_per_group": 4,  # residual blocks of each of its three groups
             "channel_multiplier": 10,  # width, in multiples of 16, 32 and 64 channels
             "batch_size": 128,  # images of a step, over all devices and hosts
+            "microbatches": 1,  # parts of a device's batch, one after the other in memory; the result is the same
             "n_iters": 100_000,  # steps
             "n_jitted_steps": 5,  # steps in one compiled call; divides the frequencies below
             "lr": 3e-4,  # learning rate after the warm-up

@@ -98,7 +98,7 @@ def train_classifier(config: ConfigDict, workdir: Path, train: datasets.Source, 
     experiment = build_classifier_experiment(config, normalization)
     describe(experiment)
     measure = classifier_accuracy.build_measure(experiment, normalization, test)
-    trainer = ClassifierTrainer(experiment, len(test), build_train_program(experiment), measure)
+    trainer = ClassifierTrainer(experiment, len(test), build_train_program(experiment, "classifier"), measure)
     state = train_loop.train(trainer, train, folder)
     rows = classifier_accuracy.measure_levels(experiment, measure, state, test)
     if distributed.is_main_process():
