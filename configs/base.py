@@ -58,6 +58,8 @@ def _model() -> ConfigDict:
             "num_classes": 0,  # classes that a score network is told, or that the classifier tells apart; 0: none
             "blocks_per_group": 4,  # if this is a classifier of the 2021 code: residual blocks of each of its groups
             "channel_multiplier": 10,  # the same: its width, in multiples of 16, 32 and 64 channels
+            "dtype": "float32",  # of the features: "float32" or "bfloat16"; parameters, norms and losses stay float32
+            "remat": False,  # compute the features of a block again in the gradient, instead of keeping them
             "scale_by_sigma": False,  # divide the network's output by sigma
             "ema_rate": 0.9999,  # decay of the exponential moving average of the parameters
             "num_scales": 1000,  # N: noise levels of the discrete SDE, steps of the sampler

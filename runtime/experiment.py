@@ -97,7 +97,8 @@ class Experiment:
         settings = workdirs.flatten(self.config)
         steps = self.config.sampling.num_steps or self.config.model.num_scales
         chosen = {key: value for key, value in settings.items() if key.startswith("sampling.")}
-        return {"training.sde": self.config.training.sde, **chosen, "sampling.num_steps": steps}
+        network = {} if self.config.model.dtype == "float32" else {"model.dtype": self.config.model.dtype}
+        return {"training.sde": self.config.training.sde, **network, **chosen, "sampling.num_steps": steps}
 
     def score_fn(self, params: Any, *, smooth: bool = False, class_labels: Int[Array, "B"] | None = None) -> ScoreFn:
         """Returns the score as a function of (x, t), without dropout.
