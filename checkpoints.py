@@ -1,15 +1,22 @@
 """Checkpoints by Orbax: written in the background, visible only when complete, verified when read.
 
 `checkpoints/` keeps every snapshot, number k taken at step k * snapshot_freq; `checkpoints-meta/` keeps the two newest
-states to resume from. A checksum of each array is stored beside the arrays, so that a damaged file is noticed.
+states to resume from. A checksum of each array is stored beside the arrays, so that a damaged file is noticed. What a
+run finds damaged it moves to `checkpoints-damaged/`: the number is then free to be written again, and nothing is lost.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import re
+import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -17,6 +24,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+import distributed
+import files
 from losses import TrainState
 
 NUM_RESUMABLE = 2  # a damaged newest state leaves the one before it
@@ -26,8 +35,13 @@ POLL_SECONDS = 1.0
 _READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
 
 
+DAMAGED = "checkpoints-damaged"  # folder beside those of the checkpoints
+_UNFINISHED = "*.orbax-checkpoint-tmp*"  # folders that Orbax writes in, until it renames them
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in what TensorStore raises
+
+
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing or damaged."""
+    """A checkpoint is missing or damaged, or cannot be written."""
 
 
 def _checksums(tree: Any) -> dict[str, int]:
@@ -35,10 +49,45 @@ def _checksums(tree: Any) -> dict[str, int]:
     return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).data) for path, leaf in leaves}
 
 
+def _number_of(error: BaseException) -> int | None:
+    """Returns the number of the system's error that one of Orbax or TensorStore stands for; None if it is none."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = _OS_ERROR.search(str(error))
+    return int(told.group(1)) if told else None
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Removes what is left of a write that failed, which may fill the very disk that is full."""
+    for folder in directory.glob(_UNFINISHED):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns what the system refused, now or before in the background, into a sentence.
+
+    Raises:
+      CheckpointError: naming the disk.
+    """
+    directory = Path(manager.directory)
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        number = _number_of(error)
+        if number is None:
+            raise
+        if number != errno.ENOENT or directory.exists():
+            _remove_unfinished(directory)
+        reason = files.explain(OSError(number, os.strerror(number), str(directory)))
+        raise CheckpointError(f"a checkpoint could not be written in {reason}") from error
+
+
 def _save(manager: ocp.CheckpointManager, number: int, state: TrainState) -> None:
     info = {"step": int(state.step), "checksums": _checksums(state)}
     arrays = ocp.args.StandardSave(state)
-    manager.save(number, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(info)), force=True)
+    with _writing(manager):
+        manager.save(number, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(info)), force=True)
 
 
 def _restore(manager: ocp.CheckpointManager, number: int, template: TrainState) -> TrainState:
@@ -66,11 +115,16 @@ class Checkpoints:
       snapshot_freq: steps between the kept snapshots.
       template: a state of the right structure; its values do not matter.
       read_only: for evaluation, which may run beside the training that writes.
+
+    Attributes:
+      restored_from: folder of the state that `restore_newest` returned last; None before.
     """
 
     def __init__(self, workdir: str | Path, *, snapshot_freq: int, template: TrainState, read_only: bool = False):
         root = Path(workdir).absolute()
-        self._snapshot_freq = snapshot_freq
+        self._snapshot_freq, self._read_only = snapshot_freq, read_only
+        self._damaged = root / DAMAGED
+        self.restored_from: Path | None = None
         self._template = jax.tree.map(np.asarray, template)
         self._snapshots = self._open(root / "checkpoints", max_to_keep=None, read_only=read_only)
         self._resumable = self._open(root / "checkpoints-meta", max_to_keep=NUM_RESUMABLE, read_only=read_only)
@@ -79,10 +133,22 @@ class Checkpoints:
         """Returns itself."""
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Waits for what is being written and frees the threads."""
-        self._snapshots.close()
-        self._resumable.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Waits for what is being written and frees the threads.
+
+        Raises:
+          CheckpointError: if something could not be written, unless another error is on its way already.
+        """
+        for manager in (self._snapshots, self._resumable):
+            try:
+                with _writing(manager):
+                    manager.close()
+            except CheckpointError as failure:
+                if error is None:
+                    raise
+                logging.warning("%s", failure)
 
     @staticmethod
     def _open(directory: Path, *, max_to_keep: int | None, read_only: bool) -> ocp.CheckpointManager:
@@ -117,8 +183,9 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk; raises what failed in the background."""
-        self._snapshots.wait_until_finished()
-        self._resumable.wait_until_finished()
+        for manager in (self._snapshots, self._resumable):
+            with _writing(manager):
+                manager.wait_until_finished()
 
     def numbers(self) -> list[int]:
         """Returns the numbers of the complete snapshots, ascending."""
@@ -128,7 +195,8 @@ class Checkpoints:
     def restore_newest(self) -> TrainState | None:
         """Restores the newest readable state of either folder; None if there is none at all.
 
-        A damaged state is named in the log and the one before it is taken.
+        A damaged state is named in the log and the one before it is taken. A run that writes then moves the damaged
+        ones aside: it will come by their steps again, and must not find the numbers taken.
 
         Raises:
           CheckpointError: if there are states, but every one is damaged.
@@ -140,14 +208,34 @@ class Checkpoints:
             try:
                 state = _restore(manager, number, self._template)
             except CheckpointError as error:
-                damaged.append(str(error))
+                damaged.append((manager, number, str(error)))
                 logging.warning("%s; using the one before it", error)
                 continue
             logging.info("restored step %d from %s", int(state.step), manager.directory)
+            self.restored_from = Path(manager.directory) / str(number)
+            if not self._read_only:
+                for of_damaged, damaged_number, _ in damaged:
+                    self._set_aside(of_damaged, damaged_number)
             return state
         if damaged:
-            raise CheckpointError("no checkpoint of this workdir can be read: " + "; ".join(damaged))
+            reasons = "; ".join(reason for _, _, reason in damaged)
+            raise CheckpointError(
+                f"no checkpoint of this workdir can be read: {reasons}; nothing was changed: put a copy of one in its "
+                "place, or choose a new --workdir to begin anew"
+            )
         return None
+
+    def _set_aside(self, manager: ocp.CheckpointManager, number: int) -> None:
+        """Moves a damaged checkpoint to a folder where it is in nobody's way."""
+        source = Path(manager.directory) / str(number)
+        if distributed.is_main_process() and source.exists():
+            self._damaged.mkdir(exist_ok=True)
+            name = f"{source.parent.name}-{number}"
+            taken = len(list(self._damaged.glob(f"{name}*")))
+            target = self._damaged / (f"{name}-{taken + 1}" if taken else name)
+            source.rename(target)
+            logging.warning("moved the damaged checkpoint %d to %s; the run writes it anew", number, target)
+        manager.reload()
 
     def require(self, numbers: Iterable[int]) -> None:
         """Checks that snapshots are there.
@@ -176,7 +264,13 @@ class Checkpoints:
         """
         _wait_until(lambda: number in self.numbers(), wait_seconds)
         self.require([number])
-        return _restore(self._snapshots, number, self._template)
+        try:
+            return _restore(self._snapshots, number, self._template)
+        except CheckpointError as error:
+            others = ", ".join(str(other) for other in self.numbers() if other != number) or "none"
+            raise CheckpointError(
+                f"{error}; choose another one (there are: {others}) by eval.begin_ckpt and eval.end_ckpt, or --snapshot"
+            ) from error
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float) -> None:

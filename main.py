@@ -8,6 +8,7 @@ python main.py --config configs/ve/cifar10_ncsnpp.py --mode import --checkpoint 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -20,15 +21,16 @@ from absl import app
 
 import run_lib
 from checkpoints import CheckpointError
-from files import cache_folder
+from files import cache_folder, explain
 from ode import SolverError
 from runtime import command_line, logs
 from runtime import workdir as workdirs
 from runtime.command_line import FLAGS, Mode
-from runtime.train_loop import DivergedError
+from runtime.divergence import DivergedError
+from runtime.locks import LockedError
 
 # What a user can mend: told in one sentence. Anything else is our fault and ends with its traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, workdirs.WorkdirError, CheckpointError, SolverError, DivergedError)
+USER_ERRORS = (ValueError, OSError, workdirs.WorkdirError, CheckpointError, SolverError, DivergedError)
 EXIT_FAILED = 1
 MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
 
@@ -91,9 +93,11 @@ def run(files: Sequence[str]) -> None:
 
 def fail(error: BaseException) -> NoReturn:
     """Ends the program with the error in one sentence; its traceback goes to stdout.txt, if there is one."""
-    print(f"score_sde: {error}", file=sys.stderr)
-    if FLAGS.workdir and (log := Path(FLAGS.workdir) / logs.FILE).exists():
-        with log.open("a") as file:
+    print(f"score_sde: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+    # A run that is refused since another one works there has no business in that one's log.
+    if FLAGS.workdir and not isinstance(error, LockedError):
+        with contextlib.suppress(OSError), (Path(FLAGS.workdir) / logs.FILE).open("r+") as file:
+            file.seek(0, os.SEEK_END)
             traceback.print_exception(error, file=file)
     sys.exit(EXIT_FAILED)
 

@@ -192,6 +192,10 @@ def save_png(path: str | Path, image: UInt8[np.ndarray, "h w C"]) -> None:
 LOSSES_FILE = "losses.jsonl"  # the loss record of a run, in its workdir
 
 
+def _are_numbers(record: dict[str, Any]) -> bool:
+    return all(value is None or type(value) in (int, float) for value in record.values())
+
+
 def read_losses(path: str | Path) -> list[dict[str, Any]]:
     """Reads losses.jsonl: one {"step", "loss", "eval_loss" (not in each)} a line.
 
@@ -201,15 +205,18 @@ def read_losses(path: str | Path) -> list[dict[str, Any]]:
       ValueError: naming the line that cannot be read.
     """
     records = []
-    lines = Path(path).read_text().splitlines(keepends=True)
+    lines = Path(path).read_text(errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
             break
         try:
             record = json.loads(line)
-            record["step"]
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}, is not a record of a step; expected JSON with 'step'") from error
+            if not isinstance(record, dict) or type(record.get("step")) is not int or not _are_numbers(record):
+                raise ValueError(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}, is not a record of a step; expected JSON with 'step' and numbers; delete it"
+            ) from error
         records.append(record)
     return records
 

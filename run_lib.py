@@ -18,6 +18,7 @@ from runtime import (
     data_stats,
     encoding,
     eval_loop,
+    locks,
     preparing,
     restoring,
     sample_run,
@@ -25,7 +26,7 @@ from runtime import (
     train_loop,
 )
 from runtime import workdir as workdirs
-from runtime.classifier_experiment import check_settings
+from runtime.classifier_experiment import FOLDER, check_settings
 from runtime.doctor import examine
 from runtime.experiment import Experiment, build_experiment, describe
 from runtime.importing import export_checkpoint, import_checkpoint
@@ -88,18 +89,19 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
 
     Raises:
       ValueError: if a setting is wrong, or does not go with the step to resume from.
-      WorkdirError: if the workdir cannot be written or holds another experiment.
-      CheckpointError: if the workdir has checkpoints, but all are damaged.
+      WorkdirError: if the workdir cannot be written, holds another experiment, or another run trains there.
+      CheckpointError: if the workdir has checkpoints, but all are damaged, or one cannot be written.
     """
     config = smoke.shrink(config) if config.training.smoke else config
     require_score_network(config)
     train_loop.check_schedule(config)
     experiment = build_experiment(config)
-    source = datasets.build_source(config, "train")
     workdirs.check_writable(workdir)
     workdirs.check_same_experiment(workdir, config)
-    describe(experiment)
-    state = train_loop.train(train_loop.build_trainer(experiment, workdir), source, workdir)
+    with locks.hold(workdir):
+        source = datasets.build_source(config, "train")
+        describe(experiment)
+        state = train_loop.train(train_loop.build_trainer(experiment, workdir), source, workdir)
     logging.info("trained %d steps; checkpoints and samples are in %s", int(state.step), workdir)
 
 
@@ -121,9 +123,10 @@ def train_classifier(config: ConfigDict, workdir: str | Path) -> None:
     config = smoke.shrink(config) if config.training.smoke else config
     check_settings(config)
     train_loop.check_schedule(config, "classifier")
-    train, test = (datasets.build_source(config, split) for split in ("train", "test"))
     workdirs.check_same_experiment(workdir, config)
-    classifier_training.train_classifier(config, Path(workdir), train, test)
+    with locks.hold(Path(workdir) / FOLDER):
+        train, test = (datasets.build_source(config, split) for split in ("train", "test"))
+        classifier_training.train_classifier(config, Path(workdir), train, test)
 
 
 def _open(config: ConfigDict, workdir: str | Path) -> Experiment:
@@ -153,7 +156,9 @@ def evaluate(config: ConfigDict, workdir: str | Path, eval_folder: str = "eval")
     """
     experiment = _open(config, workdir)
     eval_loop.check_evaluation(experiment.config)
-    eval_loop.evaluate_checkpoints(experiment, Path(workdir), Path(workdir) / eval_folder)
+    folder = Path(workdir) / eval_folder
+    with locks.hold(folder, "--eval_folder"):
+        eval_loop.evaluate_checkpoints(experiment, Path(workdir), folder)
 
 
 def sample(

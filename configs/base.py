@@ -92,6 +92,7 @@ def _training() -> ConfigDict:
             "snapshot_freq_for_preemption": 10_000,  # steps between the checkpoints to resume from
             "snapshot_sampling": True,  # draw a grid of samples at each kept checkpoint
             "snapshot_num_samples": 64,  # samples in that grid
+            "on_nan": "stop",  # if loss or gradient of a step is not finite: "stop", or "skip" the step
         }
     )
 

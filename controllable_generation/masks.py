@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+
+import guards
 
 _THRESHOLD = 128  # of 8 bits, from which a pixel of a picture counts as white
 
@@ -53,9 +54,9 @@ def _picture(path: str, H: int, W: int) -> Float[np.ndarray, "H W"]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"restore.mask={path!r}: no such file; expected {_FORMS}")
     try:
-        with Image.open(path) as picture:
-            levels = np.asarray(picture.convert("L"))
-    except (UnidentifiedImageError, OSError) as error:
+        with open(path, "rb") as file:
+            levels = guards.read_picture(file, lambda picture: np.asarray(picture.convert("L")))
+    except (ValueError, OSError) as error:
         raise ValueError(f"restore.mask={path!r} is not a picture that can be read ({error})") from error
     if levels.shape != (H, W):
         raise ValueError(

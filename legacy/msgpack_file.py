@@ -15,6 +15,9 @@ import files
 
 MAX_BYTES = 2**34  # several times the largest checkpoint of the paper
 MAX_RANK = 8
+MAX_DEPTH = 64  # of maps in maps
+MAX_ENTRIES = 2**20  # of all maps and lists together: an entry of three bytes takes two hundred in memory
+MAX_LIST = 2**12  # chunks of an array, a GiB each; of a list memory is taken before its entries are read
 ARRAY, COMPLEX, SCALAR = 1, 2, 3  # Flax's extension types
 DTYPES = {
     *("float16", "float32", "float64", "complex64", "complex128", "bool"),
@@ -27,7 +30,7 @@ _FORMAT_ERRORS = (ValueError, TypeError, OverflowError, msgpack.exceptions.Unpac
 
 
 def _array(data: bytes) -> np.ndarray:
-    entry = msgpack.unpackb(data, raw=True)
+    entry = msgpack.unpackb(data, raw=True, max_array_len=MAX_RANK, max_map_len=0)
     if not isinstance(entry, list) or len(entry) != 3:
         raise ValueError("an array is not (shape, type, values)")
     shape, name, values = entry
@@ -48,9 +51,27 @@ def _extension(code: int, data: bytes) -> Any:
     if code == SCALAR:
         return _array(data).reshape(())
     if code == COMPLEX:
-        real, imaginary = msgpack.unpackb(data)
+        real, imaginary = msgpack.unpackb(data, max_array_len=2, max_map_len=0)
         return np.asarray(complex(real, imaginary))
     raise ValueError(f"extension type {code} is unknown")
+
+
+class _Counter:
+    """Counts the entries of maps and lists as they are read, and stops at too many."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+
+    def count(self, value: Any) -> Any:
+        """Adds the entries of a list, or of a map before its keys were compared."""
+        self.entries += len(value)
+        if self.entries > MAX_ENTRIES:
+            raise ValueError(f"it has more than {MAX_ENTRIES} entries")
+        return value
+
+    def pairs(self, value: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        """Returns the map that has these entries."""
+        return dict(self.count(value))
 
 
 def _indexed(value: Any) -> list[Any]:
@@ -62,17 +83,33 @@ def _indexed(value: Any) -> list[Any]:
     return [value[str(i)] for i in range(len(value))]
 
 
-def _join_chunks(value: Any) -> Any:
+def _join_chunks(value: Any, depth: int = 0) -> Any:
     if not isinstance(value, dict):
         return value
+    if depth == MAX_DEPTH:
+        raise ValueError(f"maps are nested more than {MAX_DEPTH} times")
     if not all(isinstance(key, str) for key in value):
         raise ValueError("a map has a name that is no text")
     if CHUNKED not in value:
-        return {key: _join_chunks(inner) for key, inner in value.items()}
+        return {key: _join_chunks(inner, depth + 1) for key, inner in value.items()}
     shape, chunks = _indexed(value.get("shape")), _indexed(value.get("chunks"))
     if not chunks or not all(isinstance(chunk, np.ndarray) and chunk.ndim == 1 for chunk in chunks):
         raise ValueError("an array in chunks has something else among them")
     return np.concatenate(chunks).reshape([int(n) for n in shape])
+
+
+def _unpack(data: bytes) -> Any:
+    counter = _Counter()
+    return msgpack.unpackb(
+        data,
+        ext_hook=_extension,
+        object_pairs_hook=counter.pairs,
+        list_hook=counter.count,
+        raw=False,
+        strict_map_key=True,
+        max_array_len=MAX_LIST,
+        max_map_len=MAX_ENTRIES,
+    )
 
 
 def read_msgpack(path: str | Path) -> dict[str, Any]:
@@ -89,7 +126,7 @@ def read_msgpack(path: str | Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has more than {MAX_BYTES} bytes: no checkpoint of score_sde")
     try:
-        tree = msgpack.unpackb(path.read_bytes(), ext_hook=_extension, raw=False, strict_map_key=True)
+        tree = _unpack(path.read_bytes())
         if not isinstance(tree, dict):
             raise ValueError("it does not hold a map")
         return _join_chunks(tree)

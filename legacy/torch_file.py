@@ -19,7 +19,11 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 
-MAX_PICKLE_BYTES = 2**26  # a pickle holds names and shapes; the values lie beside it
+import guards
+
+MAX_PICKLE_BYTES = 2**23  # a pickle holds names and shapes, a tenth of this; the values lie beside it
+BYTES_OF_ITEM = 16  # what an item of an argument of a function counts for
+MAX_LINE_BYTES = 2**10  # names of functions
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # opens files of PyTorch before 1.6
 LEGACY_VERSION = 1001
 ZIP_START, LEGACY_START = b"PK\x03\x04", b"\x80\x02\x8a\x0a"
@@ -45,7 +49,7 @@ _STORAGES = {
 _NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _ERRORS = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError),
-    *(AttributeError, IndexError, KeyError, MemoryError, OverflowError, TypeError, ValueError),
+    *(AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError),
 )
 
 
@@ -112,12 +116,32 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+def _check_key(key: Any) -> None:
+    """Refuses keys that are tuples: one may refer to itself so often that its hash is never done."""
+    if type(key) not in (str, int):
+        raise ValueError(f"a dictionary has a key of type {type(key).__name__}")
+
+
+def _ordered_dict(pairs: Any = ()) -> collections.OrderedDict[Any, Any]:
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(each, (list, tuple)) for each in pairs):
+        raise ValueError("an ordered dictionary is not made of pairs")
+    for key, _ in pairs:
+        _check_key(key)
+    return collections.OrderedDict(pairs)
+
+
+def _size(counts: Any) -> tuple[Any, ...]:
+    if not isinstance(counts, (list, tuple)):
+        raise ValueError("a shape is not made of counts")
+    return tuple(counts)
+
+
 _FUNCTIONS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _ordered_dict,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *unused: data,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _size,
     ("numpy", "dtype"): _NumpyType,
     ("_codecs", "encode"): _encode,
     **{(module, "scalar"): _numpy_scalar for module in _NUMPY_MODULES},
@@ -136,17 +160,97 @@ _OPCODES = (
 )
 
 
+class _PickleBytes:
+    """The part of a file that a pickle may take: no single text, and no pickle, is longer than is sensible."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left = file, MAX_PICKLE_BYTES
+
+    def take(self, num_bytes: int) -> None:
+        """Counts bytes, and stops at too many."""
+        self._left -= num_bytes
+        if self._left < 0:
+            raise ValueError(f"a pickle has more than {MAX_PICKLE_BYTES} bytes")
+
+    def read(self, num_bytes: int) -> bytes:
+        """Reads so many bytes, or what is left of the file."""
+        self.take(num_bytes)
+        return self._file.read(num_bytes)
+
+    def readline(self) -> bytes:
+        """Reads a name."""
+        line = self._file.readline(MAX_LINE_BYTES)
+        self.take(len(line))
+        return line
+
+
 class _Unpickler(pickle._Unpickler):
     """Unpickles nothing but plain values, tensors and numpy numbers.
 
-    The one in Python: that in C allocates as much memory as a pickle says, and knows every instruction.
+    The one in Python: that in C allocates as much memory as a pickle says, and knows every instruction. Instructions
+    that work on whatever lies on the stack are kept to what they are there for: BUILD could otherwise set attributes
+    of the functions and classes that stand in for PyTorch's.
     """
 
-    dispatch: ClassVar = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _OPCODES}
+    dispatch: ClassVar[dict[int, Any]] = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _OPCODES}
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file: BinaryIO, load_storage: Callable[[_Storage], np.ndarray]) -> None:
-        super().__init__(file, encoding="utf-8")
+        self._bytes = _PickleBytes(file)
+        super().__init__(self._bytes, encoding="utf-8")
         self._load_storage = load_storage
+
+    def _reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack[-1]
+        if not any(function is known for known in _FUNCTIONS.values()):
+            raise ValueError("it calls something that is no function")
+        # A pickle may refer to a long argument in two bytes, as often as it likes.
+        sizes = [len(each) for each in arguments if isinstance(each, (str, bytes, list, tuple))]
+        self._bytes.take(BYTES_OF_ITEM * sum(sizes))
+        self.stack[-1] = function(*arguments)
+
+    def _build(self) -> None:
+        """Gives a numpy type its byte order; drops the attributes of dictionaries, which PyTorch's versions are."""
+        state, value = self.stack.pop(), self.stack[-1]
+        if isinstance(value, _NumpyType):
+            value.__setstate__(state)
+        elif not isinstance(value, dict):
+            raise ValueError(f"it sets attributes of a value of type {type(value).__name__}")
+
+    def _append(self) -> None:
+        self._extend([self.stack.pop()])
+
+    def _appends(self) -> None:
+        self._extend(self.pop_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is not list:
+            raise ValueError("it appends to something that is no list")
+        self.stack[-1].extend(items)
+
+    def _set_items(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], dict):
+            raise ValueError("it sets entries of something that is no dictionary")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            _check_key(key)
+            self.stack[-1][key] = value
+
+    def _setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def _setitems(self) -> None:
+        self._set_items(self.pop_mark())
+
+    dispatch |= {
+        pickle.REDUCE[0]: _reduce,
+        pickle.BUILD[0]: _build,
+        pickle.APPEND[0]: _append,
+        pickle.APPENDS[0]: _appends,
+        pickle.SETITEM[0]: _setitem,
+        pickle.SETITEMS[0]: _setitems,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns our stand-in for a function, never the function itself."""
@@ -164,14 +268,14 @@ class _Unpickler(pickle._Unpickler):
 
 def _read_zip(file: BinaryIO) -> Any:
     """Reads the layout of PyTorch 1.6 and later: NAME/data.pkl, and NAME/data/KEY for each storage."""
-    with zipfile.ZipFile(file) as archive:
+    with guards.open_zip(file.name) as archive:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.endswith("/data.pkl")]
         if len(pickles) != 1 or members[pickles[0]].file_size > MAX_PICKLE_BYTES:
             raise ValueError("it is not an archive of torch.save")
         root = pickles[0].removesuffix("data.pkl")
         order = f"{root}byteorder"
-        if order in members and (members[order].file_size > 8 or archive.read(order) != b"little"):
+        if order in members and (members[order].file_size > 8 or guards.read_entry(archive, order) != b"little"):
             raise ValueError("its byte order is not little-endian")
         storages: dict[str, np.ndarray] = {}
 
@@ -181,12 +285,12 @@ def _read_zip(file: BinaryIO) -> Any:
                 stored = info.compress_type == zipfile.ZIP_STORED
                 if not stored or info.file_size != storage.size * storage.dtype.itemsize:
                     raise ValueError(f"the size of {info.filename} is not what the tensors say")
-                storages[storage.key] = np.frombuffer(archive.read(info), storage.dtype)
+                storages[storage.key] = np.frombuffer(guards.read_entry(archive, info), storage.dtype)
             return _of_type(storages[storage.key], storage)
 
         if members[pickles[0]].compress_type != zipfile.ZIP_STORED:
             raise ValueError("its pickle is compressed")
-        return _Unpickler(io.BytesIO(archive.read(pickles[0])), load).load()
+        return _Unpickler(io.BytesIO(guards.read_entry(archive, pickles[0])), load).load()
 
 
 def _of_type(values: np.ndarray, storage: _Storage) -> np.ndarray:

@@ -15,6 +15,7 @@ from losses.objectives import (
     with_label_dropout,
 )
 from losses.optimizer import ADAM_BETA2, build_optimizer, make_optimizer
+from losses.skipping import skip_nonfinite
 from losses.steps import TrainState, init_state, make_train_step, make_train_steps, update_ema
 from losses.times import TRAINING_EPS, DrawTimes, make_importance_times, make_uniform_times
 
@@ -39,6 +40,7 @@ __all__ = [
     "make_train_step",
     "make_train_steps",
     "make_uniform_times",
+    "skip_nonfinite",
     "update_ema",
     "with_label_dropout",
 ]

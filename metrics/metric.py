@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Num
 
+import guards
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -42,12 +44,8 @@ class Metric:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Metric:
-        """Builds a metric from what dataclasses.asdict made of one and JSON gave back; TypeError for other fields."""
-        metric = cls(**values)
-        if metric.interval is None:
-            return metric
-        low, high = metric.interval
-        return dataclasses.replace(metric, interval=(low, high))
+        """Builds a metric from what dataclasses.asdict made of one and JSON gave back; ValueError for other fields."""
+        return guards.build(cls, values)
 
 
 def make_metric(

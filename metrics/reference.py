@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+import guards
 from files import read_npz, write_atomically
 from metrics.frechet import FeatureStatistics
 from metrics.metric import as_features, check_finite
@@ -187,12 +188,8 @@ def _read_count(path: str | Path, value: np.ndarray) -> int:
 
 def _read_provenance(path: str | Path, value: np.ndarray) -> Provenance:
     try:
-        stored = json.loads(str(value))
-        provenance = Provenance(**stored)
-        expected = dataclasses.asdict(Provenance())
-        if wrong := [name for name in stored if type(stored[name]) is not type(expected[name])]:
-            raise ValueError(f"{wrong[0]} is {stored[wrong[0]]!r}")
-    except (TypeError, ValueError) as error:
+        provenance = guards.build(Provenance, guards.parse_json(str(value)))
+    except ValueError as error:
         raise ValueError(
             f"{path} does not say as this version does where it comes from ({error}); make it anew with --mode stats"
         ) from error

@@ -6,13 +6,13 @@ Every number comes with its uncertainty and with all that is needed to repeat it
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import guards
 from files import write_json
 from metrics.metric import Metric
 
@@ -131,16 +131,11 @@ class Report:
         """Builds a report from what `to_dict` returned.
 
         Raises:
-          ValueError: if a field is missing or unknown.
+          ValueError: if a field is missing, unknown, or of another type.
         """
-        parts = {"checkpoint": CheckpointInfo, "data": DataInfo, "sampler": SamplerInfo}
-        parts |= {"features": FeatureInfo, "reference": ReferenceInfo}
         try:
-            fields = dict(values)
-            fields["metrics"] = tuple(Metric.from_dict(metric) for metric in values["metrics"])
-            fields |= {name: part(**values[name]) for name, part in parts.items() if values.get(name) is not None}
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
+            return guards.build(cls, values)
+        except ValueError as error:
             raise ValueError(f"not a report of this version ({error})") from error
 
 
@@ -165,7 +160,7 @@ def save_report(folder: str | Path, report: Report) -> None:
 
 def read_report(path: str | Path) -> Report:
     """Reads a report_<k>.json; raises a ValueError if it is none."""
-    return Report.from_dict(json.loads(Path(path).read_text()))
+    return Report.from_dict(guards.parse_json(Path(path).read_bytes(), object))
 
 
 def read_reports(folder: str | Path) -> list[Report]:

@@ -21,6 +21,7 @@ from losses import TrainState
 from models.wideresnet import make_logit_fn
 from runtime import results
 from runtime.classifier_experiment import Normalization
+from runtime.divergence import LossAtTime
 from runtime.experiment import Experiment
 from runtime.progress import track
 
@@ -65,6 +66,18 @@ def build_measure(experiment: Experiment, normalization: Normalization, test: da
         return cross_entropy, is_right
 
     return measure
+
+
+def cross_entropy_at_time(experiment: Experiment, normalization: Normalization) -> LossAtTime:
+    """Returns the cross-entropy of each image at its time, in nats: log(classes) for who knows nothing."""
+
+    def loss(
+        key: PRNGKeyArray, params: Any, x: Float[Array, "B H W C"], labels: Int[Array, "B"], t: Float[Array, "B"]
+    ) -> Float[Array, "B"]:
+        logit_fn = make_logit_fn(experiment.model, params, mean=normalization.mean, std=normalization.std)
+        return losses.classify_noisy(key, logit_fn, experiment.sde, x, labels, t)[0]
+
+    return loss
 
 
 def spread_times(experiment: Experiment, num_images: int) -> Float[np.ndarray, "B"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import checks
 import datasets
 import distributed
 import files
+import guards
 import losses
 from runtime.experiment import Experiment, build_experiment
 
@@ -83,11 +83,10 @@ class Normalization:
           ValueError: if it is damaged.
         """
         try:
-            stored = json.loads(path.read_text())
-            return cls(tuple(stored["mean"]), tuple(stored["std"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            return guards.build(cls, guards.parse_json(path.read_bytes()))
+        except ValueError as error:
             raise ValueError(
-                f"{path} is damaged ({error!r}); remove it and give --mode train_classifier again"
+                f"{path} is damaged ({error}); remove it and give --mode train_classifier again"
             ) from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,9 @@ SAME = (
     "data.centered",
     "training.sde",
 )
+# What the config.json of a classifier must state, and which of that are counts.
+NEEDED = ("model.num_classes", "model.blocks_per_group", "model.channel_multiplier", "data.dataset")
+COUNTS = (*NEEDED[:3], "classifier.snapshot_freq")
 SIZES = ("blocks_per_group", "channel_multiplier")  # of the network, in `config.model` of the classifier's folder
 
 
@@ -151,9 +153,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     )
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no classifier; {way_out}")
-    stored: dict[str, Any] = json.loads(path.read_text())["config"]
-    if stored["model.name"] != NETWORK:
-        raise ValueError(f"{folder} holds a score network, {stored['model.name']!r}, no classifier; {way_out}")
+    stored = workdirs.read_config(path)
+    if stored.get("model.name") != NETWORK:
+        raise ValueError(f"{folder} holds a score network, {stored.get('model.name')!r}, no classifier; {way_out}")
+    if missing := [key for key in NEEDED if key not in stored]:
+        raise ValueError(f"{path} does not state {missing[0]}; {way_out}")
+    if wrong := [key for key in COUNTS if type(stored.get(key, 1)) is not int or stored.get(key, 1) < 1]:
+        raise ValueError(f"{path} has {wrong[0]}={stored[wrong[0]]!r}; expected a whole number, 1 or more; {way_out}")
     return stored
 
 
@@ -180,7 +186,7 @@ def _normalization(folder: Path, stored: Mapping[str, Any]) -> Normalization:
     path = folder / NORMALIZATION_FILE
     if path.exists():
         return Normalization.read(path)
-    if stored["data.dataset"] == "CIFAR10" and not stored["data.centered"]:
+    if stored["data.dataset"] == "CIFAR10" and not stored.get("data.centered"):
         return Normalization(CIFAR10_MEAN, CIFAR10_STD)
     raise FileNotFoundError(
         f"{path} does not exist, and without it only a classifier of CIFAR-10 in [0, 1] that --mode import brought is "

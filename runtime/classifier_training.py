@@ -25,6 +25,7 @@ from runtime.classifier_experiment import (
     classifier_config,
     count_classes,
 )
+from runtime.divergence import LossAtTime
 from runtime.experiment import Experiment, build_train_program, describe
 from runtime.progress import TrainingProgress
 from runtime.workdir import WorkdirError
@@ -41,6 +42,7 @@ class ClassifierTrainer:
       num_test_images: of the test split.
       train_steps: (state, (levels, labels)) -> (state, metrics).
       measure: (params, indices of test images, times) -> (cross-entropies, who is classified rightly).
+      loss_at_time: cross-entropy of each image at a time of its own, in nats.
     """
 
     group: ClassVar[str] = "classifier"
@@ -51,6 +53,7 @@ class ClassifierTrainer:
     num_test_images: int
     train_steps: Callable[..., Any]
     measure: Measure
+    loss_at_time: LossAtTime
 
     def test_values(self, state: TrainState, step: int) -> dict[str, float]:
         """Measures the averaged parameters on a batch of test images, which rotates with the step, at spread times."""
@@ -98,7 +101,9 @@ def train_classifier(config: ConfigDict, workdir: Path, train: datasets.Source, 
     experiment = build_classifier_experiment(config, normalization)
     describe(experiment)
     measure = classifier_accuracy.build_measure(experiment, normalization, test)
-    trainer = ClassifierTrainer(experiment, len(test), build_train_program(experiment, "classifier"), measure)
+    loss_at_time = classifier_accuracy.cross_entropy_at_time(experiment, normalization)
+    steps = build_train_program(experiment, "classifier")
+    trainer = ClassifierTrainer(experiment, len(test), steps, measure, loss_at_time)
     state = train_loop.train(trainer, train, folder)
     rows = classifier_accuracy.measure_levels(experiment, measure, state, test)
     if distributed.is_main_process():

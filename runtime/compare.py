@@ -16,7 +16,7 @@ import distributed
 import plots
 from report import CheckpointInfo, DataInfo, number_text
 from report.comparison import Comparison, SamplerResult, write_comparison
-from runtime import classifier_guidance, drawing, results
+from runtime import classifier_guidance, drawing, locks, results
 from runtime import workdir as workdirs
 from runtime.classifier_guidance import Classifier
 from runtime.drawing import NUM_SHOWN, Samples, Snapshot
@@ -143,18 +143,19 @@ def compare(
     train, test = (datasets.build_source(config, split) for split in ("train", "test"))
     restored = drawing.restore(experiment, workdir, snapshot)
     folder = workdirs.output_folder(workdir, output or f"compare_ckpt_{restored.number}")
-    real = RealFeatures.compute(config, train, test, workdir)
-    if real.test is None:
-        raise ValueError(
-            f"the test split has {len(test)} images, too few for the floor that samplers are compared with"
-        )
-    comparer = Comparer(restored, folder, num_images or config.eval.num_samples, real, classifiers)
-    data = results.describe_data(config, train, test)
-    frame = _build_frame(experiment, comparer, data)
-    measured: list[SamplerResult] = []
-    for spec, of_sampler in chosen:
-        measured.append(comparer.measure(spec, of_sampler))
-        if distributed.is_main_process():
-            write_comparison(folder, frame(results=tuple(measured), skipped=skipped))
-    logging.info("table: %s", folder / "samplers.md")
+    with locks.hold(folder, "--output"):
+        real = RealFeatures.compute(config, train, test, workdir)
+        if real.test is None:
+            raise ValueError(
+                f"the test split has {len(test)} images, too few for the floor that samplers are compared with"
+            )
+        comparer = Comparer(restored, folder, num_images or config.eval.num_samples, real, classifiers)
+        data = results.describe_data(config, train, test)
+        frame = _build_frame(experiment, comparer, data)
+        measured: list[SamplerResult] = []
+        for spec, of_sampler in chosen:
+            measured.append(comparer.measure(spec, of_sampler))
+            if distributed.is_main_process():
+                write_comparison(folder, frame(results=tuple(measured), skipped=skipped))
+        logging.info("table: %s", folder / "samplers.md")
     return folder

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 import checks
 import datasets
 import distributed
+import guards
 from datasets import Scaler, build_scaler
 from files import cache_folder, content_hash, write_json
 from metrics.extractors import Extractor
@@ -227,7 +228,7 @@ def write_stats(config: ConfigDict, *, split: str, output: str, keep_features: b
 def _write(path: Path, reference: Reference, pixels: PixelStatistics) -> None:
     """Writes the statistics, then the numbers beside them."""
     stated = dataclasses.asdict(reference.provenance)
-    stated |= {"settings": json.loads(reference.provenance.settings), "hash": reference.statistics.hash}
+    stated |= {"settings": guards.parse_json(reference.provenance.settings), "hash": reference.statistics.hash}
     stated |= {"num_samples": reference.statistics.num_samples, "num_features": len(reference.statistics.mean)}
     stated |= {"has_features": reference.features is not None}
     save_reference(path, reference)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import plots
 from latents import build_codec, compare_with_prior, scale_temperature, slerp
 from metrics.metric import Metric, make_metric, mean_metric
 from report import number_text
-from runtime import drawing, results
+from runtime import drawing, locks, results
 from runtime import workdir as workdirs
 from runtime.drawing import Snapshot
 from runtime.experiment import Experiment
@@ -268,17 +269,26 @@ def draw(encoded: Encoded, num_levels: int) -> dict[str, UInt8[np.ndarray, "h w 
 
 
 def save(folder: Path, encoded: Encoded, summary: dict[str, Any], scaler: datasets.Scaler) -> None:
-    """Writes the files of one encoding in the place of those of another, the summary last."""
-    for name in (SUMMARY_FILE, LATENTS_FILE, *PICTURES):
-        (folder / name).unlink(missing_ok=True)
+    """Writes the files of one encoding in the place of those of another, the summary last.
+
+    They are whole before the first of the others is touched: a full disk costs nothing that was complete.
+    """
     fields = ("levels", "latents", "reconstruction", "interpolation", "temperature")
     arrays = {name: getattr(encoded, name) for name in fields} | encoded.errors(scaler.bin_width)
     arrays |= {f"nfe_{direction}": np.asarray(nfe) for direction, nfe in encoded.nfe.items()}
     arrays |= {"weights": np.asarray(WEIGHTS), "temperatures": np.asarray(TEMPERATURES)}
-    files.write_atomically(folder / LATENTS_FILE, lambda file: np.savez(file, **arrays))
-    for name, picture in draw(encoded, scaler.num_levels).items():
-        plots.save_png(folder / name, picture)
-    files.write_json(folder / SUMMARY_FILE, summary)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as temporary:
+        new = Path(temporary)
+        files.write_atomically(new / LATENTS_FILE, lambda file: np.savez(file, **arrays))
+        for name, picture in draw(encoded, scaler.num_levels).items():
+            plots.save_png(new / name, picture)
+        files.write_json(new / SUMMARY_FILE, summary)
+        (folder / SUMMARY_FILE).unlink(missing_ok=True)
+        for name in (LATENTS_FILE, *PICTURES, SUMMARY_FILE):
+            if (new / name).exists():
+                (new / name).replace(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
 
 
 # --- the mode --------------------------------------------------------------------------------------------------------
@@ -359,17 +369,18 @@ def encode_images(
     build_codec(experiment.config, experiment.sde)  # its checks, before anything is read
     levels, source = load_images(experiment, num_images, images)
     restored = drawing.restore(experiment, workdir, snapshot)
-    open_folder = functools.partial(
-        results.open_folder, folder, experiment.config, SETTINGS, restored.params, flag="--output"
-    )
-    if (folder / results.SETTINGS_FILE).exists():  # to be refused before the work; made after it
+    with locks.hold(folder, "--output"):
+        open_folder = functools.partial(
+            results.open_folder, folder, experiment.config, SETTINGS, restored.params, flag="--output"
+        )
+        if (folder / results.SETTINGS_FILE).exists():  # to be refused before the work; made after it
+            open_folder()
+        _describe_flow(experiment)
+        encoded = encode_and_decode(experiment, distributed.replicate(restored.params), levels)
+        summary = _summarize(experiment, encoded, restored, source)
+        if not len(encoded.interpolation):
+            logging.info("one image alone: there is nothing to interpolate to, and no interpolation.png")
         open_folder()
-    _describe_flow(experiment)
-    encoded = encode_and_decode(experiment, distributed.replicate(restored.params), levels)
-    summary = _summarize(experiment, encoded, restored, source)
-    if not len(encoded.interpolation):
-        logging.info("one image alone: there is nothing to interpolate to, and no interpolation.png")
-    open_folder()
-    if distributed.is_main_process():
-        save(folder, encoded, summary, experiment.scaler)
-        _log(summary, folder)
+        if distributed.is_main_process():
+            save(folder, encoded, summary, experiment.scaler)
+            _log(summary, folder)

@@ -313,10 +313,11 @@ def other_reports(folder: Path, numbers: range, real: RealFeatures) -> list[Path
 
 def _write(folder: Path, workdir: Path, report: Report, others: list[Path]) -> None:
     """Writes the report of a checkpoint and, without the others, the page."""
+    save_report(folder, report)
     for path in others:
         logging.info("%s was of another feature extractor or reference and is made anew", path)
-        path.unlink()
-    save_report(folder, report)
+        if path != report_path(folder, report.checkpoint.number):  # which is made anew already
+            path.unlink()
     write_report(folder, losses=workdir / plots.LOSSES_FILE)
     log_report(report, folder)
 

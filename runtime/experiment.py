@@ -123,6 +123,7 @@ def _check_values(config: ConfigDict) -> None:
     if not 0.0 <= config.model.ema_rate < 1.0:
         raise ValueError(f"model.ema_rate={config.model.ema_rate}; expected 0 <= rate < 1")
     checks.one_of("eval.bpd_dataset", config.eval.bpd_dataset, ("test", "train"))
+    checks.one_of("training.on_nan", config.training.on_nan, ("stop", "skip"))
 
 
 def _build_likelihoods(
@@ -195,6 +196,8 @@ def map_train_steps(experiment: Experiment, group: str = "training") -> jax.stag
         prepare=datasets.build_preparation(experiment.config, train=True),
         microbatches=experiment.config[group].microbatches,
     )
+    if experiment.config.training.on_nan == "skip":
+        step = losses.skip_nonfinite(step)
     return distributed.pmap(losses.make_train_steps(step), donate_argnums=(1,), in_axes=(None, 0, 0))
 
 

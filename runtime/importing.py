@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 import legacy
 from checkpoints import CheckpointError, Checkpoints
 from losses import TrainState
+from runtime import locks
 from runtime import workdir as workdirs
 from runtime.experiment import Experiment, build_experiment
 from runtime.train_loop import check_first_step
@@ -157,8 +158,11 @@ def import_checkpoint(
 
 def _write(config: ConfigDict, workdir: Path, number: int, state: TrainState) -> None:
     workdirs.check_writable(workdir)
-    workdirs.record_config(workdir, config)
-    with Checkpoints(workdir, snapshot_freq=config.training.snapshot_freq, template=state) as checkpoints:
+    with (
+        locks.hold(workdir),  # opening the checkpoints removes unfinished ones, which may be those of a training run
+        Checkpoints(workdir, snapshot_freq=config.training.snapshot_freq, template=state) as checkpoints,
+    ):
+        workdirs.record_config(workdir, config)
         checkpoints.save_snapshot(number, state)
         checkpoints.wait()
 

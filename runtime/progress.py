@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,14 +14,22 @@ from typing import TypeVar
 
 import numpy as np
 from absl import logging
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import distributed
-from files import write_bytes
+from files import Appender, write_bytes
 from plots import LOSSES_FILE
+from runtime.event_file import EventFile
 
 Item = TypeVar("Item")
+
+
+def _step_of(line: str) -> float:
+    """Returns the step of a line of losses.jsonl; infinite if the line is damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
 
 
 class TrainingProgress:
@@ -41,8 +50,8 @@ class TrainingProgress:
             return
         self._path = Path(workdir) / LOSSES_FILE
         self._forget_after(first_step)
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=first_step + 1)
+        self._file = Appender(self._path)
+        self._board = EventFile(Path(workdir) / "tensorboard", first_step=first_step + 1)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not terminal, smoothing=0.05)
 
@@ -63,8 +72,8 @@ class TrainingProgress:
         """Drops what a killed run recorded after the state that this one resumes from."""
         if not self._path.exists():
             return
-        lines = self._path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = self._path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
         write_bytes(self._path, "".join(kept).encode())
 
     def show(self, step: int, loss: float) -> None:
@@ -86,15 +95,14 @@ class TrainingProgress:
         """Adds named values at `step` to losses.jsonl and to TensorBoard."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._file.append((json.dumps({"step": step, **values}) + "\n").encode())
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def record_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Adds an image, uint8[H, W, C], to TensorBoard."""
         if self._active:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            self._board.add_image(name, image, step)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

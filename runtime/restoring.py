@@ -33,7 +33,7 @@ from report.restorations import (
     write_pictures,
     write_summary,
 )
-from runtime import drawing, results
+from runtime import drawing, locks, results
 from runtime import workdir as workdirs
 from runtime.drawing import Snapshot
 from runtime.experiment import Experiment
@@ -254,20 +254,21 @@ def restore_images(experiment: Experiment, workdir: Path, *, output: str, snapsh
     drawing.warn_of_batch(config)
     restored = drawing.restore(experiment, workdir, snapshot)
     folder = workdirs.output_folder(workdir, output or default_output(config, restored.number))
-    contents = contents_of_restorations(config, inputs, operator)
-    names = settings_of_restorations(config)
-    results.open_folder(folder, config, names, restored.params, flag="--output", contents=contents)
-    restorer = Restorer(experiment, restored, inputs, operator, folder)
-    images, shown, compile_seconds = [], [], 0.0
-    for i in track(range(len(inputs.names)), "restorations", units="images"):
-        image, views, seconds = restorer.restore(i)
-        images.append(image)
-        shown += [views] if i < NUM_SHOWN else []
-        compile_seconds = max(compile_seconds, seconds)
-    summary = _build_frame(experiment, restored, inputs, operator)(images=images, compile_seconds=compile_seconds)
-    if distributed.is_main_process():
-        plots.save_png(folder / COMPARISON, draw_comparison(shown))
-        write_summary(folder, summary)
-        results.record_facts(folder, _facts(summary))
-    _log(summary, folder)
+    with locks.hold(folder, "--output"):
+        contents = contents_of_restorations(config, inputs, operator)
+        names = settings_of_restorations(config)
+        results.open_folder(folder, config, names, restored.params, flag="--output", contents=contents)
+        restorer = Restorer(experiment, restored, inputs, operator, folder)
+        images, shown, compile_seconds = [], [], 0.0
+        for i in track(range(len(inputs.names)), "restorations", units="images"):
+            image, views, seconds = restorer.restore(i)
+            images.append(image)
+            shown += [views] if i < NUM_SHOWN else []
+            compile_seconds = max(compile_seconds, seconds)
+        summary = _build_frame(experiment, restored, inputs, operator)(images=images, compile_seconds=compile_seconds)
+        if distributed.is_main_process():
+            plots.save_png(folder / COMPARISON, draw_comparison(shown))
+            write_summary(folder, summary)
+            results.record_facts(folder, _facts(summary))
+        _log(summary, folder)
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 import datasets
 import distributed
 import files
+import guards
 from report import DataInfo
 from runtime import workdir as workdirs
 from runtime.workdir import WorkdirError
@@ -87,7 +87,7 @@ def open_folder(
     given["params_crc32"] = functools.reduce(lambda crc, leaf: zlib.crc32(leaf, crc), jax.tree.leaves(params), 0)
     hashes = {f"{name}_sha256": digest for name, digest in (contents or {}).items()}
     path = folder / SETTINGS_FILE
-    stored = json.loads(path.read_text()) if path.exists() else given
+    stored = guards.read_json(path) if path.exists() else given
     of_contents = {key for key in stored if key.endswith("_sha256")}
     settings = {key: value for key, value in stored.items() if key not in {FACTS, *of_contents}}
     differing = [key for key in settings.keys() | given.keys() if settings.get(key) != given.get(key)]
@@ -103,7 +103,7 @@ def open_folder(
 def record_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Adds to the settings.json of an opened folder what is to be known of its results, in the place of what was."""
     path = folder / SETTINGS_FILE
-    files.write_json(path, json.loads(path.read_text()) | {FACTS: facts})
+    files.write_json(path, guards.read_json(path) | {FACTS: facts})
 
 
 def batches(source: datasets.Source, batch_size: int) -> Iterator[tuple[int, np.ndarray, int]]:

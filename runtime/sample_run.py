@@ -15,7 +15,7 @@ import checks
 import distributed
 import plots
 from controllable_generation.labels import build_labels, labels_of_samples
-from runtime import classifier_guidance, drawing, results
+from runtime import classifier_guidance, drawing, locks, results
 from runtime import workdir as workdirs
 from runtime.classifier_guidance import Classifier
 from runtime.drawing import Samples, Snapshot
@@ -127,18 +127,19 @@ def write_samples(
     drawing.warn_of_batch(config)
     restored = drawing.restore(experiment, workdir, snapshot)
     folder = workdirs.output_folder(workdir, output or default_output(config, restored.number))
-    params = classifier_guidance.all_params(restored.params, classifier)
-    results.open_folder(folder, config, drawing.settings_of_samples(config), params, flag="--output")
-    num_images = num_images or _default_number(labels)
-    samples = _draw(experiment, restored, folder, labels=labels, num_images=num_images, classifier=classifier)
-    if distributed.is_main_process():
-        num_levels = experiment.scaler.num_levels
-        plots.save_png(folder / "samples.png", drawing.picture(samples.levels, labels, num_levels))
-        if png:
-            _write_pngs(folder / PNG_FOLDER, samples.levels, num_levels)
-        results.record_facts(folder, _facts(experiment, restored, samples, labels))
-    logging.info(
-        "%d samples, %d network evaluations each, in %.1f s: %s",
-        *(len(samples.levels), samples.nfe, samples.seconds, folder),
-    )
+    with locks.hold(folder, "--output"):
+        params = classifier_guidance.all_params(restored.params, classifier)
+        results.open_folder(folder, config, drawing.settings_of_samples(config), params, flag="--output")
+        num_images = num_images or _default_number(labels)
+        samples = _draw(experiment, restored, folder, labels=labels, num_images=num_images, classifier=classifier)
+        if distributed.is_main_process():
+            num_levels = experiment.scaler.num_levels
+            plots.save_png(folder / "samples.png", drawing.picture(samples.levels, labels, num_levels))
+            if png:
+                _write_pngs(folder / PNG_FOLDER, samples.levels, num_levels)
+            results.record_facts(folder, _facts(experiment, restored, samples, labels))
+        logging.info(
+            "%d samples, %d network evaluations each, in %.1f s: %s",
+            *(len(samples.levels), samples.nfe, samples.seconds, folder),
+        )
     return folder

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Array
 from ml_collections import ConfigDict
 
 import datasets
@@ -20,17 +21,15 @@ import plots
 from checkpoints import Checkpoints
 from losses import TrainState
 from models.factory import told_classes
-from runtime import drawing
+from ode import SolverError
+from runtime import divergence, drawing
 from runtime import workdir as workdirs
+from runtime.divergence import LossAtTime, LossWatch, NotFiniteError
 from runtime.experiment import Experiment, SamplingProgram, build_loss_program, build_train_program
 from runtime.progress import TrainingProgress
 
 FREQUENCIES = ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption")
 SIGTERM_EXIT_CODE = 143  # 128 + 15: what shells and schedulers report for a job that SIGTERM ended
-
-
-class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
 
 
 def num_steps(config: ConfigDict, group: str = "training") -> int:
@@ -118,6 +117,11 @@ class Trainer(Protocol):
         """Whether a batch of `train_steps` is (levels, class labels), not levels alone."""
         ...
 
+    @property
+    def loss_at_time(self) -> LossAtTime:
+        """Loss of each image at a time of its own, to explain a training that diverges."""
+        ...
+
     def test_values(self, state: TrainState, step: int) -> dict[str, float]:
         """Measures "eval_loss", and what else there is, on a batch of test images."""
         ...
@@ -155,6 +159,11 @@ class ScoreTrainer:
         """Whether the network is told classes."""
         return told_classes(self.experiment.config) > 0
 
+    @property
+    def loss_at_time(self) -> LossAtTime:
+        """Denoising loss of each image at a time of its own."""
+        return divergence.denoising_loss_at_time(self.experiment)
+
     def test_values(self, state: TrainState, step: int) -> dict[str, float]:
         """Measures the loss of the averaged parameters on one batch of test images, which rotates with the step."""
         size = self.experiment.config.training.batch_size
@@ -164,19 +173,27 @@ class ScoreTrainer:
     def after_snapshot(self, state: TrainState, step: int, progress: TrainingProgress) -> None:
         """Draws samples if so configured, with the averaged parameters.
 
-        Writes samples/iter_<step>/sample.png and sample.npz.
+        Writes samples/iter_<step>/sample.png and sample.npz. Training goes on without those that
+        cannot be drawn or written.
         """
         if not self.experiment.config.training.snapshot_sampling:
             return
-        levels, nfe = self.draw_samples(state.params_ema, np.arange(_grid_size(self.experiment.config)))
+        try:
+            levels, nfe = self.draw_samples(state.params_ema, np.arange(_grid_size(self.experiment.config)))
+        except SolverError as error:
+            logging.warning("no samples of step %d: %s", step, error)
+            return
         if not distributed.is_main_process():
             return
         folder = self.workdir / "samples" / f"iter_{step}"
         levels = levels[: self.experiment.config.training.snapshot_num_samples]
-        files.write_atomically(folder / "sample.npz", lambda file: np.savez(file, samples=levels, nfe=nfe))
         labels, num_levels = self.draw_samples.labels, self.experiment.config.data.num_levels
         grid = drawing.picture(levels, labels, num_levels, limit=len(levels))
-        plots.save_png(folder / "sample.png", grid)
+        try:
+            files.write_atomically(folder / "sample.npz", lambda file: np.savez(file, samples=levels, nfe=nfe))
+            plots.save_png(folder / "sample.png", grid)
+        except OSError as error:
+            logging.warning("no samples of step %d: %s", step, files.explain(error))
         progress.record_image(step, "samples", grid)
 
 
@@ -192,80 +209,114 @@ def build_trainer(experiment: Experiment, workdir: str | Path) -> ScoreTrainer:
     )
 
 
-def _mean_loss(pending: list[Array], step: int, rate: str) -> float:
-    loss = float(np.mean([np.asarray(losses.addressable_data(0)) for losses in pending]))
-    if not np.isfinite(loss):
-        raise DivergedError(
-            f"the loss became {loss} before step {step}; the checkpoints before it are kept: lower {rate} or set "
-            "optim.grad_clip, and resume in the same workdir"
-        )
-    return loss
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What happens between compiled calls.
 
-
-def train_loop(
-    trainer: Trainer,
-    state: TrainState,
-    source: datasets.Source,
-    *,
-    checkpoints: Checkpoints,
-    progress: TrainingProgress,
-) -> TrainState:
-    """Trains from `state` to the last step.
-
-    Args:
+    Attributes:
       trainer: the compiled programs.
-      state: numpy arrays on the host.
-      source: training split.
       checkpoints: where states are saved.
       progress: what is shown and recorded.
-
-    Returns:
-      The last state, numpy arrays on the host.
-
-    Raises:
-      DivergedError: if the loss is no longer a number.
-      SystemExit: with code 143 after SIGTERM, once the state is saved.
+      presence: of the workdir.
+      watch: the losses of the steps so far.
     """
-    config = trainer.experiment.config
-    settings, step, last = config[trainer.group], int(state.step), num_steps(config, trainer.group)
-    state, pending = distributed.replicate(state), []
-    batches = datasets.training_batches(
-        source,
-        seed=config.seed,
-        first_step=step,
-        batch_size=settings.batch_size,
-        steps_per_call=settings.n_jitted_steps,
-        with_labels=trainer.takes_labels,
-    )
-    with distributed.Preemption() as preemption:
-        while step < last:
-            state, metrics = trainer.train_steps(state, next(batches))
-            step += settings.n_jitted_steps
-            pending.append(metrics["loss"])
-            due = {name: step % settings[name] == 0 for name in FREQUENCIES}
-            values = {}
-            if due["log_freq"] or step == last:
-                values["loss"], pending = _mean_loss(pending, step, trainer.rate), []
-                progress.show(step, values["loss"])
-            if due["eval_freq"]:
-                with progress.pause():
-                    values |= trainer.test_values(state, step)
-            if values:
-                progress.record(step, **values)
-            stop = preemption.requested(step)
-            if stop or step == last or due["snapshot_freq"] or due["snapshot_freq_for_preemption"]:
-                # A state that has diverged must not become the newest checkpoint.
-                _mean_loss([metrics["loss"]], step, trainer.rate)
-                checkpoints.save(distributed.unreplicate(state))
-            if stop:
-                checkpoints.wait()
-                logging.warning("SIGTERM: step %d is saved; the same command resumes from it", step)
-                raise SystemExit(SIGTERM_EXIT_CODE)
-            if due["snapshot_freq"]:
-                with progress.pause():
-                    trainer.after_snapshot(state, step, progress)
-    checkpoints.wait()
-    return distributed.unreplicate(state)
+
+    trainer: Trainer
+    checkpoints: Checkpoints
+    progress: TrainingProgress
+    presence: workdirs.Presence
+    watch: LossWatch
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Saves a replicated state, but for one that has diverged: it must not become the newest checkpoint.
+
+        Raises:
+          NotFiniteError: if it, or a step before it, is not finite.
+          WorkdirError: if the workdir is gone.
+        """
+        if not self.watch.has_moved():
+            logging.warning("step %d is not saved: every step since the last saved one was skipped", step)
+            return
+        on_host = distributed.unreplicate(state)
+        if not divergence.is_finite(on_host):
+            raise NotFiniteError(f"the state became infinite or nan at step {step}, though no loss did", step, step)
+        self.presence.require()
+        self.checkpoints.save(on_host)
+
+    def read(self, batches: Iterator[Any], state: TrainState, step: int) -> Any:
+        """Returns the next batch; if the data fail, the state is saved first."""
+        try:
+            return next(batches)
+        except Exception:
+            if jax.process_count() == 1:  # several would have to save together, and the others know of nothing
+                self.save(state, step)
+                self.checkpoints.wait()
+                logging.warning("the data fail: step %d is saved; the same command resumes from it", step)
+            raise
+
+    def after_call(self, state: TrainState, step: int, *, is_last: bool, stop: bool) -> None:
+        """Records, tests, saves and draws what is due after a call that ended with `step`.
+
+        Raises:
+          SystemExit: with code 143 if it is to stop, once the state is saved.
+        """
+        settings = self.trainer.experiment.config[self.trainer.group]
+        due = {name: step % settings[name] == 0 for name in FREQUENCIES}
+        values: dict[str, float] = {}
+        if due["log_freq"] or is_last:
+            values = self.watch.take()
+            self.progress.show(step, values.get("loss", math.nan))
+        if due["eval_freq"]:
+            with self.progress.pause():
+                values |= self.trainer.test_values(state, step)
+        if values:
+            self.presence.require()
+            self.progress.record(step, **values)
+        if stop or is_last or due["snapshot_freq"] or due["snapshot_freq_for_preemption"]:
+            self.save(state, step)
+        if stop:
+            self.checkpoints.wait()
+            logging.warning("SIGTERM: step %d is saved; the same command resumes from it", step)
+            raise SystemExit(SIGTERM_EXIT_CODE)
+        if due["snapshot_freq"]:
+            with self.progress.pause():
+                self.trainer.after_snapshot(state, step, self.progress)
+
+    def run(self, state: TrainState, source: datasets.Source) -> TrainState:
+        """Trains from `state`, on the host, to the last step, whose state it returns, on the host.
+
+        Raises:
+          DivergedError: if the loss is no longer a number.
+          WorkdirError: if the workdir is gone.
+          SystemExit: with code 143 after SIGTERM, once the state is saved.
+        """
+        trainer, config = self.trainer, self.trainer.experiment.config
+        settings, step, last = config[trainer.group], int(state.step), num_steps(config, trainer.group)
+        state = distributed.replicate(state)
+        batches = datasets.training_batches(
+            source,
+            seed=config.seed,
+            first_step=step,
+            batch_size=settings.batch_size,
+            steps_per_call=settings.n_jitted_steps,
+            with_labels=trainer.takes_labels,
+        )
+        preemption = None
+        with contextlib.ExitStack() as stack:
+            try:
+                while step < last:
+                    batch = self.read(batches, state, step)
+                    state, metrics = trainer.train_steps(state, batch)
+                    step += settings.n_jitted_steps
+                    self.watch.add(step, metrics)
+                    # Before the first call is compiled and done there is nothing to save: SIGTERM then ends at once.
+                    preemption = preemption or stack.enter_context(distributed.Preemption())
+                    self.after_call(state, step, is_last=step == last, stop=preemption.requested(step))
+            except NotFiniteError as error:
+                on_host = distributed.unreplicate(state)
+                raise divergence.explain(error, trainer, source, on_host, self.checkpoints) from None
+        self.checkpoints.wait()
+        return distributed.unreplicate(state)
 
 
 def train(trainer: Trainer, source: datasets.Source, workdir: str | Path) -> TrainState:
@@ -287,6 +338,7 @@ def train(trainer: Trainer, source: datasets.Source, workdir: str | Path) -> Tra
     with Checkpoints(
         workdir, snapshot_freq=settings.snapshot_freq, template=experiment.state_template()
     ) as checkpoints:
+        presence = workdirs.Presence(workdir)
         state = checkpoints.restore_newest() or experiment.init_state()
         check_first_step(experiment.config, int(state.step), group)
         if distributed.is_main_process():
@@ -295,4 +347,5 @@ def train(trainer: Trainer, source: datasets.Source, workdir: str | Path) -> Tra
         with TrainingProgress(
             workdir, first_step=int(state.step), num_steps=steps, batch_size=settings.batch_size
         ) as progress:
-            return train_loop(trainer, state, source, checkpoints=checkpoints, progress=progress)
+            watch = LossWatch(skips=experiment.config.training.on_nan == "skip")
+            return _Loop(trainer, checkpoints, progress, presence, watch).run(state, source)

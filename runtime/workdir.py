@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+import guards
 from files import write_json
 
 CONFIG_FILE = "config.json"
@@ -72,6 +74,31 @@ def check_writable(workdir: str | Path, flag: str = "--workdir") -> None:
         ) from error
 
 
+class Presence:
+    """Notices that a folder, such as the workdir of a run that goes on, is removed or replaced.
+
+    What is open in it could be written on, and would be lost.
+
+    Args:
+      folder: that is there now.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._folder, self._status = Path(folder), os.stat(folder)
+
+    def require(self) -> None:
+        """Raises a WorkdirError if the folder is no longer what it was."""
+        try:
+            is_there = os.path.samestat(os.stat(self._folder), self._status)
+        except (FileNotFoundError, NotADirectoryError):
+            is_there = False
+        if not is_there:
+            raise WorkdirError(
+                f"{self._folder} is gone: somebody has removed, moved or replaced it while the run wrote there; put it "
+                "back and give the same command again, or choose a new --workdir"
+            )
+
+
 def check_trained(workdir: str | Path) -> None:
     """Checks that the workdir holds a training run and can be written.
 
@@ -81,6 +108,23 @@ def check_trained(workdir: str | Path) -> None:
     if not (Path(workdir) / CONFIG_FILE).exists():
         raise WorkdirError(f"--workdir={workdir} holds no training run; run --mode train there first")
     check_writable(workdir)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Returns the flat configuration of a config.json.
+
+    Raises:
+      WorkdirError: if it is damaged.
+      FileNotFoundError: if there is none.
+    """
+    way_out = "put a copy in its place, or move it away to have the settings that you give taken for the run's"
+    try:
+        stored = guards.read_json(path).get("config")
+    except ValueError as error:
+        raise WorkdirError(f"{error}; {way_out}") from error
+    if not isinstance(stored, dict):
+        raise WorkdirError(f"{path} is damaged: it holds no configuration; {way_out}")
+    return stored
 
 
 def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
@@ -94,7 +138,7 @@ def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
     path = Path(workdir) / CONFIG_FILE
     if not path.exists():
         return
-    stored, given = json.loads(path.read_text())["config"], flatten(config)
+    stored, given = read_config(path), flatten(config)
     differences = {
         key: (stored[key], given[key])
         for key in sorted(stored.keys() & given.keys())
@@ -122,7 +166,7 @@ def record_config(workdir: str | Path, config: ConfigDict) -> None:
     given = flatten(config)
     path = Path(workdir) / CONFIG_FILE
     if path.exists():
-        stored = json.loads(path.read_text())["config"]
+        stored = read_config(path)
         for key in sorted(key for key in given if stored.get(key) != given[key]):
             logging.info("%s changes from %s to %s", key, stored.get(key), given[key])
     write_json(path, {"config": given, "versions": versions(), "commit": commit()})

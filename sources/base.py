@@ -137,7 +137,7 @@ class Selection:
         return self.source.labels(self.rows[indices])
 
 
-def held_out(digests: np.ndarray, share: float) -> np.ndarray:
+def held_out(digests: np.ndarray, share: float, path: object = "the data set") -> np.ndarray:
     """Chooses the images of the test split where none was made, bool[N].
 
     The images whose digests are smallest: a choice that is random, yet the same on every machine and whatever the order
@@ -146,6 +146,7 @@ def held_out(digests: np.ndarray, share: float) -> np.ndarray:
     Args:
       digests: SHA-256 of the content of each image, in hex.
       share: of the images, at least one.
+      path: of them, for messages.
 
     Raises:
       ValueError: if `share` is out of range or there are not two different images.
@@ -154,7 +155,9 @@ def held_out(digests: np.ndarray, share: float) -> np.ndarray:
         raise ValueError(f"data.test_share={share}; expected more than 0 and less than 1")
     ordered = np.sort(digests)
     if not len(ordered) or ordered[0] == ordered[-1]:
-        raise ValueError(f"{len(ordered)} image(s) that differ in nothing cannot be split; give two different ones")
+        raise ValueError(
+            f"{path} has {len(ordered)} image(s) that differ in nothing and cannot be split; give two different ones"
+        )
     last = ordered[max(int(np.ceil(share * len(ordered))), 1) - 1]
     chosen = digests <= last
     return chosen if not chosen.all() else digests < last

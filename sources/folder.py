@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from absl import logging
 from jaxtyping import Int64
 
 import files
+import guards
 from sources import cache, listing
 from sources.base import ArraySource, Selection, Source, held_out
 from sources.listing import PictureFiles
@@ -148,7 +148,7 @@ class Prepared:
         inside = np.array([name.startswith(folder) for name in self.pictures.names])
         rows = np.flatnonzero((self.digests != "") & inside)
         if "test" not in self.splits and len(rows):
-            chosen = held_out(self.digests[rows], self.rules.test_share)
+            chosen = held_out(self.digests[rows], self.rules.test_share, self.pictures.path)
             rows = rows[chosen if split == "test" else ~chosen]
         if not len(rows):
             raise ValueError(
@@ -165,6 +165,15 @@ def _named(problems: dict[str, str]) -> str:
     return "; ".join(reasons) + more
 
 
+def _read_record(folder: Path, num_pictures: int) -> tuple[np.ndarray, dict[str, str]]:
+    """Returns the digests of the pictures in a folder of the cache, and what was wrong with some."""
+    record = guards.read_json(folder / RECORD)
+    digests, problems = record.get("digests"), record.get("problems")
+    if not isinstance(digests, list) or len(digests) != num_pictures or not isinstance(problems, dict):
+        raise ValueError(f"{folder / RECORD} is damaged; delete that folder, which is made anew")
+    return np.array(digests, str), problems
+
+
 def prepare(path: Path, rules: Rules) -> Prepared:
     """Decodes the pictures of a folder or .zip file, or finds in the cache what was decoded before.
 
@@ -177,14 +186,13 @@ def prepare(path: Path, rules: Rules) -> Prepared:
     keep = cache.is_kept(len(pictures.names), rules.fit.shape, rules.cache_gib)
     key = files.content_hash(f"pictures {VERSION} {rules.fit} {rules.num_levels} {keep}", content)
     folder = cache.prepared_folder(key, lambda folder: _prepare(folder, pictures, rules, keep))
-    record = json.loads((folder / RECORD).read_text())
-    problems: dict[str, str] = record["problems"]
+    digests, problems = _read_record(folder, len(pictures.names))
     if problems and rules.strict:
         raise ValueError(
             f"{len(problems)} of {len(pictures.names)} pictures of data.path={str(path)!r} cannot be used: "
             f"{_named(problems)}; mend or delete them, or set data.strict=False to leave them out"
         )
-    return Prepared(pictures, rules, key, folder, np.array(record["digests"]), problems)
+    return Prepared(pictures, rules, key, folder, digests, problems)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int64
 
+import guards
 from sources.pictures import SUFFIXES
 
 TRAIN_NAMES = ("train", "training")
@@ -147,10 +147,10 @@ class ZipPictures:
     def read(self, name: str) -> bytes:
         """Reads the content of a picture and checks it against its checksum."""
         if not hasattr(self.archives, "file"):
-            self.archives.file = zipfile.ZipFile(self.path)
+            self.archives.file = guards.open_zip(self.path)
         try:
-            return self.archives.file.read(name)
-        except (OSError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile) as error:
+            return guards.read_entry(self.archives.file, name)
+        except ValueError as error:
             raise ValueError(f"it cannot be read: {error}") from error
 
     def content(self) -> str:
@@ -159,15 +159,15 @@ class ZipPictures:
 
 
 def list_zip(path: Path) -> ZipPictures:
-    """Lists the pictures of a .zip file; hidden ones do not count.
+    """Lists the pictures of a .zip file; hidden ones do not count. Their names are only names: nothing is unpacked.
 
     Raises:
       ValueError: if it is no .zip file, or a damaged one.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with guards.open_zip(path) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_hidden(entry.filename)]
-    except zipfile.BadZipFile as error:
+    except ValueError as error:
         raise ValueError(f"data.path={str(path)!r} is damaged or no .zip file: {error}") from error
     found = {entry.filename: f"{entry.filename} {entry.file_size} {entry.CRC:08x}" for entry in entries}
     names = tuple(sorted(name for name in found if _is_picture(name)))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
+import guards
 from files import content_hash, read_npz
 from sources import cache
 from sources.base import ArraySource, Selection, Source, held_out
@@ -75,25 +74,44 @@ def load_npz(path: str | Path, image_shape: tuple[int, int, int], num_levels: in
 # --- data sets -------------------------------------------------------------------------------------------------------
 
 
-def _read_small(path: Path, name: str) -> tuple[dict[str, np.ndarray], str]:
-    """Reads the arrays of an .npz file but its images, and returns with them the SHA-256 of its checksums."""
+def _read_small(path: Path) -> tuple[str, dict[str, np.ndarray], str]:
+    """Returns which array of an .npz file has the images, the other arrays, and the SHA-256 of its checksums."""
     try:
-        with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as stored:
+        with guards.open_zip(path) as archive:
+            names = guards.array_names(archive)
+            name = next((name for name in ARRAYS if name in names), "")
+            entries = [each for each in archive.infolist() if each.filename in (f"{LABELS}.npy", f"{NUM_CLASSES}.npy")]
+            guards.check_total(entries)
             key = content_hash(*(f"{each.filename} {each.file_size} {each.CRC}" for each in archive.infolist()))
-            return {each: stored[each] for each in stored.files if each != name}, key
-    except (EOFError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+            small = {each: guards.read_array_entry(archive, each) for each in names if each in (LABELS, NUM_CLASSES)}
+    except ValueError as error:
         raise ValueError(f"{path} is damaged or not an .npz file: {error}") from error
+    return name or _name_of_images(path, names), small, key
 
 
 def _extract(path: Path, name: str, folder: Path) -> None:
     """Writes the images of an .npz file as images.npy, which can be mapped to memory."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stored:
+    with guards.open_zip(path) as archive, open(folder / "images.npy", "wb") as file:
         cache.check_room(archive.getinfo(f"{name}.npy").file_size)
-        try:
-            with open(folder / "images.npy", "wb") as file:
-                shutil.copyfileobj(stored, file, 2**20)
-        except (EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is damaged: {error}; get it anew") from error
+        chunks = guards.array_chunks(archive, name)
+        while True:
+            try:
+                chunk = next(chunks, b"")
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: {error}; get it anew") from error
+            if not chunk:
+                return
+            file.write(chunk)
+
+
+def _map_array(path: Path) -> np.ndarray:
+    """Maps an .npy file to memory."""
+    try:
+        with open(path, "rb") as file:
+            guards.check_array(file, path.stat().st_size)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or not an .npy file: {error}") from error
 
 
 def map_file(path: Path, image_shape: tuple[int, int, int], num_levels: int) -> ArraySource:
@@ -110,20 +128,12 @@ def map_file(path: Path, image_shape: tuple[int, int, int], num_levels: int) -> 
       ValueError: as `load_npz`.
     """
     if path.suffix.lower() == ".npy":
-        try:
-            levels = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (EOFError, ValueError) as error:
-            raise ValueError(f"{path} is damaged or not an .npy file: {error}") from error
+        levels = _map_array(path)
         status = path.stat()
         key = content_hash(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
         _check_levels(levels, f"images of {path}", image_shape, num_levels)
         return ArraySource(levels, np.zeros(len(levels), np.int64), num_levels, 0, content=key)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            name = _name_of_images(path, [each.removesuffix(".npy") for each in archive.namelist()])
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is damaged or not an .npz file: {error}") from error
-    arrays, key = _read_small(path, name)
+    name, arrays, key = _read_small(path)
     folder = cache.prepared_folder(content_hash(f"npz {name}", key), lambda folder: _extract(path, name, folder))
     levels = cache.map_images(folder / "images.npy")
     _check_levels(levels, f"{name} of {path}", image_shape, num_levels)
@@ -171,5 +181,5 @@ def load_npz_split(
         raise ValueError(f"{file} has no images")
     if not one_file:
         return source
-    chosen = held_out(_digests(source), test_share)
+    chosen = held_out(_digests(source), test_share, file)
     return Selection(source, np.flatnonzero(chosen if split == "test" else ~chosen))

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import io
 import os
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+import guards
 from sources.npz import load_npz
 from sources.resize import resize
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
 RESIZE = ("none", "crop", "stretch")  # values of `data.resize` and `restore.resize`
 NUM_NAMED = 5  # files that an error lists
-# What Pillow raises for damaged files: the first four came up when 16,500 files were cut off or had bytes changed.
-DAMAGED = (OSError, ValueError, SyntaxError, TypeError, EOFError, struct.error, zlib.error)
 GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # luma of R, G and B by ITU-R BT.601, as Pillow's
 
 
@@ -128,7 +125,7 @@ def to_array(image: Image.Image, *, keep_alpha: bool = False) -> Float[np.ndarra
 
 def _decode_array(data: bytes) -> Float[np.ndarray, "H W C"]:
     """Decodes a .npy file: uint8 or uint16 of shape [H, W] or [H, W, C], with any number of channels."""
-    array = np.load(io.BytesIO(data), allow_pickle=False)
+    array = guards.read_array(io.BytesIO(data), len(data))
     if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or not array.size:
         raise ValueError(f"it is {array.dtype}{list(array.shape)}; expected uint8 or uint16 of [H, W] or [H, W, C]")
     return array.reshape(*array.shape[:2], -1).astype(np.float32) / np.iinfo(array.dtype).max
@@ -143,12 +140,9 @@ def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float
     try:
         if name.lower().endswith(".npy"):
             return _decode_array(data)
-        with Image.open(io.BytesIO(data)) as image:
-            return to_array(image, keep_alpha=keep_alpha)
-    except UnidentifiedImageError as error:
-        raise ValueError("it cannot be read: what it holds is no picture") from error
-    except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(f"it cannot be read: {str(error) or type(error).__name__}") from error
+        return guards.read_picture(io.BytesIO(data), lambda image: to_array(image, keep_alpha=keep_alpha))
+    except ValueError as error:
+        raise ValueError(f"it cannot be read: {error}") from error
 
 
 def read_picture(path: str | Path, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:

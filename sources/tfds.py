@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+import guards
 from files import content_hash
 from sources import resize
 from sources.base import AS_STORED
@@ -111,9 +112,12 @@ def decode_stored(data: bytes, channels: int | None) -> np.ndarray:
       data: content of a file.
       channels: C, if TFDS states it.
     """
-    with Image.open(io.BytesIO(data)) as image:
+
+    def convert(image: Image.Image) -> np.ndarray:
         mode = MODES.get(channels, image.mode)
-        levels = np.asarray(image if image.mode == mode else image.convert(mode))
+        return np.asarray(image if image.mode == mode else image.convert(mode))
+
+    levels = guards.read_picture(io.BytesIO(data), convert)
     return levels.reshape(*levels.shape[:2], -1)
 
 

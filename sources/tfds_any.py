@@ -100,5 +100,5 @@ def load_any(name: str, split: str, path: str, rules: Rules) -> Source:
         )
     if test != train:
         return kept
-    chosen = held_out(_digests(stored), rules.test_share)
+    chosen = held_out(_digests(stored), rules.test_share, name)
     return Selection(kept, np.flatnonzero(chosen if split == "test" else ~chosen))

@@ -19,8 +19,9 @@ import rng
 import run_lib
 from checkpoints import Checkpoints
 from models import wideresnet
-from runtime import classifier_accuracy, classifier_experiment, classifier_training, train_loop
+from runtime import classifier_accuracy, classifier_experiment, classifier_training
 from runtime.classifier_experiment import Normalization
+from runtime.divergence import DivergedError
 from runtime.workdir import WorkdirError
 from sources.base import ArraySource
 
@@ -287,6 +288,15 @@ def test_another_classifier_in_the_folder_is_refused(unbroken, tmp_path):
         run_lib.train_classifier(tiny.make_config(classifier__channel_multiplier=2), tmp_path)
 
 
-def test_a_diverged_classifier_names_its_own_learning_rate():
-    with pytest.raises(train_loop.DivergedError, match=r"lower classifier.lr or set optim.grad_clip"):
-        train_loop._mean_loss([jnp.array([np.nan])], 3, classifier_training.ClassifierTrainer.rate)
+def test_a_diverged_classifier_names_its_own_learning_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(losses, "make_classifier_loss", lambda *args, **kwargs: _nan_loss)
+    with pytest.raises(DivergedError, match=r"lower classifier.lr or set optim.grad_clip") as raised:
+        run_lib.train_classifier(tiny.make_config(), tmp_path)
+    by_level = str(raised.value).partition("by noise level sigma: ")[2].partition(";")[0].split(", ")
+    cross_entropies = [float(text.partition(": ")[2]) for text in by_level]
+    assert len(cross_entropies) == 10
+    assert cross_entropies == pytest.approx([np.log(10)] * 10, abs=0.4)  # an untrained classifier's
+
+
+def _nan_loss(key, params, x, *, train, class_labels=None):
+    return jnp.full(len(x), np.nan) * jax.tree.leaves(params)[0].sum()

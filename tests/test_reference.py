@@ -177,7 +177,7 @@ def test_a_damaged_file_is_refused(tmp_path):
 
 def test_nothing_is_unpickled(tmp_path):
     np.savez(tmp_path / "evil.npz", mu=np.array([print, print], dtype=object), sigma=np.eye(2))
-    with pytest.raises(ValueError, match=r"evil.npz is damaged or not an .npz file: Object arrays cannot be loaded"):
+    with pytest.raises(ValueError, match=r"evil.npz is damaged .*: array 'mu': Object arrays cannot be loaded"):
         load_reference(tmp_path / "evil.npz")
 
 

@@ -1,0 +1,337 @@
+"""Reading files of others: nothing in them is run, and what they announce is checked before memory is given to it.
+
+The bounds are stated in docs/security.md. Every error is a ValueError that says what was announced and the way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import reprlib
+import struct
+import tokenize
+import types
+import typing
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 2**26  # of a picture: 8192 x 8192, at most 1 GiB as float32 with four channels
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # of Pillow's; its EPS, for one, starts Ghostscript
+MAX_JSON_BYTES = 2**26  # no file that we write comes near
+# Compressed entries of archives: those that expand to less are read, and those that do not expand more than so often.
+FREE_EXPANSION = 2**28
+MAX_RATIO = 100  # photographs reach 2, digits 10; deflate could do 1032
+ARRAY_KINDS = "biufcUS"  # of numpy's types: numbers, truth values and text, no Python objects
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others ask for memory by their own headers
+
+# What Pillow raises for damaged files: it came up when 100,000 files were cut off or had bytes changed.
+PICTURE_ERRORS = (
+    *(OSError, ValueError, SyntaxError, TypeError, EOFError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+# What zipfile and zlib raise for damaged archives, and for encrypted ones (RuntimeError).
+ZIP_ERRORS = (*(zipfile.BadZipFile, zlib.error, EOFError, RuntimeError), *(OSError, ValueError, struct.error))
+
+# What numpy raises for headers, which are parsed as literals of Python, and repaired if Python 2 may have written them.
+HEADER_ERRORS = (*(ValueError, TypeError, SyntaxError, LookupError, OverflowError), tokenize.TokenError, RecursionError)
+
+Result = TypeVar("Result")
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB"
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _webp_size(start: bytes) -> tuple[int, int]:
+    """Returns width and height as the first chunk of a WebP file states them, 0 if it does not.
+
+    Pillow knows them only after libwebp has allocated the canvas.
+    """
+    kind, body = start[12:16], start[20:30]
+    if start[:4] != b"RIFF" or start[8:12] != b"WEBP" or len(body) < 10:
+        return 0, 0
+    if kind == b"VP8X":  # extended: 24 bits each, less one
+        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
+    if kind == b"VP8L":  # lossless: 14 bits each, less one, after a byte
+        bits = int.from_bytes(body[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"it has {width}x{height} pixels (width x height), more than {MAX_PIXELS:,} in all; make it smaller"
+        )
+
+
+def read_picture(file: IO[bytes], convert: Callable[[Image.Image], Result]) -> Result:
+    """Opens a picture of a kind that is known, checks its size before it is decoded, and converts it.
+
+    Args:
+      file: open at its beginning.
+      convert: called with the picture, which is decoded when it is first looked at.
+
+    Raises:
+      ValueError: saying why it cannot be read.
+    """
+    try:
+        _check_pixels(*_webp_size(file.read(30)))
+        file.seek(0)
+        with Image.open(file, formats=FORMATS) as image:
+            _check_pixels(*image.size)
+            return convert(image)
+    except UnidentifiedImageError as error:
+        raise ValueError("what it holds is no picture") from error
+    except PICTURE_ERRORS as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of numpy's format is of structures, which are not read")
+    shape, _, dtype = readers[version](file)
+    return shape, dtype
+
+
+def check_array(file: IO[bytes], num_bytes: int) -> None:
+    """Checks that an .npy file holds what its header announces, numbers or text; leaves it at its beginning.
+
+    Args:
+      file: open at its beginning.
+      num_bytes: of the whole file.
+
+    Raises:
+      ValueError: if it does not, or is no such file.
+    """
+    try:
+        shape, dtype = _read_header(file)
+    except HEADER_ERRORS as error:
+        raise ValueError(f"it is no array of numpy's format: {str(error) or type(error).__name__}") from error
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded: they are pickles, which may run code; save numbers or text")
+    if dtype.kind not in ARRAY_KINDS or dtype.itemsize == 0:
+        raise ValueError(f"its array is of type {dtype}; only numbers and text are read")
+    held, announced = num_bytes - file.tell(), math.prod(shape) * dtype.itemsize
+    if any(type(n) is not int or n < 0 for n in shape) or announced != held:
+        raise ValueError(f"its array is {dtype}{list(shape)}, {announced:,} bytes, but it holds {held:,}")
+    file.seek(0)
+
+
+def read_array(file: IO[bytes], num_bytes: int) -> np.ndarray:
+    """Reads an .npy file after `check_array`, which has the arguments and the errors."""
+    check_array(file, num_bytes)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+# --- archives --------------------------------------------------------------------------------------------------------
+
+
+def _check_entry(entry: zipfile.ZipInfo) -> None:
+    if entry.compress_type not in COMPRESSIONS:
+        raise ValueError(f"its entry {entry.filename!r} is neither stored nor deflated; pack it anew with one of these")
+    if entry.compress_type == zipfile.ZIP_STORED and entry.file_size != entry.compress_size:
+        raise ValueError(f"its entry {entry.filename!r} states two sizes")
+    if entry.file_size > max(FREE_EXPANSION, MAX_RATIO * entry.compress_size):
+        raise ValueError(
+            f"its entry {entry.filename!r} would expand to {_gib(entry.file_size)}, more than {_gib(FREE_EXPANSION)} "
+            f"and than {MAX_RATIO} times its size; if that is right, pack it anew without compression"
+        )
+
+
+def open_zip(path: str | Path) -> zipfile.ZipFile:
+    """Opens an archive whose entries are no larger, all in all, than the file, and do not expand beyond measure.
+
+    Entries are read by name, never unpacked to where their names point.
+
+    Raises:
+      ValueError: if it is damaged, or an entry announces too much.
+      FileNotFoundError: if there is none.
+    """
+    size = os.stat(path).st_size
+    try:
+        archive = zipfile.ZipFile(path)
+    except ZIP_ERRORS as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    try:
+        entries = archive.infolist()
+        if sum(entry.compress_size for entry in entries) > size:
+            raise ValueError("its entries are larger than the file, or overlap; get it anew")
+        for entry in entries:
+            _check_entry(entry)
+    except ValueError:
+        archive.close()
+        raise
+    return archive
+
+
+def check_total(entries: Sequence[zipfile.ZipInfo]) -> None:
+    """Checks entries of an archive that will be in memory at a time.
+
+    Raises:
+      ValueError: if they would take too much.
+    """
+    packed, expanded = sum(each.compress_size for each in entries), sum(each.file_size for each in entries)
+    if expanded > max(FREE_EXPANSION, MAX_RATIO * packed):
+        raise ValueError(
+            f"its entries would expand to {_gib(expanded)}, more than {MAX_RATIO} times their size; if that is right, "
+            "pack it anew without compression"
+        )
+
+
+def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo | str) -> bytes:
+    """Reads an entry of an archive that `open_zip` has opened, and checks it against its checksum.
+
+    Raises:
+      ValueError: saying why it cannot be read.
+    """
+    try:
+        return archive.read(entry)
+    except (*ZIP_ERRORS, KeyError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def read_array_entry(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Reads the array `name`, an entry NAME.npy of an archive that `open_zip` has opened.
+
+    Raises:
+      ValueError: saying why it cannot be read.
+    """
+    try:
+        entry = archive.getinfo(f"{name}.npy")
+        with archive.open(entry) as file:
+            return read_array(file, entry.file_size)
+    except (*ZIP_ERRORS, KeyError) as error:
+        raise ValueError(f"array {name!r}: {str(error) or type(error).__name__}") from error
+
+
+def array_chunks(archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
+    """Yields the content of NAME.npy a MiB at a time, after `check_array`.
+
+    Raises:
+      ValueError: saying why it cannot be read.
+    """
+    try:
+        entry = archive.getinfo(f"{name}.npy")
+        with archive.open(entry) as file:
+            check_array(file, entry.file_size)
+            while chunk := file.read(2**20):
+                yield chunk
+    except (*ZIP_ERRORS, KeyError) as error:
+        raise ValueError(f"array {name!r}: {str(error) or type(error).__name__}") from error
+
+
+def array_names(archive: zipfile.ZipFile) -> list[str]:
+    """Returns the names of the arrays of an .npz file.
+
+    Raises:
+      ValueError: if an entry is none.
+    """
+    names = archive.namelist()
+    others = [name for name in names if not name.endswith(".npy")]
+    if others:
+        raise ValueError(f"its entry {others[0]!r} is no array")
+    return [name.removesuffix(".npy") for name in names]
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
+
+
+def _parse_json(text: str | bytes) -> Any:
+    try:
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def parse_json(text: str | bytes, kind: type = dict) -> Any:
+    """Parses JSON that holds a value of this kind; numbers are finite.
+
+    Raises:
+      ValueError: saying why it cannot be parsed, or what it holds.
+    """
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"it has {len(text):,} bytes, more than the {MAX_JSON_BYTES:,} that are read of JSON")
+    value = _parse_json(text)
+    if not isinstance(value, kind):
+        raise ValueError(f"it holds a value of type {type(value).__name__}; expected {kind.__name__}")
+    return value
+
+
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """Reads a JSON file that holds a value of this kind; numbers are finite.
+
+    Raises:
+      ValueError: naming the file, if it is damaged, too large, or holds something else.
+      FileNotFoundError: if there is none.
+    """
+    try:
+        with open(path, "rb") as file:
+            return parse_json(file.read(MAX_JSON_BYTES + 1), kind)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or none of ours: {error}") from error
+
+
+def _convert(value: Any, hint: Any, what: str) -> Any:
+    """Returns a value of JSON as the annotated type; lists become tuples, and whole numbers may stand for floats."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and types.NoneType in arguments:
+            return None
+        [hint] = [each for each in arguments if each is not types.NoneType]
+        return _convert(value, hint, what)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return build(hint, value, what)
+    if origin is tuple and isinstance(value, list):
+        hints = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(value) == len(hints):
+            return tuple(_convert(each, hint, what) for each, hint in zip(value, hints, strict=True))
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _convert(each, arguments[1], f"{what}.{key}") for key, each in value.items()}
+    if hint is Any or type(value) is hint or (hint is float and type(value) is int):
+        return value
+    raise ValueError(f"{what} is {reprlib.repr(value)}; expected {getattr(hint, '__name__', hint)}")
+
+
+def build(kind: Callable[..., Result], values: Any, what: str = "it") -> Result:
+    """Builds a dataclass, and those in it, from what JSON made of `dataclasses.asdict`.
+
+    Args:
+      kind: the dataclass; its fields are numbers, text, dataclasses, mappings or tuples of these, or None.
+      values: of its fields by name.
+      what: it is, for messages.
+
+    Raises:
+      ValueError: naming a field that is missing, unknown, or of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} is {reprlib.repr(values)}; expected a map")
+    hints = typing.get_type_hints(kind)
+    converted = {key: _convert(each, hints[key], key) if key in hints else each for key, each in values.items()}
+    try:
+        return kind(**converted)
+    except TypeError as error:
+        raise ValueError(str(error)) from error

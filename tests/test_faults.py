@@ -1,0 +1,590 @@
+"""Faults in the small: full disks, damaged checkpoints, locks, steps that go wrong."""
+
+import errno
+import json
+import logging as standard_logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import disks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from tensorboardX.proto.event_pb2 import Event
+from test_checkpoints import assert_equal, make_state, open_checkpoints
+
+import files
+import losses
+import noise_levels
+from checkpoints import CheckpointError
+from configs.vp import digits_ddpmpp_continuous
+from runtime import divergence, event_file, locks
+from runtime.divergence import LossWatch, NotFiniteError
+from runtime.experiment import build_experiment
+from runtime.workdir import Presence, WorkdirError
+from sources.tfrecord import find_records, masked_crc32c
+
+# --- what the system refuses -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "told", "way_out"),
+    [
+        (errno.ENOSPC, "No space left on device", "free some room there"),
+        (errno.EIO, "Input/output error", "have the disk, or the connection to it, examined"),
+        (errno.EROFS, "Read-only file system", "have it mounted for writing"),
+        (errno.ESTALE, "Stale file handle", "see that the network file system is mounted"),
+        (errno.EDQUOT, "Disk quota exceeded", "free some of your quota there"),
+        (errno.ENOTDIR, "Not a directory", "see to that"),
+    ],
+)
+def test_an_error_of_the_system_is_one_sentence(tmp_path, number, told, way_out):
+    path = tmp_path / "missing" / "file"
+    sentence = files.explain(OSError(number, os.strerror(number), str(path)))
+    disk = files.disk_of(tmp_path)
+    assert os.path.ismount(disk)
+    assert tmp_path.is_relative_to(disk)
+    assert sentence.startswith(f"{path} (on the disk {disk}): {told}; {way_out}")
+    assert sentence.endswith("then give the same command again: it goes on from what is complete")
+
+
+def test_sentences_of_our_own_stay():
+    assert files.explain(FileNotFoundError("data.path='x' does not exist; set it")) == (
+        "data.path='x' does not exist; set it"
+    )
+
+
+def test_a_file_on_a_full_disk_is_named_and_the_old_one_stays(tmp_path):
+    with disks.small_disk(tmp_path / "disk", 64):
+        path = tmp_path / "disk" / "report.json"
+        files.write_json(path, {"value": 1})
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            files.write_bytes(path, bytes(200_000))
+        assert raised.value.filename == str(path)
+        assert f"{path} (on the disk {tmp_path / 'disk'})" in files.explain(raised.value)
+        assert json.loads(path.read_text()) == {"value": 1}
+        assert os.listdir(tmp_path / "disk") == ["report.json"]  # what was half written gave its room back
+
+
+def test_a_growing_file_keeps_what_a_full_disk_refuses(tmp_path, caplog):
+    """Also the part of a line that still had room is written once."""
+    lines = [f"{number:07d}\n".encode() for number in range(2000)]
+    with disks.small_disk(tmp_path / "disk", 8) as resize:
+        file = files.Appender(tmp_path / "disk" / "losses.jsonl")
+        for line in lines:
+            file.append(line)
+        assert caplog.text.count("No space left on device") == 1  # told once, not 1000 times
+        assert 0 < (tmp_path / "disk" / "losses.jsonl").stat().st_size < 8 * 2000
+        resize(64)
+        file.close()
+        assert (tmp_path / "disk" / "losses.jsonl").read_bytes() == b"".join(lines)
+
+
+class _Refusing:
+    """A raw file that takes three bytes a call, and none at all as long as the disk is full."""
+
+    def __init__(self):
+        self.content, self.is_full = b"", False
+
+    def write(self, content):
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.content += content[:3]
+        return len(content[:3])
+
+    def close(self):
+        pass
+
+
+def test_a_growing_file_without_a_disk_to_fill(tmp_path, caplog):
+    """The same where nothing may be mounted."""
+    file = files.Appender(tmp_path / "losses.jsonl")
+    file._file.close()
+    file._file = raw = _Refusing()
+    file.append(b"first")
+    raw.is_full = True
+    file.append(b"second")
+    file.append(b"third")
+    assert raw.content == b"first"
+    assert caplog.text.count("No space left on device") == 1
+    raw.is_full = False
+    file.close()
+    assert raw.content == b"firstsecondthird"
+
+
+# --- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def events(path):
+    content = path.read_bytes()
+    records = [(content[a : a + n], content[a + n : a + n + 4]) for a, n in find_records(str(path), len(content), 0)]
+    assert all(int.from_bytes(checksum, "little") == masked_crc32c(record) for record, checksum in records)
+    return [Event.FromString(record) for record, _ in records]
+
+
+def test_tensorboard_files_hold_what_was_recorded(tmp_path):
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    file = event_file.EventFile(tmp_path, first_step=7)
+    file.add_scalar("loss", 0.5, 8)
+    file.add_image("samples", picture, 9)
+    file.close()
+    (path,) = tmp_path.iterdir()
+    version, start, scalar, image = events(path)
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (7, 1)  # 1: START, from which on TensorBoard forgets
+    assert (scalar.step, scalar.summary.value[0].tag, scalar.summary.value[0].simple_value) == (8, "loss", 0.5)
+    assert (image.step, image.summary.value[0].image.height) == (9, 4)
+
+
+def test_tensorboard_files_keep_their_order_when_the_clock_goes_back(tmp_path, monkeypatch):
+    now = [1_800_000_000.0]
+    monkeypatch.setattr(event_file.time, "time", lambda: now[0])
+    for run in range(3):
+        file = event_file.EventFile(tmp_path, first_step=10 * run)
+        for step in range(3):
+            file.add_scalar("loss", step, 10 * run + step)
+            now[0] -= 3600
+        file.close()
+    paths = sorted(tmp_path.iterdir())  # as TensorBoard reads them
+    assert [events(path)[1].step for path in paths] == [0, 10, 20]
+    for path in paths:
+        times = [event.wall_time for event in events(path)]
+        assert times == sorted(times)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def large_state(step):
+    """A state whose arrays do not compress."""
+    generator = np.random.default_rng(step)
+    params = {"kernel": generator.standard_normal(50_000).astype(np.float32)}
+    state = jax.tree.map(np.asarray, losses.init_state(params, optax.sgd(0.1)))
+    return state.replace(step=np.int32(step))
+
+
+def open_large(workdir):
+    from checkpoints import Checkpoints
+
+    return Checkpoints(workdir, snapshot_freq=10, template=large_state(0))
+
+
+def _save_all(checkpoints, steps):
+    for step in steps:
+        checkpoints.save(large_state(step))
+        checkpoints.wait()
+
+
+def test_a_checkpoint_on_a_full_disk_costs_no_other(tmp_path):
+    """It is told, its remains give their room back, and with room the same number is written."""
+    with disks.small_disk(tmp_path / "disk", 900) as resize:
+        workdir = tmp_path / "disk"
+        with open_large(workdir) as checkpoints, pytest.raises(CheckpointError, match="No space left") as raised:
+            _save_all(checkpoints, (10, 12, 14, 16))
+        assert "free some room there" in str(raised.value)
+        assert f"(on the disk {workdir})" in str(raised.value)
+        assert not list(workdir.rglob("*tmp*"))
+        with open_large(workdir) as checkpoints:
+            newest = checkpoints.restore_newest()
+            assert int(newest.step) in (10, 12, 14)
+            assert_equal(newest, large_state(int(newest.step)))
+            resize(8000)
+            checkpoints.save(large_state(20))
+            checkpoints.wait()
+            assert_equal(checkpoints.restore_newest(), large_state(20))
+
+
+WITH_LIMIT = """
+import resource, sys
+sys.path[:0] = sys.argv[1:3]
+import test_faults
+from checkpoints import CheckpointError
+with test_faults.open_large(sys.argv[3]) as checkpoints:
+    checkpoints.save(test_faults.large_state(10))
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    try:
+        checkpoints.save(test_faults.large_state(12))
+        checkpoints.wait()
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_the_system_refuses_costs_no_other(tmp_path):
+    """The same where nothing may be mounted: a limit on the size of files that the process sets itself."""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    command = [sys.executable, "-c", WITH_LIMIT, tiny.ROOT, tiny.ROOT / "tests", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=tiny.environment(), check=False)
+    assert "File too large; raise the limit on the size of a file (ulimit -f)" in result.stdout, result.stderr[-2000:]
+    assert not list(tmp_path.rglob("*tmp*"))
+    with open_large(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore_newest(), large_state(10))
+
+
+def damages(folder):
+    """All the ways to damage one file of a checkpoint, as (name, what does it)."""
+    flip = lambda content, places: bytes(b ^ 0x55 if i in places else b for i, b in enumerate(content))  # noqa: E731
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        name = path.relative_to(folder)
+        yield f"{name} cut short", lambda path=path, content=content: path.write_bytes(content[: len(content) // 2])
+        yield f"{name} empty", lambda path=path: path.write_bytes(b"")
+        yield f"{name} deleted", lambda path=path: path.unlink()
+        for place in (0, len(content) // 3, len(content) // 2, len(content) - 1):
+            changed = flip(content, {place})
+            yield f"{name} byte {place}", lambda path=path, changed=changed: path.write_bytes(changed)
+        changed = flip(content, range(len(content)))
+        yield f"{name} all bytes", lambda path=path, changed=changed: path.write_bytes(changed)
+
+
+@pytest.mark.slow
+def test_whatever_file_is_damaged_the_state_is_right_or_the_one_before(tmp_path, caplog):
+    """Every file of a checkpoint, in eight ways: never another number, never an error that is not told."""
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(make_state(step, value=step))
+        checkpoints.wait()
+    newest = tmp_path / "checkpoints" / "2"
+    whole = {path: path.read_bytes() for path in newest.rglob("*") if path.is_file()}
+    outcomes = {10: 0, 20: 0}
+    for name, damage in list(damages(newest)):
+        caplog.clear()
+        damage()
+        with open_checkpoints(tmp_path, read_only=True) as checkpoints:
+            state = checkpoints.restore_newest()
+        step = int(state.step)
+        assert_equal(state, make_state(step, value=step))
+        outcomes[step] += 1
+        assert ("checkpoint 2 in" in caplog.text and "using the one before it" in caplog.text) == (step == 10), name
+        for path, content in whole.items():
+            path.write_bytes(content)
+    assert outcomes[10] > 20  # those of the arrays, their description and the checksums
+    assert outcomes[20] > 20  # those that Orbax keeps twice, or nobody reads
+
+
+@pytest.mark.parametrize("what", ["arrays", "checksums", "folder"])
+def test_a_damaged_checkpoint_is_moved_aside_and_written_anew(tmp_path, caplog, what):
+    """Its number would else be taken for ever, and what resumes from there would find it damaged again."""
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (14, 20):
+            checkpoints.save(make_state(step, value=step))
+        checkpoints.wait()
+    damaged = tmp_path / "checkpoints" / "2"
+    if what == "arrays":
+        for path in damaged.glob("state/d/*"):
+            path.write_bytes(path.read_bytes()[:-9])
+    elif what == "checksums":
+        (damaged / "info" / "metadata").write_text("{")
+    else:
+        for path in sorted(damaged.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+    before = sorted(path.relative_to(damaged) for path in damaged.rglob("*"))
+    for number in ("", "-2"):  # it may happen twice
+        with open_checkpoints(tmp_path) as checkpoints:
+            assert_equal(checkpoints.restore_newest(), make_state(14, value=14))
+            aside = tmp_path / "checkpoints-damaged" / f"checkpoints-2{number}"
+            assert f"moved the damaged checkpoint 2 to {aside}" in caplog.text
+            checkpoints.save(make_state(20, value=3))
+            checkpoints.wait()
+            assert_equal(checkpoints.restore_newest(), make_state(20, value=3))
+        if not number:
+            assert sorted(path.relative_to(aside) for path in aside.rglob("*")) == before
+            (damaged / "info" / "metadata").write_text("{")
+
+
+def test_an_evaluation_names_the_damaged_checkpoint_and_moves_nothing(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (10, 20, 30):
+            checkpoints.save(make_state(step))
+        checkpoints.wait()
+    (tmp_path / "checkpoints" / "2" / "info" / "metadata").write_text("{")
+    with (
+        open_checkpoints(tmp_path, read_only=True) as checkpoints,
+        pytest.raises(
+            CheckpointError, match=r"checkpoint 2 in .* cannot be read: .*choose another one \(there are: 1, 3\)"
+        ),
+    ):
+        checkpoints.restore_snapshot(2)
+    assert (tmp_path / "checkpoints" / "2").exists()
+    assert not (tmp_path / "checkpoints-damaged").exists()
+
+
+def test_if_all_are_damaged_nothing_is_changed(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(10))
+        checkpoints.wait()
+    (tmp_path / "checkpoints" / "1" / "info" / "metadata").write_text("{")
+    with (
+        open_checkpoints(tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match="nothing was changed: put a copy of one in its place"),
+    ):
+        checkpoints.restore_newest()
+    assert (tmp_path / "checkpoints" / "1").exists()
+
+
+def test_the_newest_checkpoint_is_that_of_the_last_step_whatever_the_clock_says(tmp_path):
+    """Times of change that fall from step to step, as after the clock went back."""
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (12, 14, 16, 20):
+            checkpoints.save(make_state(step, value=step))
+            checkpoints.wait()
+            for folder in [path for path in tmp_path.rglob("*") if path.name in (str(step), str(step // 10))]:
+                os.utime(folder, (2e9 - 1e5 * step, 2e9 - 1e5 * step))
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore_newest(), make_state(20, value=20))
+        checkpoints.save(make_state(22))
+        checkpoints.wait()
+    assert sorted(path.name for path in (tmp_path / "checkpoints-meta").iterdir()) == ["16", "22"]
+
+
+# --- locks -----------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+sys.path[:0] = sys.argv[1:2]
+from runtime import locks
+with locks.hold(sys.argv[2]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_has_one_writer_and_a_kill_frees_it(tmp_path):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tiny.ROOT, folder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        start = time.monotonic()
+        host = os.uname().nodename
+        with pytest.raises(
+            locks.LockedError, match=rf"--workdir=.*run is in use by process {holder.pid} on {host}, since"
+        ):
+            locks.hold(folder).__enter__()
+        assert time.monotonic() - start < 1
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert holder.returncode == -signal.SIGKILL
+    with locks.hold(folder):  # what the killed one left behind locks nobody out
+        assert json.loads((folder / locks.FILE).read_text())["pid"] == os.getpid()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path):
+    with locks.hold(tmp_path / "none"):
+        assert (tmp_path / "none" / locks.FILE).exists()
+    assert not (tmp_path / "none").exists()
+    with locks.hold(tmp_path / "some"):
+        (tmp_path / "some" / "result").write_text("")
+    assert os.listdir(tmp_path / "some") == ["result"]
+
+
+def test_a_lock_is_not_lost_to_one_who_opened_the_file_before_it_was_removed(tmp_path):
+    """Who waits at the removed file must not believe that it has the folder."""
+    with locks.hold(tmp_path):
+        opened = os.open(tmp_path / locks.FILE, os.O_RDWR)
+    assert not locks._is_at(opened, tmp_path / locks.FILE)
+    with locks.hold(tmp_path), pytest.raises(locks.LockedError):
+        locks.hold(tmp_path).__enter__()
+    os.close(opened)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    with locks.hold(tmp_path):
+        assert "knows no locks: see that no other run writes there" in caplog.text
+
+
+def test_only_the_first_process_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with locks.hold(tmp_path / "run"):
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_a_folder_that_vanishes_is_noticed(tmp_path, how):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    presence = Presence(folder)
+    presence.require()
+    folder.rename(tmp_path / "elsewhere") if how != "removed" else folder.rmdir()
+    if how == "replaced":
+        folder.mkdir()
+    with pytest.raises(WorkdirError, match=r"run is gone: somebody has removed, moved or replaced it"):
+        presence.require()
+
+
+# --- steps that go wrong ---------------------------------------------------------------------------------------------
+
+OPTIMIZER = losses.make_optimizer(lr=1e-2, beta1=0.9, eps=1e-8, weight_decay=0.0, warmup=3, grad_clip=1.0)
+
+
+def poisoned_loss(key, params, x, *, train, class_labels=None):
+    """Squared distance to the parameters, with noise; not a number, or of infinite gradient, where images say so."""
+    mean = params["mean"]
+    values = jnp.square((mean + jax.random.normal(key, mean.shape))[None] - x).mean(axis=(1, 2, 3))
+    steep = (mean - jax.lax.stop_gradient(mean)).sum()  # 0, of gradient 1
+    marker = x[:, 0, 0, 0]
+    return values + jnp.where(marker == 98.0, 1e38, 0.0) * steep + jnp.where(marker == 99.0, jnp.nan, 0.0)
+
+
+def batches(poison):
+    """Batches [steps, B, H, W, C]; `poison` says which value marks a step's first image."""
+    levels = np.random.default_rng(0).integers(0, 17, (6, 4, 2, 2, 1)).astype(np.float32)
+    levels[:, 1:, 0, 0, 0] = 1.0
+    for step, value in poison.items():
+        levels[step, 0, 0, 0, 0] = value
+    return levels
+
+
+@pytest.mark.parametrize("poison", [{2: 99.0}, {2: 98.0}, {0: 99.0, 1: 99.0, 5: 98.0}, {}])
+def test_skipped_steps_leave_the_state_bit_for_bit(poison):
+    """The compiled loop with skipping against single steps that a poisoned batch is simply not given to."""
+    levels, key = batches(poison), jax.random.key(0)
+    params = {"mean": jnp.full((2, 2, 1), 0.5)}
+    step = losses.make_train_step(poisoned_loss, OPTIMIZER, ema_rate=0.9)
+    skipping = jax.jit(losses.make_train_steps(losses.skip_nonfinite(step)))
+    after, metrics = skipping(key, losses.init_state(params, OPTIMIZER), levels)
+
+    by_hand, one_step = losses.init_state(params, OPTIMIZER), jax.jit(step)
+    for number, batch in enumerate(levels):
+        by_hand = by_hand.replace(step=jnp.int32(number + 1)) if number in poison else one_step(key, by_hand, batch)[0]
+    assert_equal(jax.tree.map(np.asarray, after), jax.tree.map(np.asarray, by_hand))
+    is_bad = ~(np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"]))
+    assert set(np.flatnonzero(is_bad)) == set(poison)
+    if 98.0 in poison.values():
+        assert np.isfinite(np.asarray(metrics["loss"])[[step for step in poison if poison[step] == 98.0]]).all()
+
+
+def of_device(values, norms=None):
+    arrays = {"loss": np.array([values], np.float32), "grad_norm": np.array([norms or [1.0] * len(values)], np.float32)}
+    return {name: jax.device_put(array) for name, array in arrays.items()}
+
+
+def test_the_first_bad_step_is_named_and_how_far_the_run_had_come():
+    watch = LossWatch(skips=False)
+    watch.add(2, of_device([1.0, 2.0]))
+    watch.add(4, of_device([3.0, np.nan]))
+    watch.add(6, of_device([np.nan, np.nan]))
+    with pytest.raises(NotFiniteError, match="the loss became nan at step 4") as raised:
+        watch.take()
+    assert (raised.value.step, raised.value.looked_at) == (4, 6)
+
+
+def test_a_bad_gradient_is_noticed_before_the_loss():
+    watch = LossWatch(skips=False)
+    watch.add(3, of_device([1.0, 2.0, 3.0], [1.0, np.inf, 1.0]))
+    with pytest.raises(NotFiniteError, match=r"the gradient's norm became inf at step 2 \(gradient norm inf, loss 2\)"):
+        watch.look()
+
+
+def test_skipped_steps_are_counted_and_do_not_spoil_the_mean(caplog):
+    watch = LossWatch(skips=True)
+    watch.add(2, of_device([1.0, np.nan]))
+    watch.look()
+    watch.add(4, of_device([2.0, 3.0], [np.nan, 1.0]))
+    assert watch.take() == {"loss": 2.0, "skipped": 2}
+    assert "skipped 2 step(s), whose loss or gradient is not finite: 2, 3" in caplog.text
+    watch.add(6, of_device([4.0, 6.0]))
+    assert watch.take() == {"loss": 5.0}
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run():
+    watch, limit = LossWatch(skips=True), divergence.MAX_SKIPPED_IN_A_ROW
+    watch.add(limit, of_device([np.nan] * limit))
+    watch.add(limit + 1, of_device([1.0]))
+    watch.add(2 * limit + 1, of_device([np.nan] * limit))
+    watch.look()
+    watch.add(2 * limit + 2, of_device([np.nan]))
+    with pytest.raises(
+        NotFiniteError, match=f"at step {2 * limit + 2} .*, the {limit + 1}th in a row that was skipped"
+    ):
+        watch.look()
+
+
+def test_a_state_that_no_step_has_moved_is_not_worth_saving():
+    watch = LossWatch(skips=True)
+    watch.add(2, of_device([np.nan, 1.0]))
+    assert watch.has_moved()
+    watch.add(4, of_device([np.nan, np.nan]))
+    assert not watch.has_moved()
+    watch.add(6, of_device([1.0, np.nan]))
+    assert watch.has_moved()
+
+
+class _Diverging:
+    """As much of a trainer as an explanation needs; its network is the score of data that are all zero."""
+
+    group, rate = "training", "optim.lr"
+
+    def __init__(self):
+        self.experiment = build_experiment(digits_ddpmpp_continuous.get_config())
+
+    def loss_at_time(self, key, params, x, labels, t):
+        return params * self.experiment.sde.std(t) + x.mean() * 0
+
+
+def test_losses_by_level_are_those_of_the_levels():
+    """Of a loss that is the standard deviation itself: sigma = std / sqrt(1 - std²) under the VP SDE."""
+    trainer = _Diverging()
+    measured = np.array(divergence.losses_by_level(trainer, _source(trainer), jnp.float32(1.0), 3))
+    sigma, std = measured.T
+    assert len(sigma) == divergence.NUM_LEVELS
+    np.testing.assert_allclose(sigma, std / np.sqrt(1 - std**2), rtol=2e-3)  # float32 near std = 1
+    np.testing.assert_allclose(np.diff(np.log(sigma)), np.log(sigma[-1] / sigma[0]) / 9, rtol=1e-6)
+    ends = noise_levels.noise_levels(trainer.experiment.sde, np.array([1e-5, 1.0])).sigma
+    np.testing.assert_allclose(sigma[[0, -1]], ends, rtol=1e-9)
+
+
+def _source(trainer):
+    import datasets
+
+    return datasets.build_source(trainer.experiment.config, "train")
+
+
+@pytest.mark.slow
+def test_the_denoising_loss_of_a_network_that_predicts_nothing_is_one():
+    """‖std · 0 + z‖² / D, z standard normal: 1 within four standard errors of 64 · 64 draws, at every level."""
+    trainer = _Diverging()
+    trainer.loss_at_time = divergence.denoising_loss_at_time(trainer.experiment)
+    params = jax.tree.map(jnp.zeros_like, trainer.experiment.state_template().params)
+    measured = np.array(divergence.losses_by_level(trainer, _source(trainer), params, 1))[:, 1]
+    np.testing.assert_allclose(measured, 1.0, atol=4 * np.sqrt(2 / 4096))
+
+
+def test_a_damaged_loss_curve_is_no_obstacle(tmp_path):
+    from runtime.progress import TrainingProgress
+
+    lines = ['{"step": 2, "loss": 1.0}\n', "\x00\x00\x00\n", '{"step": 4, "loss": 2.0}\n', '{"st']
+    (tmp_path / "losses.jsonl").write_text("".join(lines))
+    with TrainingProgress(tmp_path, first_step=4, num_steps=9, batch_size=1) as progress:
+        progress.record(6, loss=3.0)
+    kept = [json.loads(line)["step"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert kept == [2, 4, 6]
+
+
+def test_a_log_on_a_full_disk_is_told_once(tmp_path, capsys):
+    from runtime.logs import _LogFile
+
+    with disks.small_disk(tmp_path / "disk", 4):
+        handler = _LogFile(tmp_path / "disk" / "stdout.txt")
+        for number in range(300):
+            record = standard_logging.LogRecord("name", standard_logging.INFO, "p", 1, f"line {number} " * 4, (), None)
+            handler.handle(record)
+        handler.close()
+    told = capsys.readouterr().err
+    assert told.count("No space left on device") == 1
+    assert "Traceback" not in told

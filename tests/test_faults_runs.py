@@ -1,0 +1,613 @@
+"""Faults that really happen to a run of main.py: what it says, and that nothing complete is lost.
+
+The kill of a run in training is in test_end_to_end.py. Those marked exhaustive take about TODO minutes together.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import disks
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from checkpoints import Checkpoints
+from runtime.experiment import build_experiment
+
+pytestmark = pytest.mark.slow
+
+QUIET = {"training__snapshot_sampling": False}  # no samples: their program takes as long to compile as the training's
+RUN = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def hooked(hook, arguments):
+    """The command line of a run in which some Python is run first."""
+    return [arguments[0], "-c", hook + RUN, *arguments[1:]]
+
+
+def train(workdir, *flags, hook="", **changes):
+    return tiny.run(hooked(hook, tiny.command("train", workdir, *flags, **(QUIET | changes))))
+
+
+def succeed(result):
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def refuse(result, *parts):
+    """Checks that a run ended in one sentence that has these parts."""
+    assert result.returncode == 1, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr, result.stderr[-3000:]
+    (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("score_sde: ")]
+    for part in parts:
+        assert part in sentence, sentence
+    return sentence
+
+
+def checkpoints_of(workdir):
+    template = build_experiment(tiny.make_config()).state_template()
+    return Checkpoints(workdir, snapshot_freq=12, template=template, read_only=True)
+
+
+def assert_same_end(workdir, other):
+    """Checks that two runs ended alike, bit for bit: parameters, moving average, optimizer, and the loss curve."""
+    with checkpoints_of(workdir) as one, checkpoints_of(other) as two:
+        jax.tree.map(np.testing.assert_array_equal, one.restore_snapshot(2), two.restore_snapshot(2))
+    assert (workdir / "losses.jsonl").read_text() == (other / "losses.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    succeed(train(workdir))
+    return workdir
+
+
+# --- SIGKILL ---------------------------------------------------------------------------------------------------------
+
+# Kills the process while Orbax writes the state of step 16: when its folder has just been made, when the arrays are
+# written, or when all is written and only the name is missing.
+KILL_WHILE_WRITING = """
+import os, pathlib, signal
+from orbax.checkpoint._src.path import atomicity
+path = atomicity.AtomicRenameTemporaryPath
+method = path.{method}
+async def kill(self, *args, **kwargs):
+    result = await method(self, *args, **kwargs) if "{method}" == "create" else None
+    folder = pathlib.Path(str(self.get()))
+    if folder.name.startswith("{name}.") and "/16.orbax-checkpoint-tmp" in str(folder):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result if "{method}" == "create" else await method(self, *args, **kwargs)
+path.{method} = kill
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("finalize", "state"),
+        pytest.param("create", "state", marks=pytest.mark.exhaustive),
+        pytest.param("finalize", "16", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_kill_while_a_checkpoint_is_written(unbroken, tmp_path, method, name):
+    result = train(tmp_path, hook=KILL_WHILE_WRITING.format(method=method, name=name))
+    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
+    (half,) = [path for path in (tmp_path / "checkpoints-meta").iterdir() if "tmp" in path.name]
+    assert half.name.startswith("16.")
+    assert not (tmp_path / "checkpoints-meta" / "16").exists()
+    result = succeed(train(tmp_path))
+    assert f"restored step 12 from {tmp_path / 'checkpoints'}" in result.stderr
+    assert not half.exists()
+    assert_same_end(tmp_path, unbroken)
+
+
+# Writes half of a file and kills the process.
+KILL_AT_FILE = """
+import os, signal
+import files
+write = files.write_atomically
+def write_half(path, content):
+    if path.name != "{name}":
+        return write(path, content)
+    class Half:
+        def __init__(self, file):
+            self.file = file
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+        def write(self, data):
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return write(path, lambda file: content(Half(file)))
+files.write_atomically = write_half
+"""
+
+
+@pytest.fixture(scope="module")
+def evaluated(unbroken, tmp_path_factory):
+    """The same run, evaluated at its last checkpoint and not disturbed."""
+    workdir = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(unbroken, workdir)
+    succeed(tiny.run(evaluation(workdir)))
+    return workdir
+
+
+def evaluation(workdir, *flags, **changes):
+    settings = {"eval__begin_ckpt": 2, "eval__end_ckpt": 2}
+    return tiny.command("eval", workdir, *flags, **(settings | changes))
+
+
+def report(workdir, folder="eval"):
+    stored = json.loads((workdir / folder / "report_2.json").read_text())
+    stored["sampler"].pop("seconds")
+    return stored
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("name", "complete"),
+    [
+        ("samples_from_152.npz", ["samples_from_0.npz"]),
+        ("bpd_0_1.npz", ["samples_from_0.npz", "samples_from_152.npz", "bpd_0_0.npz"]),
+        ("report_2.json", ["samples_from_0.npz", "samples_from_152.npz", "bpd_0_0.npz", "bpd_0_1.npz", "loss.npz"]),
+    ],
+)
+def test_a_kill_in_an_evaluation(unbroken, evaluated, tmp_path, name, complete):
+    """In the middle of a file of samples, of bits/dim, or of the report; the rest is used, the numbers are equal."""
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    result = tiny.run(hooked(KILL_AT_FILE.format(name=name), evaluation(workdir)))
+    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
+    of_checkpoint = workdir / "eval" / "ckpt_2"
+    assert not list((workdir / "eval").rglob(name))
+    before = {each: (of_checkpoint / each).stat().st_mtime_ns for each in complete}
+    succeed(tiny.run(evaluation(workdir)))
+    assert {each: (of_checkpoint / each).stat().st_mtime_ns for each in complete} == before
+    assert report(workdir) == report(evaluated)
+
+
+# --- SIGTERM ---------------------------------------------------------------------------------------------------------
+
+# Sends SIGTERM to the process when a function of the program is called, and once.
+TERMINATE_AT = """
+import os, signal
+import {module} as module
+function = module.{function}
+def terminate(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return function(*args, **kwargs)
+module.{function} = terminate
+"""
+SHELLS_SAY = 143  # of a process that SIGTERM ended, 128 + 15, whether it had a handler or not
+
+
+def test_two_runs_in_a_workdir_and_a_sigterm_before_the_first_step(tmp_path):
+    """The second is refused at once and writes nothing; SIGTERM ends the first, which has not begun, and frees it."""
+    pause = """
+import datasets, time
+datasets.build_source = lambda *args, **kwargs: (print("paused", flush=True), time.sleep(300))
+"""
+    arguments = hooked(pause, tiny.command("train", tmp_path, **QUIET))
+    environment = tiny.environment()
+    first = subprocess.Popen(
+        arguments, cwd=tiny.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert first.stdout.readline() == "paused\n"
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        start = time.monotonic()
+        result = train(tmp_path)
+        refuse(result, f"--workdir={tmp_path} is in use by process {first.pid} on {os.uname().nodename}, since ")
+        assert time.monotonic() - start < 60  # imports take most of it
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    finally:
+        first.terminate()
+        first.communicate(timeout=60)
+    assert 128 - first.returncode == SHELLS_SAY
+    # The second would now be let in; that a killed holder frees the folder is shown in test_faults.
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("module", "function", "code"),
+    [
+        ("runtime.train_loop", "build_trainer", -15),  # nothing is compiled yet
+        ("runtime.divergence", "LossWatch", -15),  # the state is restored, the first step is not compiled
+    ],
+)
+def test_sigterm_before_the_first_step_loses_nothing(unbroken, tmp_path, module, function, code):
+    succeed(train(tmp_path, training__n_iters=12))
+    hook = TERMINATE_AT.format(module=module, function=function)
+    if function == "LossWatch":
+        hook = hook.replace("import runtime.divergence as module", "import runtime.train_loop as module")
+    assert train(tmp_path, hook=hook).returncode == code
+    succeed(train(tmp_path))
+    assert_same_end(tmp_path, unbroken)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", ["eval", "sample"])
+def test_sigterm_in_evaluation_and_sampling_keeps_what_is_complete(unbroken, evaluated, tmp_path, mode):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    if mode == "eval":
+        arguments, folder = evaluation(workdir), workdir / "eval" / "ckpt_2"
+    else:
+        arguments = tiny.command("sample", workdir, "--num_images=300", "--output=drawn")
+        folder = workdir / "drawn" / "rounds"
+    hook = KILL_AT_FILE.replace("SIGKILL", "SIGTERM").format(name="samples_from_152.npz")
+    assert 128 - tiny.run(hooked(hook, arguments)).returncode == SHELLS_SAY
+    kept = folder / "samples_from_0.npz"
+    before = kept.stat().st_mtime_ns
+    succeed(tiny.run(arguments))
+    assert kept.stat().st_mtime_ns == before
+    if mode == "eval":
+        assert report(workdir) == report(evaluated)
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_in_training(unbroken, tmp_path):
+    """Log, loss curve and TensorBoard go on without; a checkpoint that cannot be written ends the run. Then resume."""
+    with disks.small_disk(tmp_path / "disk", 700) as resize:
+        workdir = tmp_path / "disk" / "run"
+        result = train(workdir)
+        refuse(result, f"(on the disk {tmp_path / 'disk'}): No space left on device; free some room there")
+        assert not list(workdir.rglob("*orbax-checkpoint-tmp*"))  # which would fill the disk for good
+        with checkpoints_of(workdir) as checkpoints:
+            reached = int(checkpoints.restore_newest().step)
+        assert 4 <= reached < 24
+        resize(16_000)
+        result = succeed(train(workdir))
+        assert f"restored step {reached} from" in result.stderr
+        assert_same_end(workdir, unbroken)
+
+
+# Has the system refuse every file beyond a size from step 14 on.
+LIMIT_AT_14 = """
+import resource
+from runtime import progress
+record = progress.TrainingProgress.record
+def record_and_limit(self, step, **values):
+    record(self, step, **values)
+    if step == 14:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, -1))
+progress.TrainingProgress.record = record_and_limit
+"""
+
+
+@pytest.mark.exhaustive
+def test_a_checkpoint_that_the_system_refuses(unbroken, tmp_path):
+    """The same without a disk of its own."""
+    refuse(train(tmp_path, hook=LIMIT_AT_14), "File too large; raise the limit on the size of a file (ulimit -f)")
+    assert "restored step 12 from" in succeed(train(tmp_path)).stderr
+    assert_same_end(tmp_path, unbroken)
+
+
+# Fills the disk of the workdir when a file is about to be written, and says so.
+FILL_AT = """
+import pathlib
+import files
+write = files.write_atomically
+def fill_and_write(path, content):
+    if path.name == "{name}":
+        filler = pathlib.Path("{disk}") / "filler"
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while file.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+    return write(path, content)
+files.write_atomically = fill_and_write
+"""
+
+
+@pytest.mark.exhaustive
+def test_a_disk_that_is_full_when_the_grid_is_drawn(unbroken, tmp_path):
+    """Training goes on without it, and makes the checkpoints for which somebody has made room meanwhile."""
+    with disks.small_disk(tmp_path / "disk", 16_000):
+        workdir = tmp_path / "disk" / "run"
+        make_room = f"""
+from runtime import train_loop
+after = train_loop.ScoreTrainer.after_snapshot
+def draw_and_make_room(self, state, step, progress):
+    after(self, state, step, progress)
+    pathlib.Path({str(tmp_path / "disk" / "filler")!r}).unlink(missing_ok=True)
+train_loop.ScoreTrainer.after_snapshot = draw_and_make_room
+"""
+        hook = FILL_AT.format(name="sample.npz", disk=tmp_path / "disk") + make_room
+        result = succeed(train(workdir, hook=hook, training__snapshot_sampling=True))
+        assert "no samples of step 12: " in result.stderr
+        assert "No space left on device; free some room there" in result.stderr
+        assert not (workdir / "samples" / "iter_12" / "sample.npz").exists()
+        assert_same_end(workdir, unbroken)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["samples_from_152.npz", "bpd_0_1.npz", "report_2.json", "report.md"])
+def test_a_disk_that_is_full_in_an_evaluation(unbroken, evaluated, tmp_path, name):
+    with disks.small_disk(tmp_path / "disk", 16_000):
+        workdir = tmp_path / "disk" / "run"
+        shutil.copytree(unbroken, workdir)
+        result = tiny.run(hooked(FILL_AT.format(name=name, disk=tmp_path / "disk"), evaluation(workdir)))
+        refuse(result, f"{name} (on the disk {tmp_path / 'disk'}): No space left on device; free some room there")
+        (tmp_path / "disk" / "filler").unlink()
+        kept = workdir / "eval" / "ckpt_2" / "samples_from_0.npz"
+        before = kept.stat().st_mtime_ns
+        succeed(tiny.run(evaluation(workdir)))
+        assert kept.stat().st_mtime_ns == before
+        assert report(workdir) == report(evaluated)
+
+
+@pytest.mark.exhaustive
+def test_a_workdir_that_may_not_be_written(unbroken, tmp_path):
+    with disks.small_disk(tmp_path / "disk", 16_000):
+        workdir = tmp_path / "disk" / "run"
+        shutil.copytree(unbroken, workdir)
+        disks.make_read_only(tmp_path / "disk")
+        refuse(train(workdir), f"cannot write in --workdir={workdir}: Read-only file system; choose a folder")
+        refuse(tiny.run(evaluation(workdir)), f"cannot write in --workdir={workdir}: Read-only file system")
+
+
+@pytest.mark.exhaustive
+def test_a_workdir_of_somebody_else(tmp_path):
+    """As a user who may not write there; root may write everywhere."""
+    if os.getuid() != 0:
+        pytest.skip("only root can become somebody else")
+    tmp_path.chmod(0o755)
+    hook = "import os; os.setgid(65534); os.setuid(65534); os.environ['HOME'] = '/nonexistent'\n"
+    result = train(tmp_path / "run", hook=hook)
+    refuse(result, f"cannot write in --workdir={tmp_path / 'run'}: Permission denied; choose a folder")
+
+
+# Does something to the workdir when the losses of step 14 are recorded.
+AT_14 = """
+import os, pathlib, shutil
+from runtime import progress
+workdir = pathlib.Path({workdir!r})
+record = progress.TrainingProgress.record
+def record_and_act(self, step, **values):
+    record(self, step, **values)
+    if step == 14:
+        {action}
+progress.TrainingProgress.record = record_and_act
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("log_freq", [2, 12])
+def test_a_workdir_that_vanishes(tmp_path, log_freq):
+    """Noticed when something is recorded, or when the next checkpoint is due; it is not made again."""
+    workdir = tmp_path / "run"
+    action = f"shutil.rmtree(workdir) if step == {14 if log_freq == 2 else 12} else None"
+    hook = AT_14.format(workdir=str(workdir), action=action).replace("step == 14:", "step in (12, 14):")
+    start = time.monotonic()
+    result = train(workdir, hook=hook, training__log_freq=log_freq, training__eval_freq=24)
+    assert time.monotonic() - start < 120
+    refuse(result, f"{workdir} is gone: somebody has removed, moved or replaced it while the run wrote there")
+    assert not workdir.exists()
+
+
+# --- damaged checkpoints ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("damage", ["cut short", "flipped", "array deleted", "emptied", "folder deleted"])
+def test_a_damaged_last_checkpoint(unbroken, tmp_path, damage):
+    """The run resumes from the one before, and writes the number again; until then an evaluation says which."""
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    folder = workdir / "checkpoints" / "2"
+    arrays = [path for path in folder.rglob("d/*") if path.is_file()]
+    if damage == "cut short":
+        for path in arrays:
+            path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "flipped":
+        for path in arrays:
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+    elif damage == "array deleted":
+        arrays[0].unlink()
+        shutil.rmtree(folder / "state" / "d", ignore_errors=True)
+    else:
+        shutil.rmtree(folder)
+        if damage == "emptied":
+            folder.mkdir()
+    told = "checkpoint 2 is not in" if damage == "folder deleted" else "checkpoint 2 in"
+    refuse(tiny.run(evaluation(workdir)), told, "eval.begin_ckpt")
+    result = succeed(train(workdir))
+    assert f"restored step 20 from {workdir / 'checkpoints-meta'}" in result.stderr
+    assert ("moved the damaged checkpoint 2 to" in result.stderr) == (damage != "folder deleted")
+    assert (workdir / "checkpoints-damaged" / "checkpoints-2").exists() == (damage != "folder deleted")
+    assert_same_end(workdir, unbroken)
+
+
+# --- the clock -------------------------------------------------------------------------------------------------------
+
+# The wall clock goes back an hour at every reading from step 8 on.
+CLOCK_BACK = """
+import time, datetime
+from runtime import progress
+now, record, back = time.time, progress.TrainingProgress.record, [0]
+def turned_back():
+    back[0] += 3600 if back[0] else 0
+    return now() - back[0]
+def record_and_turn(self, step, **values):
+    record(self, step, **values)
+    if step == 8 and not back[0]:
+        back[0] = 3600
+time.time = turned_back
+time.time_ns = lambda: int(1e9 * turned_back())
+progress.TrainingProgress.record = record_and_turn
+"""
+
+
+@pytest.mark.exhaustive
+def test_a_clock_that_goes_back(unbroken, tmp_path):
+    """Checkpoints go by steps: the run that goes on after a kill takes the last step, not the latest time."""
+    result = train(tmp_path, hook=CLOCK_BACK, training__n_iters=20)
+    succeed(result)
+    rates = [
+        float(line.split(", ")[1].split(" ")[0].replace(",", ""))
+        for line in result.stderr.splitlines()
+        if "images/s" in line
+    ]
+    assert all(rate >= 0 for rate in rates)
+    assert sorted(path.name for path in (tmp_path / "checkpoints-meta").iterdir()) == ["16", "20"]
+    assert "restored step 20 from" in succeed(train(tmp_path, hook=CLOCK_BACK)).stderr
+    assert_same_end(tmp_path, unbroken)
+
+
+# --- steps that go wrong ---------------------------------------------------------------------------------------------
+
+# The loss of the batch of the seventh step is not a number.
+POISON = """
+import jax, jax.numpy as jnp
+import losses
+make = losses.make_train_step
+def make_poisoned(loss_fn, optimizer, **kwargs):
+    def make_step(poison):
+        loss = lambda *args, **kwargs: loss_fn(*args, **kwargs) + poison
+        return make(loss, optimizer, **kwargs)
+    def step(key, state, batch):
+        poison = jnp.where(state.step == 6, jnp.nan, 0.0)
+        return make_step(poison)(key, state, batch)
+    return step
+losses.make_train_step = make_poisoned
+"""
+
+
+@pytest.mark.exhaustive
+def test_a_loss_that_is_not_a_number(unbroken, tmp_path):
+    """Under "stop" the run says which step, where, and what is good; under "skip" it goes on to the end."""
+    sentence = refuse(
+        train(tmp_path, hook=POISON),
+        "the loss became nan at step 7",
+        "step 6 was the last good step, 8 the last that was taken",
+        "the parameters are not finite",
+        f"the last good checkpoint is {tmp_path / 'checkpoints-meta' / '4'} (step 4)",
+        "lower optim.lr or set optim.grad_clip, or set training.on_nan='skip'",
+    )
+    by_level = sentence.partition("by noise level sigma: ")[2].partition(";")[0].split(", ")
+    assert len(by_level) == 10
+    assert all(0.5 < float(text.partition(": ")[2]) < 1.5 for text in by_level)  # a network that knows little
+    result = succeed(train(tmp_path, hook=POISON, training__on_nan="skip"))
+    assert "restored step 4 from" in result.stderr
+    assert "skipped 1 step(s), whose loss or gradient is not finite: 7" in result.stderr
+    records = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record.get("skipped")] == [8]
+    undisturbed = [json.loads(line) for line in (unbroken / "losses.jsonl").read_text().splitlines()]
+    assert records[:3] == undisturbed[:3]
+    assert [record["step"] for record in records] == [record["step"] for record in undisturbed]
+    with checkpoints_of(tmp_path) as checkpoints:
+        state = checkpoints.restore_snapshot(2)
+    assert int(state.step) == 24
+    assert {int(leaf) for leaf in jax.tree.leaves(state.opt_state) if np.ndim(leaf) == 0} == {23}
+
+
+# --- data that disappear ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_picture_that_disappears(tmp_path, cached):
+    """Not cached: the file is named, the state saved, and with the file back the run ends as if nothing had been."""
+    generator, data = np.random.default_rng(0), tmp_path / "data"
+    data.mkdir()
+    for number in range(40):
+        Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).save(data / f"{number:02d}.png")
+    changes = {"data__dataset": "folder", "data__path": data, "data__num_levels": 256}
+    changes |= {"data__cache_gib": 1.0 if cached else 0.0, "training__eval_freq": 24}
+    other = tmp_path / "unbroken"
+    succeed(train(other, **changes))
+    shutil.copytree(data, tmp_path / "copy")
+    action = f"[path.unlink() for path in pathlib.Path({str(data)!r}).iterdir()]"
+    workdir = tmp_path / "run"
+    result = train(workdir, hook=AT_14.format(workdir=str(workdir), action=action), **changes)
+    if cached:
+        succeed(result)
+    else:
+        refuse(result, ".png of data.path=", "could be read when the run began: it cannot be read: No such file")
+        saved = [int(path.name) for path in (workdir / "checkpoints-meta").iterdir()]
+        assert max(saved) >= 14
+        assert f"the data fail: step {max(saved)} is saved; the same command resumes from it" in result.stderr
+        for path in (tmp_path / "copy").iterdir():
+            shutil.copy2(path, data)
+        assert f"restored step {max(saved)} from" in succeed(train(workdir, **changes)).stderr
+    with _snapshot_of(workdir, changes) as one, _snapshot_of(other, changes) as two:
+        jax.tree.map(np.testing.assert_array_equal, one.restore_snapshot(2), two.restore_snapshot(2))
+
+
+@contextlib.contextmanager
+def _snapshot_of(workdir, changes):
+    template = build_experiment(
+        tiny.make_config(**(changes | {"data__path": str(changes["data__path"])}))
+    ).state_template()
+    with Checkpoints(workdir, snapshot_freq=12, template=template, read_only=True) as checkpoints:
+        yield checkpoints
+
+
+@pytest.mark.exhaustive
+def test_an_npz_file_that_disappears(tmp_path):
+    """The run that has it open goes on; the next one says which file is missing, and goes on when it is back."""
+    levels = np.random.default_rng(0).integers(0, 17, (60, 8, 8, 1), dtype=np.uint8)
+    data = tmp_path / "data.npz"
+    np.savez(data, images=levels)
+    changes = {"data__dataset": "npz", "data__path": data}
+    action = f"pathlib.Path({str(data)!r}).unlink(); shutil.rmtree(os.environ['SCORE_SDE_CACHE'])"
+    hook = f"import os; os.environ['SCORE_SDE_CACHE'] = {str(tmp_path / 'cache')!r}\n"
+    workdir = tmp_path / "run"
+    hook_at = hook + AT_14.format(workdir=str(workdir), action=action)
+    succeed(train(workdir, hook=hook_at, **changes, training__n_iters=20))
+    assert not (tmp_path / "cache").exists()
+    refuse(train(workdir, hook=hook, **changes), f"{data} does not exist")
+    np.savez(data, images=levels)
+    assert "restored step 20 from" in succeed(train(workdir, hook=hook, **changes)).stderr
+
+
+# --- two at a time ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+def test_a_folder_of_results_has_one_writer_beside_a_training(unbroken, tmp_path):
+    """An evaluation runs beside a training of the same workdir, but not beside another one into its folder."""
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    wait = """
+import sys, time
+sys.path[:0] = ["."]
+from runtime import locks
+with locks.hold(sys.argv[1]), locks.hold(sys.argv[2]), locks.hold(sys.argv[3]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    folders = [workdir, workdir / "eval", workdir / "drawn"]
+    arguments = [tiny.command("eval", workdir)[0], "-c", wait, *map(str, folders)]
+    holder = subprocess.Popen(arguments, cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        refuse(tiny.run(evaluation(workdir)), f"--eval_folder={workdir / 'eval'} is in use by process {holder.pid}")
+        refuse(
+            tiny.run(tiny.command("sample", workdir, "--output=drawn")),
+            f"--output={workdir / 'drawn'} is in use by process {holder.pid}",
+        )
+        succeed(tiny.run(evaluation(workdir, "--eval_folder=other", eval__enable_bpd=False)))
+    finally:
+        holder.kill()
+        holder.communicate()
