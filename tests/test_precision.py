@@ -236,28 +236,34 @@ BLOCKS = (blocks.DDPMBlock, blocks.BigGANBlock, layers.Attention, refinenet.Resi
 BLOCKS += (refinenet.MultiResolutionFusion, refinenet.ChainedPooling, wideresnet.WideBlock)
 
 
+def small(name, **settings):
+    """A small network of a kind: its configuration, its layers, and the shapes of its parameters."""
+    of_kind = {"model.name": name, "model.nf": 32, "model.num_scales": 10}
+    of_kind |= {"model.num_classes": 3} if name.startswith("wide") else {}
+    of_kind |= {"model.normalization": "InstanceNorm++"} if name.startswith("ncsnv2") or name == "ncsn" else {}
+    of_kind |= {"model.blocks_per_group": 1, "model.channel_multiplier": 1}
+    config = config_of(SMALL | of_kind | {f"model.{key}": value for key, value in settings.items()})
+    calls, shapes = legacy.parameters.trace_network(config)
+    return config, [(path, type(layer)) for path, layer in calls.items()], shapes
+
+
+def evaluate_small(config, params):
+    return create_model(config).apply({"params": params}, jnp.zeros((2, 8, 8, 1)), jnp.ones(2))
+
+
 @pytest.mark.parametrize("name", ["ddpm", "ncsn", "ncsnpp", "ncsnv2_64", "ncsnv2_128", "wideresnet_noise_conditional"])
 def test_every_block_of_every_network_is_computed_again(name):
-    settings = {"model.name": name, "model.remat": True, "model.nf": 32, "model.num_scales": 10}
-    settings |= {"model.num_classes": 3} if name.startswith("wide") else {}
-    settings |= (
-        {} if name in ("ddpm", "ncsnpp", "wideresnet_noise_conditional") else {"model.normalization": "InstanceNorm++"}
-    )
-    settings |= {"model.blocks_per_group": 1, "model.channel_multiplier": 1}
-    config, plain = (config_of(SMALL | settings | {"model.remat": remat}) for remat in (True, False))
-    calls, shapes = legacy.parameters.trace_network(config)
-    plain_calls, plain_shapes = legacy.parameters.trace_network(plain)
-    assert shapes == plain_shapes
-    assert [(path, type(layer)) for path, layer in calls.items()] == [
-        (path, type(layer)) for path, layer in plain_calls.items()
-    ]
-    x, labels = jnp.zeros((2, 8, 8, 1)), jnp.ones(2)
-    evaluate = lambda params: create_model(config).apply({"params": params}, x, labels)  # noqa: E731
-    num_remat = sum(
-        equation.primitive.name.startswith(("remat", "checkpoint"))
-        for equation in equations(jax.make_jaxpr(evaluate)(shapes).jaxpr)
-    )
-    assert num_remat == sum(type(layer) in BLOCKS for layer in calls.values()) > 0
+    config, calls, shapes = small(name, remat=True)
+    assert small(name)[1:] == (calls, shapes)  # so that checkpoints of the 2021 code are read alike
+    jaxpr = jax.make_jaxpr(functools.partial(evaluate_small, config))(shapes).jaxpr
+    num_remat = sum(each.primitive.name.startswith(("remat", "checkpoint")) for each in equations(jaxpr))
+    assert num_remat == sum(layer in BLOCKS for _, layer in calls) > 0
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ncsn", "ncsnpp", "ncsnv2_64", "wideresnet_noise_conditional"])
+def test_outputs_are_float32_even_if_nothing_divides_them(name):
+    config, _, shapes = small(name, dtype="bfloat16")
+    assert jax.eval_shape(functools.partial(evaluate_small, config), shapes).dtype == np.float32
 
 
 @pytest.mark.exhaustive
