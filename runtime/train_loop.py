@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
@@ -231,7 +230,7 @@ class _Loop:
         try:
             return next(batches)
         except Exception:
-            if jax.process_count() == 1:  # several would have to save together, and the others know of nothing
+            if distributed.is_alone():  # several would have to save together, and the others know of nothing
                 self.save(state, step)
                 self.checkpoints.wait()
                 logging.warning("the data fail: step %d is saved; the same command resumes from it", step)
@@ -298,7 +297,7 @@ class _Loop:
             except NotFiniteError as error:
                 on_host = distributed.unreplicate(state)
                 raise divergence.explain(error, trainer, source, on_host, self.checkpoints) from None
-        self.checkpoints.wait()
+            self.checkpoints.wait()
         return distributed.unreplicate(state)
 
 
