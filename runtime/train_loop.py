@@ -216,7 +216,8 @@ class _Loop:
           NotFiniteError: if it, or a step before it, is not finite.
           WorkdirError: if the workdir is gone.
         """
-        if not self.watch.has_moved():
+        self.watch.look()
+        if not self.watch.has_moved:
             logging.warning("step %d is not saved: every step since the last saved one was skipped", step)
             return
         on_host = distributed.unreplicate(state)
@@ -224,13 +225,16 @@ class _Loop:
             raise NotFiniteError(f"the state became infinite or nan at step {step}, though no loss did", step, step)
         self.presence.require()
         self.checkpoints.save(on_host)
+        self.watch.mark_saved()
 
     def read(self, batches: Iterator[Any], state: TrainState, step: int) -> Any:
         """Returns the next batch; if the data fail, the state is saved first."""
         try:
             return next(batches)
         except Exception:
-            if distributed.is_alone():  # several would have to save together, and the others know of nothing
+            self.watch.look()
+            # Several processes would have to save together, and the others know of nothing.
+            if self.watch.has_moved and distributed.is_alone():
                 self.save(state, step)
                 self.checkpoints.wait()
                 logging.warning("the data fail: step %d is saved; the same command resumes from it", step)

@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_checkpoints import assert_equal
+from test_checkpoints import assert_equal, make_state, open_checkpoints
 
+import distributed
 import losses
 import noise_levels
 from configs.vp import digits_ddpmpp_continuous
-from runtime import divergence
+from runtime import divergence, train_loop
 from runtime.divergence import LossWatch, NotFiniteError
 from runtime.experiment import build_experiment
+from runtime.workdir import Presence
 
 OPTIMIZER = losses.make_optimizer(lr=1e-2, beta1=0.9, eps=1e-8, weight_decay=0.0, warmup=3, grad_clip=1.0)
 
@@ -100,13 +102,36 @@ def test_too_many_skipped_steps_in_a_row_end_the_run():
 
 
 def test_a_state_that_no_step_has_moved_is_not_worth_saving():
-    watch = LossWatch(skips=True)
-    watch.add(2, of_device([np.nan, 1.0]))
-    assert watch.has_moved()
-    watch.add(4, of_device([np.nan, np.nan]))
-    assert not watch.has_moved()
-    watch.add(6, of_device([1.0, np.nan]))
-    assert watch.has_moved()
+    watch, moved = LossWatch(skips=True), []
+    for step, losses_of_call in ((0, []), (2, [np.nan, 1.0]), (4, [np.nan, np.nan]), (6, [1.0, np.nan])):
+        watch.add(step, of_device(losses_of_call))
+        watch.look()
+        moved.append(watch.has_moved)
+        watch.mark_saved()
+    assert moved == [False, True, False, True]
+
+
+@pytest.mark.parametrize("has_trained", [False, True])
+def test_when_data_fail_what_was_trained_is_saved_and_nothing_else(tmp_path, has_trained):
+    """A run whose first batch fails leaves no checkpoint of its first step behind."""
+
+    def failing():
+        raise FileNotFoundError("data.npz does not exist")
+        yield
+
+    state = make_state(4)
+    with open_checkpoints(tmp_path) as checkpoints:
+        watch = LossWatch(skips=False)
+        loop = train_loop._Loop(None, checkpoints, None, Presence(tmp_path), watch)
+        if has_trained:
+            watch.add(4, of_device([1.0]))
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            loop.read(failing(), distributed.replicate(state), 4)
+        newest = checkpoints.restore_newest()
+    if has_trained:
+        assert_equal(newest, state)
+    else:
+        assert newest is None
 
 
 class _Diverging:
