@@ -32,7 +32,7 @@ def _describe_holder(descriptor: int) -> str:
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
         return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (ValueError, KeyError, TypeError):  # it holds the lock, but has not written yet
+    except (ValueError, KeyError, TypeError, RecursionError):  # it holds the lock, but has not written yet
         return "another process"
 
 
