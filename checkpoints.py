@@ -34,7 +34,7 @@ NUM_RESUMABLE = 2  # a damaged newest state leaves the one before it
 POLL_SECONDS = 1.0
 
 # What Orbax and TensorStore raise for files that are missing, cut short or changed.
-_READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
+_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 DAMAGED = "checkpoints-damaged"  # folder beside those of the checkpoints
@@ -97,12 +97,12 @@ def _restore(manager: ocp.CheckpointManager, number: int, template: TrainState) 
     args = ocp.args.Composite(state=ocp.args.StandardRestore(template), info=ocp.args.JsonRestore())
     try:
         restored = manager.restore(number, args=args)
+        stored = dict(restored["info"]["checksums"])
     except _READ_ERRORS as error:
         # What follows in these messages are pages of settings and trees.
         reason = str(error).split(" [tensorstore_spec", 1)[0].partition("\n")[0]
         raise CheckpointError(f"{name} cannot be read: {reason}") from error
     found = _checksums(restored["state"])
-    stored = restored["info"]["checksums"]
     damaged = sorted(path for path in found if found[path] != stored.get(path))
     if damaged:
         raise CheckpointError(f"{name} is damaged: the checksum of {damaged[0]} differs ({len(damaged)} arrays)")
@@ -172,7 +172,13 @@ class Checkpoints:
                 primary_host=0, active_processes={0}, barrier_sync_key_prefix=directory.name
             ),
         )
-        return ocp.CheckpointManager(directory, options=options)
+        try:
+            return ocp.CheckpointManager(directory, options=options)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{directory} cannot be opened: a _CHECKPOINT_METADATA in it is damaged ({error}); delete that file, "
+                "which only says when its checkpoint was written"
+            ) from error
 
     @distributed.on_main
     def save(self, state: TrainState) -> None:

@@ -10,13 +10,15 @@ what depends on them: `once` runs something there and gives all processes its re
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import itertools
 import json
 import os
 import platform
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -49,10 +51,25 @@ def _in_mapped_function() -> bool:
     return True
 
 
+# Which of how many equal parts of a device's batch is being traced.
+_part: contextvars.ContextVar[tuple[int | Int[Array, ""], int]] = contextvars.ContextVar("part", default=(0, 1))
+
+
+@contextlib.contextmanager
+def part_of_batch(index: Int[Array, ""], num_parts: int) -> Iterator[None]:
+    """Says that what is traced inside sees one of `num_parts` equal parts of the batch of a device, in their order."""
+    token = _part.set((index, num_parts))
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
 def example_index(num_examples: int) -> Int[Array, "B"]:
-    """Returns the indices in the global batch of the `num_examples` examples on this device."""
-    index = jnp.arange(num_examples)
-    return index + jax.lax.axis_index(AXIS) * num_examples if _in_mapped_function() else index
+    """Returns the indices in the global batch of the `num_examples` examples on this device, or in this part of it."""
+    part, num_parts = _part.get()
+    index = jnp.arange(num_examples) + part * num_examples
+    return index + jax.lax.axis_index(AXIS) * (num_examples * num_parts) if _in_mapped_function() else index
 
 
 def mean(tree: PyTree) -> PyTree:

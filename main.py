@@ -47,6 +47,7 @@ MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
 MODES = {
     "doctor": Mode(run_lib.doctor, config="optional", workdir="none"),
     "prepare": Mode(run_lib.prepare, workdir="none"),
+    "memory": Mode(run_lib.memory, workdir="none"),
     # Scripts of the 2021 code always give --eval_folder.
     "train": Mode(run_lib.train, ignored=("eval_folder",), workdir="writable", shared=True, preemptible=True),
     "train_classifier": Mode(run_lib.train_classifier, workdir="writable", shared=True, preemptible=True),

@@ -26,6 +26,7 @@ COUNTS = (
     "blocks_per_group",
     "channel_multiplier",
     "batch_size",
+    "microbatches",
     "n_iters",
     "n_jitted_steps",
     "log_freq",

@@ -22,6 +22,7 @@ from runtime import workdir as workdirs
 from runtime.workdir import WorkdirError
 
 SETTINGS_FILE = "settings.json"
+SAME_RESULTS = ("model.remat",)  # settings without effect on any number
 FACTS = "facts"  # key of settings.json under which the results are described; no setting
 
 
@@ -89,7 +90,8 @@ def open_folder(
     Raises:
       WorkdirError: naming what differs.
     """
-    given = {key: value for key, value in workdirs.flatten(config).items() if key.startswith(names)}
+    settings_given = workdirs.flatten(config).items()
+    given = {key: value for key, value in settings_given if key.startswith(names) and key not in SAME_RESULTS}
     given["params_crc32"] = functools.reduce(lambda crc, leaf: zlib.crc32(leaf, crc), jax.tree.leaves(params), 0)
     hashes = {f"{name}_sha256": digest for name, digest in (contents or {}).items()}
     path = folder / SETTINGS_FILE

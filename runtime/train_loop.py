@@ -58,6 +58,23 @@ def check_schedule(config: ConfigDict, group: str = "training") -> None:
     if num_steps(config, group) == 0:
         raise ValueError(f"{group}.n_iters={settings.n_iters} is less than {group}.n_jitted_steps={steps}")
     distributed.check_batch_size(f"{group}.batch_size", settings.batch_size)
+    _check_microbatches(f"{group}.microbatches", settings.microbatches, settings.batch_size)
+
+
+def _check_microbatches(name: str, microbatches: int, batch_size: int) -> None:
+    """Checks that the microbatches divide a device's part of a batch.
+
+    Raises:
+      ValueError: naming the setting `name` and the nearest values that work.
+    """
+    images = batch_size // distributed.device_count()
+    if microbatches < 1 or images % microbatches:
+        divisors = [count for count in range(1, images + 1) if images % count == 0]
+        around = [*[d for d in divisors if d < microbatches][-1:], *[d for d in divisors if d > microbatches][:1]]
+        raise ValueError(
+            f"{name}={microbatches} does not divide the {images} images of a batch on each device; the nearest that "
+            f"does: {' or '.join(map(str, around))}"
+        )
 
 
 def check_first_step(config: ConfigDict, step: int, group: str = "training") -> None:

@@ -22,8 +22,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffrax", "nu
 
 # A workdir belongs to one network on one kind of data under one SDE: these may not change when a run is resumed.
 FIXED_GROUPS = ("model.", "data.", "training.sde", "training.continuous")
-# Where the data lie, how they are kept, and a rate that may be changed on the way.
-FREE_KEYS = ("data.path", "data.strict", "data.cache_gib", "model.ema_rate")
+# Where the data lie, how they are kept, and what may be changed on the way: a rate, and how the network is computed.
+FREE_KEYS = ("data.path", "data.strict", "data.cache_gib", "model.ema_rate", "model.dtype", "model.remat")
 
 
 class WorkdirError(RuntimeError):

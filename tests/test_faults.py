@@ -73,15 +73,29 @@ def test_a_file_on_a_full_disk_is_named_and_the_old_one_stays(tmp_path):
         assert os.listdir(tmp_path / "disk") == ["report.json"]  # what was half written gave its room back
 
 
+def test_what_a_killed_process_left_of_a_file_is_removed_and_nothing_of_others(tmp_path):
+    host = os.uname().nodename
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    leftover = tmp_path / f".report.json.{host}-{ended.stdout.strip()}.abcd"
+    kept = [tmp_path / f".report.json.{host}-{os.getppid()}.abcd", tmp_path / ".report.json.elsewhere-1.abcd"]
+    kept += [tmp_path / f"report.md.{host}-{ended.stdout.strip()}.abcd"]
+    for each in (leftover, *kept):
+        each.write_text("half")
+    files.remove_leftovers(tmp_path.parent)
+    assert set(tmp_path.iterdir()) == set(kept)
+
+
 def test_a_growing_file_keeps_what_a_full_disk_refuses(tmp_path, caplog):
-    """Also the part of a line that still had room is written once."""
-    lines = [f"{number:07d}\n".encode() for number in range(2000)]
+    """Also the part of a line that still had room is written once: nine bytes do not divide the disk's blocks."""
+    lines = [f"{number:08d}\n".encode() for number in range(2000)]
     with disks.small_disk(tmp_path / "disk", 8) as resize:
         file = files.Appender(tmp_path / "disk" / "losses.jsonl")
         for line in lines:
             file.append(line)
         assert caplog.text.count("No space left on device") == 1  # told once, not 1000 times
-        assert 0 < (tmp_path / "disk" / "losses.jsonl").stat().st_size < 8 * 2000
+        assert 0 < (tmp_path / "disk" / "losses.jsonl").stat().st_size < 9 * 2000
         resize(64)
         file.close()
         assert (tmp_path / "disk" / "losses.jsonl").read_bytes() == b"".join(lines)
@@ -389,14 +403,21 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
     assert os.listdir(tmp_path / "some") == ["result"]
 
 
-def test_a_lock_is_not_lost_to_one_who_opened_the_file_before_it_was_removed(tmp_path):
-    """Who waits at the removed file must not believe that it has the folder."""
+def test_a_lock_is_not_lost_to_one_who_opened_the_file_before_it_was_removed(tmp_path, monkeypatch):
+    """The holder may remove the file between our opening and locking it: what we then lock is nobody's."""
+    flock, calls = locks.fcntl.flock, []
+
+    def flock_after_removal(descriptor, operation):
+        if not calls:
+            (tmp_path / locks.FILE).unlink()
+        calls.append(operation)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock_after_removal)
     with locks.hold(tmp_path):
-        opened = os.open(tmp_path / locks.FILE, os.O_RDWR)
-    assert not locks._is_at(opened, tmp_path / locks.FILE)
-    with locks.hold(tmp_path), pytest.raises(locks.LockedError):
-        locks.hold(tmp_path).__enter__()
-    os.close(opened)
+        assert len(calls) == 2
+        with pytest.raises(locks.LockedError):
+            locks.hold(tmp_path).__enter__()
 
 
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):

@@ -77,6 +77,13 @@ def unbroken(tmp_path_factory):
 
 # --- SIGKILL ---------------------------------------------------------------------------------------------------------
 
+# Returns when the first snapshot is complete, which is written in the background.
+WAIT_FOR_SNAPSHOT = """
+import pathlib, time
+def wait_for_snapshot():
+    while not (pathlib.Path({workdir!r}) / "checkpoints" / "1").exists():
+        time.sleep(0.01)
+"""
 # Kills the process while Orbax writes the state of step 16: when its folder has just been made, when the arrays are
 # written, or when all is written and only the name is missing.
 KILL_WHILE_WRITING = """
@@ -88,6 +95,7 @@ async def kill(self, *args, **kwargs):
     result = await method(self, *args, **kwargs) if "{method}" == "create" else None
     folder = pathlib.Path(str(self.get()))
     if folder.name.startswith("{name}.") and "/16.orbax-checkpoint-tmp" in str(folder):
+        wait_for_snapshot()
         os.kill(os.getpid(), signal.SIGKILL)
     return result if "{method}" == "create" else await method(self, *args, **kwargs)
 path.{method} = kill
@@ -103,7 +111,8 @@ path.{method} = kill
     ],
 )
 def test_a_kill_while_a_checkpoint_is_written(unbroken, tmp_path, method, name):
-    result = train(tmp_path, hook=KILL_WHILE_WRITING.format(method=method, name=name))
+    hook = WAIT_FOR_SNAPSHOT.format(workdir=str(tmp_path)) + KILL_WHILE_WRITING.format(method=method, name=name)
+    result = train(tmp_path, hook=hook)
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
     (half,) = [path for path in (tmp_path / "checkpoints-meta").iterdir() if "tmp" in path.name]
     assert half.name.startswith("16.")
@@ -176,6 +185,7 @@ def test_a_kill_in_an_evaluation(unbroken, evaluated, tmp_path, name, complete):
     before = {each: (of_checkpoint / each).stat().st_mtime_ns for each in complete}
     succeed(tiny.run(evaluation(workdir)))
     assert {each: (of_checkpoint / each).stat().st_mtime_ns for each in complete} == before
+    assert not [path for path in (workdir / "eval").rglob(".*") if path.is_file()]  # what the killed one left
     assert report(workdir) == report(evaluated)
 
 
@@ -285,6 +295,7 @@ record = progress.TrainingProgress.record
 def record_and_limit(self, step, **values):
     record(self, step, **values)
     if step == 14:
+        wait_for_snapshot()
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, -1))
 progress.TrainingProgress.record = record_and_limit
 """
@@ -293,7 +304,8 @@ progress.TrainingProgress.record = record_and_limit
 @pytest.mark.exhaustive
 def test_a_checkpoint_that_the_system_refuses(unbroken, tmp_path):
     """The same without a disk of its own."""
-    refuse(train(tmp_path, hook=LIMIT_AT_14), "File too large; raise the limit on the size of a file (ulimit -f)")
+    hook = WAIT_FOR_SNAPSHOT.format(workdir=str(tmp_path)) + LIMIT_AT_14
+    refuse(train(tmp_path, hook=hook), "File too large; raise the limit on the size of a file (ulimit -f)")
     assert "restored step 12 from" in succeed(train(tmp_path)).stderr
     assert_same_end(tmp_path, unbroken)
 
@@ -394,8 +406,12 @@ progress.TrainingProgress.record = record_and_act
 def test_a_workdir_that_vanishes(tmp_path, log_freq):
     """Noticed when something is recorded, or when the next checkpoint is due; it is not made again."""
     workdir = tmp_path / "run"
-    action = f"shutil.rmtree(workdir) if step == {14 if log_freq == 2 else 12} else None"
-    hook = AT_14.format(workdir=str(workdir), action=action).replace("step == 14:", "step in (12, 14):")
+    action = (
+        f"workdir.rename({str(tmp_path / 'away')!r}); shutil.rmtree({str(tmp_path / 'away')!r}, ignore_errors=True)"
+    )
+    hook = AT_14.format(workdir=str(workdir), action=action).replace(
+        "step == 14", f"step == {14 if log_freq == 2 else 12}"
+    )
     start = time.monotonic()
     result = train(workdir, hook=hook, training__log_freq=log_freq, training__eval_freq=24)
     assert time.monotonic() - start < 120
