@@ -25,6 +25,7 @@ from runtime import (
     smoke,
     train_loop,
 )
+from runtime import memory as footprint
 from runtime import workdir as workdirs
 from runtime.classifier_experiment import FOLDER, check_settings
 from runtime.doctor import examine
@@ -41,6 +42,7 @@ __all__ = [
     "evaluate",
     "export_checkpoint",
     "import_checkpoint",
+    "memory",
     "prepare",
     "restore",
     "sample",
@@ -76,6 +78,21 @@ def prepare(config: ConfigDict) -> None:
       FileNotFoundError: if files or TensorFlow are missing.
     """
     preparing.prepare_data(smoke.shrink(config) if config.training.smoke else config)
+
+
+def memory(config: ConfigDict) -> None:
+    """Prints what training and evaluation will hold in the memory of each device; compiles them, and runs nothing.
+
+    Args:
+      config: experiment configuration.
+
+    Raises:
+      ValueError: if a setting is wrong, or JAX does not tell the memory on this backend.
+    """
+    config = smoke.shrink(config) if config.training.smoke else config
+    require_score_network(config)
+    train_loop.check_schedule(config)
+    footprint.print_memory(config)
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:

@@ -58,6 +58,8 @@ def _model() -> ConfigDict:
             "num_classes": 0,  # classes that a score network is told, or that the classifier tells apart; 0: none
             "blocks_per_group": 4,  # if this is a classifier of the 2021 code: residual blocks of each of its groups
             "channel_multiplier": 10,  # the same: its width, in multiples of 16, 32 and 64 channels
+            "dtype": "float32",  # of the features: "float32" or "bfloat16"; parameters, norms and losses stay float32
+            "remat": False,  # compute the features of a block again in the gradient, instead of keeping them
             "scale_by_sigma": False,  # divide the network's output by sigma
             "ema_rate": 0.9999,  # decay of the exponential moving average of the parameters
             "num_scales": 1000,  # N: noise levels of the discrete SDE, steps of the sampler
@@ -75,6 +77,7 @@ def _training() -> ConfigDict:
             "smoke": False,  # train two steps of a shrunk network on the embedded digits, to see that all is in place
             "sde": "vpsde",  # "vesde", "vpsde" or "subvpsde"
             "batch_size": 128,  # images of a step, over all devices and hosts
+            "microbatches": 1,  # parts of a device's batch, one after the other in memory; the result is the same
             "n_iters": 1_300_001,  # steps
             "n_jitted_steps": 5,  # steps in one compiled call; divides the frequencies below
             "continuous": True,  # denoising score matching in continuous time; False: SMLD (VE) or DDPM (VP) losses
@@ -115,6 +118,7 @@ def _classifier() -> ConfigDict:
             "blocks_per_group": 4,  # residual blocks of each of its three groups
             "channel_multiplier": 10,  # width, in multiples of 16, 32 and 64 channels
             "batch_size": 128,  # images of a step, over all devices and hosts
+            "microbatches": 1,  # parts of a device's batch, one after the other in memory; the result is the same
             "n_iters": 100_000,  # steps
             "n_jitted_steps": 5,  # steps in one compiled call; divides the frequencies below
             "lr": 3e-4,  # learning rate after the warm-up

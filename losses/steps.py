@@ -48,12 +48,42 @@ def update_ema(params_ema: Params, params: Params, ema_rate: float) -> Params:
     return jax.tree.map(lambda ema, p: ema_rate * ema + (1.0 - ema_rate) * p, params_ema, params)
 
 
+# (params, batch) -> the mean loss of the batch and its gradient
+Gradient = Callable[[Params, Batch], tuple[Array, Params]]
+
+
+def accumulate(gradient: Gradient, num_parts: int) -> Gradient:
+    """Returns the same mean loss and gradient, computed of one part of the batch after the other.
+
+    The activations of one part at a time are in memory. Each example draws what it draws in the whole batch, see
+    `distributed.part_of_batch`, and the loss of a batch is the mean of that of its examples, none of which looks at
+    another: so the result is that of the whole batch, up to the order of the sum.
+
+    Args:
+      gradient: of a batch.
+      num_parts: of equal size; they must divide the batch.
+    """
+
+    def accumulated(params: Params, batch: Batch) -> tuple[Array, Params]:
+        def add(total: tuple[Array, Params], part: tuple[Array, Batch]) -> tuple[tuple[Array, Params], None]:
+            with distributed.part_of_batch(part[0], num_parts):
+                return jax.tree.map(jnp.add, total, gradient(params, part[1])), None
+
+        split = lambda array: array.reshape(num_parts, -1, *array.shape[1:])  # noqa: E731
+        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        total, _ = jax.lax.scan(add, zero, (jnp.arange(num_parts), jax.tree.map(split, batch)))
+        return jax.tree.map(lambda leaf: leaf / num_parts, total)
+
+    return gradient if num_parts == 1 else accumulated
+
+
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     *,
     ema_rate: float,
     prepare: Callable[[PRNGKeyArray, Array], Array] = lambda key, x: x,
+    microbatches: int = 1,
 ) -> TrainStep:
     """Builds one training step, for use inside a mapped function or outside one.
 
@@ -62,6 +92,7 @@ def make_train_step(
       optimizer: see `make_optimizer`.
       ema_rate: decay of the moving average of the parameters.
       prepare: turns a batch of stored levels into the network's input.
+      microbatches: parts of a device's batch that are computed one after the other; they must divide it.
 
     Returns:
       `(key, state, batch) -> (state, metrics)`. `key` is the same for the whole run: the noise of a step follows from
@@ -71,10 +102,13 @@ def make_train_step(
 
     def train_step(key: PRNGKeyArray, state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Array]]:
         key_data, key_loss = jax.random.split(jax.random.fold_in(key, state.step))
-        levels, told = (batch[0], {"class_labels": batch[1]}) if isinstance(batch, tuple) else (batch, {})
-        x = prepare(key_data, levels)
-        objective = lambda params: loss_fn(key_loss, params, x, train=True, **told).mean()  # noqa: E731
-        loss, grads = distributed.mean(jax.value_and_grad(objective)(state.params))
+
+        def mean_loss(params: Params, batch: Batch) -> Array:
+            levels, told = (batch[0], {"class_labels": batch[1]}) if isinstance(batch, tuple) else (batch, {})
+            return loss_fn(key_loss, params, prepare(key_data, levels), train=True, **told).mean()
+
+        gradient = accumulate(jax.value_and_grad(mean_loss), microbatches)
+        loss, grads = distributed.mean(gradient(state.params, batch))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params_ema = update_ema(state.params_ema, params, ema_rate)

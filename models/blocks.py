@@ -12,6 +12,7 @@ from models import initializers, resample
 from models.convolution import Conv
 from models.layers import ACTIVATIONS, NIN, Activation, Dense, Dropout, residual_sum
 from models.normalization import GroupNorm, NormFactory
+from models.precision import add_to_channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class BlockOptions:
       fir_kernel: taps of the resampling filter; None for nearest and mean.
       resample_with_conv: a convolution in the resampling layers between "ddpm" blocks.
       norm: makes the normalization.
+      remat: blocks are computed again in the gradient, see `layers.call_block`.
     """
 
     kind: str = "biggan"
@@ -37,6 +39,7 @@ class BlockOptions:
     fir_kernel: tuple[float, ...] | None = None
     resample_with_conv: bool = True
     norm: NormFactory = GroupNorm
+    remat: bool = False
 
     @property
     def act(self) -> Activation:
@@ -66,7 +69,7 @@ class ResamplingConv(nn.Module):
         kernel = self.param("kernel", initializers.default_init(), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         apply = resample.upsample_convolve if self.direction == "up" else resample.convolve_downsample
-        return apply(x, kernel, self.fir_kernel) + bias[None, None, None, :]
+        return add_to_channels(apply(x, kernel.astype(x.dtype), self.fir_kernel), bias)
 
 
 def upsample(x: Array, fir_kernel: tuple[float, ...] | None) -> Array:
@@ -150,8 +153,7 @@ class _ResidualBlock(nn.Module):
         h = Conv(self.features, name="conv1")(h)
         if embedding is None:
             return h
-        shift = Dense(self.features, name="embedding")(self.options.act(embedding))
-        return h + shift[:, None, None, :]
+        return add_to_channels(h, Dense(self.features, name="embedding")(self.options.act(embedding)))
 
     def _second(self, h: Array, train: bool) -> Array:
         h = self.options.act(self.options.norm(name="norm2")(h))

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 
 from models import initializers
 from models.initializers import BiasInitializer, Initializer
+from models.precision import add_to_channels
 
 Pair = tuple[int, int]
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -141,7 +142,7 @@ def convolve(
 
 
 class Conv(nn.Module):
-    """Convolution with "SAME" padding.
+    """Convolution with "SAME" padding, in the dtype of its input.
 
     Attributes:
       features: output channels.
@@ -170,7 +171,7 @@ class Conv(nn.Module):
             same_padding(W, self.size, self.stride, self.dilation),
         )
         window = Window((self.stride,) * 2, padding, window_dilation=(self.dilation,) * 2)
-        y = convolve(x, kernel, window)
+        y = convolve(x, kernel.astype(x.dtype), window)
         if self.bias_init is None:
             return y
-        return y + self.param("bias", self.bias_init, shape)[None, None, None, :]
+        return add_to_channels(y, self.param("bias", self.bias_init, shape))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+
 from models.blocks import BlockOptions
 from models.ncsnpp import NCSNpp, normalized_widths, require_conditional
 from models.normalization import DDPM_GROUPS, NORMS, num_groups
@@ -29,6 +31,8 @@ def build(
     centered: bool,
     noise_levels: VESDE | None,
     num_classes: int,
+    remat: bool,
+    dtype: jnp.dtype | None,
 ) -> DDPM:
     """Builds DDPM; arguments are named after the settings of `config.model`.
 
@@ -48,6 +52,7 @@ def build(
         init_scale=0.0,
         resample_with_conv=resamp_with_conv,
         norm=NORMS[normalization],
+        remat=remat,
     )
     return DDPM(
         nf=nf,
@@ -60,4 +65,5 @@ def build(
         scale_by_sigma=noise_levels is not None,
         noise_levels=noise_levels,
         num_classes=num_classes,
+        dtype=dtype,
     )

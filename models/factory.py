@@ -12,12 +12,14 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import checks
 from models import ddpm, ncsnpp, ncsnv2, wideresnet
 from models.layers import ACTIVATIONS
 from models.normalization import NORMS
+from models.precision import DTYPES
 from sde_lib import VESDE
 
 
@@ -85,6 +87,11 @@ def _embedding_type(config: ConfigDict) -> str:
     return embedding_type
 
 
+def _dtype(config: ConfigDict) -> jnp.dtype | None:
+    """Returns the dtype of the features, None for that of the images."""
+    return DTYPES[_one_of(config, "dtype", DTYPES)]
+
+
 def _noise_levels(config: ConfigDict) -> VESDE | None:
     """Returns the levels by whose sigma the output is divided; None if it is not."""
     model = config.model
@@ -105,6 +112,7 @@ READERS: dict[str, Callable[[ConfigDict], Any]] = {
     "channel_multiplier": lambda config: _at_least(config, "channel_multiplier", 1),
     "conditional": lambda config: config.model.conditional,
     "dropout": _dropout,
+    "dtype": _dtype,
     "embedding_type": _embedding_type,
     "fir_kernel": _fir_kernel,
     "fourier_scale": lambda config: config.model.fourier_scale,
@@ -121,6 +129,7 @@ READERS: dict[str, Callable[[ConfigDict], Any]] = {
     "progressive": lambda config: _one_of(config, "progressive", ("none", "output_skip", "residual")),
     "progressive_combine": lambda config: _one_of(config, "progressive_combine", ("sum", "cat")),
     "progressive_input": lambda config: _one_of(config, "progressive_input", ("none", "input_skip", "residual")),
+    "remat": lambda config: config.model.remat,
     "resamp_with_conv": lambda config: config.model.resamp_with_conv,
     "resblock_type": lambda config: _one_of(config, "resblock_type", ncsnpp.BLOCKS),
     "skip_rescale": lambda config: config.model.skip_rescale,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ import rng
 from models import initializers
 from models.initializers import Initializer
 from models.normalization import GroupNorm, NormFactory
+from models.precision import add_to_channels, at_least_float32
 from sde_lib import VESDE, expand
 
 Activation = Callable[[Array], Array]
@@ -37,8 +39,24 @@ def residual_sum(x: Array, h: Array, rescale: bool) -> Array:
     return jax.lax.optimization_barrier((x + h) / math.sqrt(2.0) if rescale else x + h)
 
 
+def call_block(block: nn.Module, *inputs: Any, remat: bool, **options: Any) -> Array:
+    """Calls a block of a network; with `remat` its gradient computes the block again, from its inputs.
+
+    Then its features are not kept in memory from the forward pass to the gradient (Chen et al. 2016, "Training Deep
+    Nets with Sublinear Memory Cost"). Parameters, random streams and numbers are the same.
+
+    Args:
+      block: a layer that belongs to the network that calls it.
+      inputs: arrays, or lists of them, that it is called with.
+      remat: compute it again.
+      options: keywords that it is called with, which are no arrays.
+    """
+    call = lambda block, *inputs: block(*inputs, **options)  # noqa: E731
+    return (nn.remat(call) if remat else call)(block, *inputs)
+
+
 class Dense(nn.Module):
-    """Linear map of the last axis.
+    """Linear map of the last axis, in the dtype of its input.
 
     Attributes:
       features: output channels.
@@ -53,7 +71,7 @@ class Dense(nn.Module):
         """Returns x kernel + bias."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return jnp.tensordot(x, kernel, 1) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+        return add_to_channels(jnp.tensordot(x, kernel.astype(x.dtype), 1), bias)
 
 
 class NIN(Dense):
@@ -127,7 +145,8 @@ class Attention(nn.Module):
         B, H, W, C = x.shape
         h = self.norm(name="norm")(x).reshape(B, H * W, C)
         q, k, v = (NIN(C, name=name)(h) for name in ("query", "key", "value"))
-        weights = jax.nn.softmax(jnp.einsum("bqc,bkc->bqk", q, k) / math.sqrt(C))
+        logits = at_least_float32(jnp.einsum("bqc,bkc->bqk", q, k)) / math.sqrt(C)
+        weights = jax.nn.softmax(logits).astype(v.dtype)
         h = jnp.einsum("bqk,bkc->bqc", weights, v).reshape(B, H, W, C)
         return residual_sum(x, NIN(C, initializers.default_init(self.init_scale), name="output")(h), self.skip_rescale)
 

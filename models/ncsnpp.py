@@ -18,11 +18,13 @@ from models.layers import (
     Dense,
     FourierFeatures,
     LabelEmbedding,
+    call_block,
     divide_by_sigma,
     residual_sum,
     timestep_embedding,
 )
 from models.normalization import num_groups, require
+from models.precision import at_least_float32
 from sde_lib import VESDE
 
 BLOCKS = {"biggan": BigGANBlock, "ddpm": DDPMBlock}
@@ -86,6 +88,7 @@ class NCSNpp(nn.Module):
       scale_by_sigma: divide the output by sigma.
       noise_levels: whose discrete sigmas the labels count, if the output is scaled; None if the labels are sigma.
       num_classes: classes of images that it can be told; 0: none.
+      dtype: of the features; None: that of the images. The embedding and images have the images' in any case.
     """
 
     nf: int
@@ -103,6 +106,7 @@ class NCSNpp(nn.Module):
     scale_by_sigma: bool = False
     noise_levels: VESDE | None = None
     num_classes: int = 0
+    dtype: jnp.dtype | None = None
 
     @property
     def counts_levels(self) -> bool:
@@ -149,14 +153,20 @@ class NCSNpp(nn.Module):
             h += LabelEmbedding(self.num_classes, 4 * self.nf, name="label_embedding")(class_labels, len(time_cond))
         return h  # each residual block applies its nonlinearity first
 
-    def _block(self, features: int, name: str) -> nn.Module:
-        return BLOCKS[self.block.kind](features, self.block, name=name)
+    def _block(self, h: Array, features: int, embedding: Array | None, train: bool, name: str) -> Array:
+        block = BLOCKS[self.block.kind](features, self.block, name=name)
+        return call_block(block, h, embedding, train=train, remat=self.block.remat)
+
+    def _resampling_block(self, h: Array, direction: str, embedding: Array | None, train: bool, name: str) -> Array:
+        block = BigGANBlock(h.shape[-1], self.block, direction, name=name)
+        return call_block(block, h, embedding, train=train, remat=self.block.remat)
+
+    def _attend_if_configured(self, h: Array, name: str) -> Array:
+        return self._attend(h, name) if h.shape[1] in self.attn_resolutions else h
 
     def _attend(self, h: Array, name: str) -> Array:
-        return self._attention(name)(h) if h.shape[1] in self.attn_resolutions else h
-
-    def _attention(self, name: str) -> nn.Module:
-        return Attention(self.block.init_scale, self.block.skip_rescale, self.block.norm, name=name)
+        attention = Attention(self.block.init_scale, self.block.skip_rescale, self.block.norm, name=name)
+        return call_block(attention, h, remat=self.block.remat)
 
     def _head(self, h: Array, features: int, init_scale: float, name: str) -> Array:
         """Normalizes, activates and convolves: to an image, or to the first features of a growing output."""
@@ -164,12 +174,12 @@ class NCSNpp(nn.Module):
         return Conv(features, kernel_init=default_init(init_scale), name=f"{name}_conv")(h)
 
     def _encode(self, x: Array, embedding: Array | None, train: bool) -> list[Array]:
-        h, pyramid = Conv(self.nf, name="input")(x), x
+        h, pyramid = Conv(self.nf, name="input")(x.astype(self.dtype or x.dtype)), x
         skips = [h]
         for level, mult in enumerate(self.ch_mult):
             for i in range(self.num_res_blocks):
-                h = self._block(self.nf * mult, f"down{level}_block{i}")(h, embedding, train)
-                h = self._attend(h, f"down{level}_attention{i}")
+                h = self._block(h, self.nf * mult, embedding, train, f"down{level}_block{i}")
+                h = self._attend_if_configured(h, f"down{level}_attention{i}")
                 skips.append(h)
             if level < len(self.ch_mult) - 1:
                 h = self._downsample(h, embedding, train, f"down{level}_resample")
@@ -178,33 +188,33 @@ class NCSNpp(nn.Module):
         return skips
 
     def _middle(self, h: Array, embedding: Array | None, train: bool) -> Array:
-        h = self._block(h.shape[-1], "middle_block0")(h, embedding, train)
-        h = self._attention("middle_attention")(h)
-        return self._block(h.shape[-1], "middle_block1")(h, embedding, train)
+        h = self._block(h, h.shape[-1], embedding, train, "middle_block0")
+        h = self._attend(h, "middle_attention")
+        return self._block(h, h.shape[-1], embedding, train, "middle_block1")
 
     def _decode(self, h: Array, skips: list[Array], embedding: Array | None, train: bool, channels: int) -> Array:
         pyramid = None
         for level, mult in reversed(list(enumerate(self.ch_mult))):
             for i in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], -1)
-                h = self._block(self.nf * mult, f"up{level}_block{i}")(h, embedding, train)
-            h = self._attend(h, f"up{level}_attention")
+                h = self._block(h, self.nf * mult, embedding, train, f"up{level}_block{i}")
+            h = self._attend_if_configured(h, f"up{level}_attention")
             h, pyramid = self._grow_output(h, pyramid, channels, f"up{level}_pyramid")
             if level > 0:
                 h = self._upsample(h, embedding, train, f"up{level}_resample")
         if self.progressive == "output_skip":
             assert pyramid is not None  # there is at least one level
             return pyramid
-        return self._head(h, channels, self.block.init_scale, "output")
+        return at_least_float32(self._head(h, channels, self.block.init_scale, "output"))
 
     def _downsample(self, h: Array, embedding: Array | None, train: bool, name: str) -> Array:
         if self.block.kind == "biggan":
-            return BigGANBlock(h.shape[-1], self.block, "down", name=name)(h, embedding, train)
+            return self._resampling_block(h, "down", embedding, train, name)
         return Downsample(self.block.fir_kernel, self._conv_features(h), name=name)(h)
 
     def _upsample(self, h: Array, embedding: Array | None, train: bool, name: str) -> Array:
         if self.block.kind == "biggan":
-            return BigGANBlock(h.shape[-1], self.block, "up", name=name)(h, embedding, train)
+            return self._resampling_block(h, "up", embedding, train, name)
         return Upsample(self.block.fir_kernel, self._conv_features(h), name=name)(h)
 
     def _conv_features(self, h: Array) -> int | None:
@@ -216,8 +226,9 @@ class NCSNpp(nn.Module):
             return h, pyramid
         if self.progressive_input == "input_skip":
             pyramid = Downsample(self.block.fir_kernel, name=name)(pyramid)
-            return Combine(self.progressive_combine, name=f"{name}_combine")(pyramid, h), pyramid
-        pyramid = Downsample(self.block.fir_kernel, h.shape[-1], name=name)(pyramid)
+            combine = Combine(self.progressive_combine, name=f"{name}_combine")
+            return combine(pyramid.astype(h.dtype), h), pyramid
+        pyramid = Downsample(self.block.fir_kernel, h.shape[-1], name=name)(pyramid.astype(h.dtype))
         h = residual_sum(pyramid, h, self.block.skip_rescale)
         return h, h
 
@@ -226,7 +237,7 @@ class NCSNpp(nn.Module):
         if self.progressive == "none":
             return h, None
         if self.progressive == "output_skip":
-            image = self._head(h, channels, self.block.init_scale, name)
+            image = at_least_float32(self._head(h, channels, self.block.init_scale, name))
             if pyramid is None:
                 return h, image
             return h, Upsample(self.block.fir_kernel, name=name)(pyramid) + image
@@ -260,6 +271,8 @@ def build(
     centered: bool,
     noise_levels: VESDE | None,
     num_classes: int,
+    remat: bool,
+    dtype: jnp.dtype | None,
 ) -> NCSNpp:
     """Builds NCSN++ or DDPM++; arguments are named after the settings of `config.model`.
 
@@ -280,6 +293,7 @@ def build(
         init_scale=init_scale,
         fir_kernel=fir_kernel,
         resample_with_conv=resamp_with_conv,
+        remat=remat,
     )
     return NCSNpp(
         nf=nf,
@@ -297,4 +311,5 @@ def build(
         scale_by_sigma=noise_levels is not None,
         noise_levels=None if embedding_type == "fourier" else noise_levels,
         num_classes=num_classes,
+        dtype=dtype,
     )

@@ -7,10 +7,12 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.layers import divide_by_sigma
+from models.layers import call_block, divide_by_sigma
 from models.normalization import DDPM_GROUPS, NORMS, num_groups, require
+from models.precision import at_least_float32
 from models.refinenet import RefineBlock, RefineConv, RefineOptions, ResidualBlock
 from models.resample import require_halvings
 from sde_lib import VESDE
@@ -52,6 +54,7 @@ class NCSNv2(nn.Module):
       options: what the blocks have in common.
       centered: images come in [-1, 1]; otherwise in [0, 1].
       noise_levels: divide the output by the sigma that the label counts; None: do not.
+      dtype: of the features; None: that of the images.
     """
 
     nf: int
@@ -59,6 +62,7 @@ class NCSNv2(nn.Module):
     options: RefineOptions
     centered: bool = False
     noise_levels: VESDE | None = None
+    dtype: jnp.dtype | None = None
 
     @property
     def counts_levels(self) -> bool:
@@ -76,23 +80,23 @@ class NCSNv2(nn.Module):
           time_cond: index of the noise level, counted from the largest sigma.
           train: makes no difference; these networks have no dropout.
         """
-        h = RefineConv(self.nf, name="input")(x if self.centered else 2 * x - 1)
+        images = x if self.centered else 2 * x - 1
+        h = RefineConv(self.nf, name="input")(images.astype(self.dtype or x.dtype))
         maps = []
         for i, (width, dilation) in enumerate(self.layout.stages):
             first = ResidualBlock(width * self.nf, self.options, i > 0, dilation, name=f"stage{i}_block0")
             second = ResidualBlock(width * self.nf, self.options, dilation=dilation, name=f"stage{i}_block1")
-            h = second(first(h, time_cond), time_cond)
+            for block in (first, second):
+                h = call_block(block, h, time_cond, remat=self.options.remat)
             maps.append(h)
         h = maps.pop()
         joined = [h]
         for i, width in enumerate(self.layout.decoder):
-            block = RefineBlock(
-                width * self.nf, self.options, is_last=i == len(self.layout.decoder) - 1, name=f"refine{i}"
-            )
-            h = block(joined, time_cond)
+            is_last = i == len(self.layout.decoder) - 1
+            h = RefineBlock(width * self.nf, self.options, is_last, name=f"refine{i}")(joined, time_cond)
             joined = [maps.pop(), h] if maps else []
         h = self.options.act(self.options.normalize(h, time_cond, "output_norm"))
-        h = RefineConv(x.shape[-1], name="output")(h)
+        h = at_least_float32(RefineConv(x.shape[-1], name="output")(h))
         return h if self.noise_levels is None else divide_by_sigma(h, time_cond, self.noise_levels)
 
 
@@ -105,6 +109,8 @@ def _build_v2(
     interpolation: str,
     centered: bool,
     noise_levels: VESDE | None,
+    remat: bool,
+    dtype: jnp.dtype | None,
     resolution: int,
 ) -> NCSNv2:
     layout = LAYOUTS[resolution]
@@ -112,8 +118,8 @@ def _build_v2(
     if normalization == "GroupNorm":
         for width, _ in layout.stages:
             num_groups(width * nf, DDPM_GROUPS)
-    options = RefineOptions(nonlinearity, interpolation, NORMS[normalization])
-    return NCSNv2(nf, layout, options, centered, noise_levels)
+    options = RefineOptions(nonlinearity, interpolation, NORMS[normalization], remat=remat)
+    return NCSNv2(nf, layout, options, centered, noise_levels, dtype)
 
 
 def build_v2(resolution: int) -> Callable[..., NCSNv2]:
@@ -135,6 +141,8 @@ def build_ncsn(
     num_scales: int,
     centered: bool,
     noise_levels: VESDE | None,
+    remat: bool,
+    dtype: jnp.dtype | None,
 ) -> NCSNv2:
     """Builds NCSN: the smallest layout, with every normalization conditioned on one of `num_scales` labels.
 
@@ -145,5 +153,5 @@ def build_ncsn(
     """
     require(normalization, "InstanceNorm++")
     require_halvings(image_size, LAYOUTS[64].num_halvings)
-    options = RefineOptions(nonlinearity, interpolation, num_classes=num_scales)
-    return NCSNv2(nf, LAYOUTS[64], options, centered, noise_levels)
+    options = RefineOptions(nonlinearity, interpolation, num_classes=num_scales, remat=remat)
+    return NCSNv2(nf, LAYOUTS[64], options, centered, noise_levels, dtype)

@@ -1,6 +1,6 @@
 """Normalization of feature maps: by groups, by instances with and without their means, and by label.
 
-All work on float[B, H, W, C] and keep the shape. `NORMS` has their names.
+All work on float[B, H, W, C] and keep shape and dtype; they compute in float32 or better. `NORMS` has their names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models import initializers
+from models.precision import at_least_float32
 
 NormFactory = Callable[..., nn.Module]  # (name=...) -> module of x, as the networks call it
 
@@ -40,6 +41,16 @@ def num_groups(channels: int, groups: int | None = None) -> int:
     return wanted
 
 
+def _widened(normalize: Callable[..., Array]) -> Callable[..., Array]:
+    """Makes a normalization compute in float32 or better; the result has the dtype of its input again."""
+
+    @functools.wraps(normalize)
+    def call(self: nn.Module, x: Array, *labels: Array) -> Array:
+        return normalize(self, at_least_float32(x), *labels).astype(x.dtype)
+
+    return call
+
+
 class GroupNorm(nn.Module):
     """Group normalization (Wu & He 2018) over the pixels and the channels of a group, with scale and bias.
 
@@ -55,6 +66,7 @@ class GroupNorm(nn.Module):
     epsilon: float = GROUP_NORM_EPSILON
 
     @nn.compact
+    @_widened
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Normalizes x."""
         B, _, _, C = x.shape
@@ -88,6 +100,7 @@ class InstanceNorm(nn.Module):
     """Instance normalization (Ulyanov et al. 2016): each channel of each image by itself, with scale and bias."""
 
     @nn.compact
+    @_widened
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Normalizes x."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
@@ -99,6 +112,7 @@ class VarianceNorm(nn.Module):
     """Divides each channel of each image by its standard deviation; the mean stays. With a scale, without a bias."""
 
     @nn.compact
+    @_widened
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Normalizes x."""
         scale = self.param("scale", _near_one, x.shape[-1:])
@@ -115,6 +129,7 @@ class InstanceNormPlus(nn.Module):
     use_bias: bool = True
 
     @nn.compact
+    @_widened
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Normalizes x."""
         alpha = self.param("alpha", _near_one, x.shape[-1:])
@@ -138,6 +153,7 @@ class ConditionalInstanceNormPlus(nn.Module):
     use_bias: bool = True
 
     @nn.compact
+    @_widened
     def __call__(self, x: Float[Array, "B H W C"], labels: Array) -> Float[Array, "B H W C"]:
         """Normalizes x; `labels` [B] count from 0, and a fraction is dropped."""
         C, num_parts = x.shape[-1], 3 if self.use_bias else 2

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from models import initializers, resample
 from models.convolution import Conv
-from models.layers import ACTIVATIONS, Activation
+from models.layers import ACTIVATIONS, Activation, call_block
 from models.normalization import ConditionalInstanceNormPlus, InstanceNormPlus, NormFactory
 
 POOL_SIZE = 5  # of chained residual pooling, in pixels
@@ -35,12 +35,14 @@ class RefineOptions:
       interpolation: of feature maps that are merged: "bilinear" or "nearest".
       norm: makes the normalization where there is no condition.
       num_classes: labels that the normalization is conditioned on; 0: it is not.
+      remat: blocks are computed again in the gradient, see `layers.call_block`.
     """
 
     nonlinearity: str = "elu"
     interpolation: str = "bilinear"
     norm: NormFactory = InstanceNormPlus
     num_classes: int = 0
+    remat: bool = False
 
     @property
     def act(self) -> Activation:
@@ -207,8 +209,9 @@ class RefineBlock(nn.Module):
     @nn.compact
     def __call__(self, maps: list[Array], labels: Array) -> Float[Array, "B H W O"]:
         """Joins `maps`, the first of which gives the size; the first block of a network has one, which it keeps."""
-        maps = [ResidualUnits(2, self.options, name=f"input{i}")(x, labels) for i, x in enumerate(maps)]
+        call = functools.partial(call_block, remat=self.options.remat)
+        maps = [call(ResidualUnits(2, self.options, name=f"input{i}"), x, labels) for i, x in enumerate(maps)]
         fuse = MultiResolutionFusion(self.features, self.options, name="fusion")
-        h = fuse(maps, labels) if len(maps) > 1 else maps[0]
-        h = ChainedPooling(self.options, name="pooling")(h, labels)
-        return ResidualUnits(3 if self.is_last else 1, self.options, name="output")(h, labels)
+        h = call(fuse, maps, labels) if len(maps) > 1 else maps[0]
+        h = call(ChainedPooling(self.options, name="pooling"), h, labels)
+        return call(ResidualUnits(3 if self.is_last else 1, self.options, name="output"), h, labels)

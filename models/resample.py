@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from models.convolution import Pair, Window, convolve
+from models.precision import at_least_float32
 
 FACTOR = 2
 _SPATIAL = (1, 2)
@@ -48,14 +49,14 @@ def _pad(x: Array, axis: int, padding: Pair) -> Array:
 
 
 def _filter(x: Array, axis: int, taps: np.ndarray, padding: Pair, stride: int = 1) -> Array:
-    """Correlates one axis with `taps` and keeps every `stride`-th result."""
-    x = _pad(x, axis, padding)
+    """Correlates one axis with `taps` and keeps every `stride`-th result; sums in float32 or better."""
+    dtype, x = x.dtype, at_least_float32(_pad(x, axis, padding))
     num_outputs = (x.shape[axis] - len(taps)) // stride + 1
     y = jnp.zeros((*x.shape[:axis], num_outputs, *x.shape[axis + 1 :]), x.dtype)
     for i, tap in enumerate(taps):
         last = i + (num_outputs - 1) * stride
         y = y + float(tap) * lax.slice_in_dim(x, i, last + 1, stride, axis)
-    return y
+    return y.astype(dtype)
 
 
 def _interleave(phases: list[Array], axis: int) -> Array:

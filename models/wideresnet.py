@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from models import initializers, resample
 from models.convolution import Conv
-from models.layers import Dense, FourierFeatures
+from models.layers import Dense, FourierFeatures, call_block
 from models.normalization import GroupNorm
+from models.precision import add_to_channels, at_least_float32
 
 BASE_WIDTHS = (16, 32, 64)  # channels of the three groups, times the multiplier
 NUM_FREQUENCIES, FOURIER_SCALE = 128, 16.0
@@ -58,7 +59,7 @@ class WideBlock(nn.Module):
         h = _norm_relu(x, "norm1")
         shortcut = h if self.is_first else x
         h = _Conv(self.features, stride=self.stride, name="conv1")(h)
-        h = h + _Dense(self.features, name="embedding")(jax.nn.swish(embedding))[:, None, None, :]
+        h = add_to_channels(h, _Dense(self.features, name="embedding")(jax.nn.swish(embedding)))
         h = _Conv(self.features, name="conv2")(_norm_relu(h, "norm2"))
         if self.stride > 1:
             shortcut = resample.downsample_mean(shortcut)
@@ -74,19 +75,22 @@ class WideGroup(nn.Module):
       features: output channels.
       stride: of the first block.
       is_first: of the network.
+      remat: blocks are computed again in the gradient, see `layers.call_block`.
     """
 
     num_blocks: int
     features: int
     stride: int = 1
     is_first: bool = False
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"]) -> Float[Array, "B P Q O"]:
         """Returns the features of x at the noise level `embedding`."""
         for i in range(self.num_blocks):
             stride, is_first = (self.stride, self.is_first) if i == 0 else (1, False)
-            x = WideBlock(self.features, stride, is_first, name=f"block{i}")(x, embedding)
+            block = WideBlock(self.features, stride, is_first, name=f"block{i}")
+            x = call_block(block, x, embedding, remat=self.remat)
         return x
 
 
@@ -97,11 +101,15 @@ class WideResNet(nn.Module):
       blocks_per_group: blocks of each of the three groups.
       channel_multiplier: width, in multiples of 16, 32 and 64 channels.
       num_classes: classes that it tells apart.
+      remat: blocks are computed again in the gradient, see `layers.call_block`.
+      dtype: of the features; None: that of the images.
     """
 
     blocks_per_group: int
     channel_multiplier: int
     num_classes: int
+    remat: bool = False
+    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(
@@ -120,17 +128,23 @@ class WideResNet(nn.Module):
         embedding = FourierFeatures(NUM_FREQUENCIES, FOURIER_SCALE, name="fourier")(jnp.log(sigmas))
         embedding = _Dense(EMBEDDING_WIDTH, name="embedding1")(embedding)
         embedding = _Dense(EMBEDDING_WIDTH, name="embedding2")(jax.nn.swish(embedding))
-        h = _Conv(BASE_WIDTHS[0], name="input")(x)
+        h = _Conv(BASE_WIDTHS[0], name="input")(x.astype(self.dtype or x.dtype))
         for i, width in enumerate(BASE_WIDTHS):
             stride, is_first = (1, True) if i == 0 else (2, False)
             features = width * self.channel_multiplier
-            h = WideGroup(self.blocks_per_group, features, stride, is_first, name=f"group{i}")(h, embedding)
-        h = _norm_relu(h, "output_norm").mean((1, 2))
+            h = WideGroup(self.blocks_per_group, features, stride, is_first, self.remat, name=f"group{i}")(h, embedding)
+        h = at_least_float32(_norm_relu(h, "output_norm")).mean((1, 2))
         return Dense(self.num_classes, kernel_init=initializers.uniform_by_outputs, name="output")(h)
 
 
 def build(
-    *, image_size: tuple[int, int], blocks_per_group: int, channel_multiplier: int, num_classes: int
+    *,
+    image_size: tuple[int, int],
+    blocks_per_group: int,
+    channel_multiplier: int,
+    num_classes: int,
+    remat: bool,
+    dtype: jnp.dtype | None,
 ) -> WideResNet:
     """Builds the classifier; arguments are named after the settings of `config.model`.
 
@@ -140,7 +154,7 @@ def build(
     if num_classes < 2:
         raise ValueError(f"model.num_classes={num_classes}: a classifier needs 2 or more; set the data set's number")
     resample.require_halvings(image_size, len(BASE_WIDTHS) - 1)
-    return WideResNet(blocks_per_group, channel_multiplier, num_classes)
+    return WideResNet(blocks_per_group, channel_multiplier, num_classes, remat, dtype)
 
 
 def make_logit_fn(

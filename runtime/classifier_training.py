@@ -102,7 +102,8 @@ def train_classifier(config: ConfigDict, workdir: Path, train: datasets.Source, 
     describe(experiment)
     measure = classifier_accuracy.build_measure(experiment, normalization, test)
     loss_at_time = classifier_accuracy.cross_entropy_at_time(experiment, normalization)
-    trainer = ClassifierTrainer(experiment, len(test), build_train_program(experiment), measure, loss_at_time)
+    steps = build_train_program(experiment, "classifier")
+    trainer = ClassifierTrainer(experiment, len(test), steps, measure, loss_at_time)
     state = train_loop.train(trainer, train, folder)
     rows = classifier_accuracy.measure_levels(experiment, measure, state, test)
     if distributed.is_main_process():

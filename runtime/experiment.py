@@ -38,6 +38,7 @@ from variational_bound import VariationalBound, build_variational_bound
 # Settings that count something.
 COUNTS = (
     "training.batch_size",
+    "training.microbatches",
     "training.n_iters",
     "training.n_jitted_steps",
     "training.log_freq",
@@ -96,7 +97,8 @@ class Experiment:
         settings = workdirs.flatten(self.config)
         steps = self.config.sampling.num_steps or self.config.model.num_scales
         chosen = {key: value for key, value in settings.items() if key.startswith("sampling.")}
-        return {"training.sde": self.config.training.sde, **chosen, "sampling.num_steps": steps}
+        network = {} if self.config.model.dtype == "float32" else {"model.dtype": self.config.model.dtype}
+        return {"training.sde": self.config.training.sde, **network, **chosen, "sampling.num_steps": steps}
 
     def score_fn(self, params: Any, *, smooth: bool = False, class_labels: Int[Array, "B"] | None = None) -> ScoreFn:
         """Returns the score as a function of (x, t), without dropout.
@@ -178,20 +180,30 @@ def _device_keys(key: PRNGKeyArray, indices: np.ndarray) -> PRNGKeyArray:
     return keys.reshape(jax.local_device_count(), -1)
 
 
-def build_train_program(experiment: Experiment) -> Callable[..., Any]:
-    """Compiles `n_jitted_steps` training steps: (state, batches) -> (state, metrics), all with a device axis.
+def map_train_steps(experiment: Experiment, group: str = "training") -> jax.stages.Wrapped:
+    """Maps training steps over the devices: (key, state, batches) -> (state, metrics), all but key with a device axis.
 
     The state is donated: its buffers are reused for the new one.
+
+    Args:
+      experiment: what is trained.
+      group: of its settings that has `microbatches`: "training" for the score's, or "classifier".
     """
     step = losses.make_train_step(
         experiment.loss_fn,
         experiment.optimizer,
         ema_rate=experiment.config.model.ema_rate,
         prepare=datasets.build_preparation(experiment.config, train=True),
+        microbatches=experiment.config[group].microbatches,
     )
     if experiment.config.training.on_nan == "skip":
         step = losses.skip_nonfinite(step)
-    steps = distributed.pmap(losses.make_train_steps(step), donate_argnums=(1,), in_axes=(None, 0, 0))
+    return distributed.pmap(losses.make_train_steps(step), donate_argnums=(1,), in_axes=(None, 0, 0))
+
+
+def build_train_program(experiment: Experiment, group: str = "training") -> Callable[..., Any]:
+    """Compiles `n_jitted_steps` training steps: (state, batches) -> (state, metrics); see `map_train_steps`."""
+    steps = map_train_steps(experiment, group)
     return lambda state, batches: steps(experiment.keys["train"], state, batches)
 
 
@@ -280,7 +292,7 @@ class SamplingProgram:
         """Compiles the program if that has not been done, and returns it."""
         if self._compiled is None:
             start = time.monotonic()
-            self._compiled = self._mapped.lower(*self._inputs(params, np.arange(self.batch_size))).compile()
+            self._compiled = distributed.compile_ahead(self._mapped, *self._inputs(params, np.arange(self.batch_size)))
             self.compile_seconds = time.monotonic() - start
         return self._compiled
 
