@@ -29,18 +29,29 @@ def free_port():
 class Processes:
     """The processes of one command, each with its log in a file of the folder."""
 
-    def __init__(self, arguments, folder, *, count=2, devices=2, flags=True, environ=lambda i: {}):
+    def __init__(
+        self,
+        arguments,
+        folder,
+        *,
+        count=2,
+        devices=2,
+        flags=True,
+        environ=lambda i: {},
+        own=lambda i: [],
+        started=2,
+    ):
         self.port = free_port()
-        self.logs = [folder / f"process_{self.port}_{i}.txt" for i in range(count)]
+        self.logs = [folder / f"process_{self.port}_{i}.txt" for i in range(started)]
         arguments = [arguments[0], "-c", WITH_HEARTBEAT, str(HEARTBEAT_SECONDS), *arguments[1:]]
         self.running = []
         for i, log in enumerate(self.logs):
             given = ["--coordinator_address", f"127.0.0.1:{self.port}", "--num_processes", str(count)]
-            own = [*arguments, *given, "--process_id", str(i)] if flags else arguments
+            command = [*arguments, *given, "--process_id", str(i)] if flags else arguments
             with log.open("w") as file:
                 self.running.append(
                     subprocess.Popen(
-                        own,
+                        [*command, *own(i)],
                         cwd=tiny.ROOT,
                         env=tiny.environment(devices) | {"JAX_COORDINATOR_PORT": str(self.port)} | environ(i),
                         stdout=file,

@@ -12,10 +12,14 @@ import distributed
 from runtime import drawing, encoding, eval_loop, train_loop
 from runtime.experiment import build_experiment
 
-# The mean of a batch is summed in another order: the last bits of float32, which Adam magnifies where a gradient is
-# nearly 0 and its direction that of the rounding error.
-LOSS_RTOL = 5e-4
-PARAMS_ATOL = 5e-4
+# The mean of a batch is summed in another order: the last bits of float32. After 50 steps they were 2.4e-7 of a loss
+# and 2.8e-7 of a parameter; Adam may magnify them where a gradient is nearly 0 and its direction that of the rounding
+# error.
+LOSS_RTOL = 1e-5
+PARAMS_ATOL = 1e-5
+# The flow of a network of 50 steps magnifies rounding: parameters changed by 3e-7 of themselves change, on one device,
+# the bits/dim of one of these images by 5e-3 and those of most by less than 1e-3. Eight devices changed one by 1.1e-2.
+BPD_ATOL, MEAN_BPD_ATOL = 5e-2, 5e-3
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +56,10 @@ def test_the_numbers_do_not_depend_on_the_devices(measured, devices):
     difference = np.abs(several["levels"].astype(int) - one["levels"])
     assert difference.max() <= 1  # the edge of a level may round either way
     assert (difference == 0).mean() > 0.99
-    for name in ("bpd", "nats", "bound", "test_loss"):
-        np.testing.assert_allclose(several[name], one[name], rtol=2e-3, err_msg=name)
+    for name in ("bound", "bound_nats", "test_loss"):
+        np.testing.assert_allclose(several[name], one[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(several["bpd"], one["bpd"], rtol=0, atol=BPD_ATOL)
+    np.testing.assert_allclose(several["bpd"].mean(), one["bpd"].mean(), rtol=0, atol=MEAN_BPD_ATOL)
     metrics = [name for name in one if name.startswith("metric_")]
     assert {"metric_frechet_distance", "metric_precision"} <= set(metrics)
     for name in metrics:

@@ -1,5 +1,6 @@
 """Two processes of two devices each, on the loopback: the numbers of one process, and one end for both."""
 
+import functools
 import json
 import re
 import shutil
@@ -160,13 +161,101 @@ def test_the_end_of_process_0_ends_the_other_at_once(alone, tmp_path):
             assert run.text(i).splitlines()[-1].startswith(f"score_sde: process {i} of 2 has ended in the middle")
 
 
-def test_an_error_of_one_process_ends_both_with_its_message(alone, tmp_path):
+def environ_of_slurm(i):
+    """What srun sets for task i of two on this machine; port by JAX_COORDINATOR_PORT."""
+    names = {"JOB_ID": 4711, "STEP_ID": 0, "PROCID": i, "LOCALID": i, "STEP_NUM_TASKS": 2, "NTASKS": 2}
+    names |= {"STEP_NODELIST": "127.0.0.1", "STEP_TASKS_PER_NODE": "2"}
+    return {f"SLURM_{name}": str(value) for name, value in names.items()}
+
+
+def environ_of_open_mpi(i):
+    """What mpirun of Open MPI 5 sets for process i of two on this machine."""
+    names = {"SIZE": 2, "RANK": i, "LOCAL_SIZE": 2, "LOCAL_RANK": i}
+    return {"PMIX_NAMESPACE": "prterun-test-1@1"} | {f"OMPI_COMM_WORLD_{name}": str(names[name]) for name in names}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        environ_of_slurm,
+        pytest.param(environ_of_open_mpi, marks=pytest.mark.exhaustive),
+        pytest.param(None, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_an_error_of_one_process_ends_both_with_its_message(alone, tmp_path, environ):
     """Both are asked for a checkpoint that is not there; process 1, which has no files, hears of it."""
     shutil.copytree(alone, tmp_path / "run")
     missing = {"eval__begin_ckpt": 3, "eval__end_ckpt": 3, "eval__enable_sampling": False}
-    with Processes(tiny.command("eval", tmp_path / "run", **CHANGES | missing), tmp_path) as run:
+    command = tiny.command("eval", tmp_path / "run", **CHANGES | missing)
+    started_by = {"flags": False, "environ": environ} if environ else {}
+    with Processes(command, tmp_path, **started_by) as run:
         assert run.codes() == [1, 1]
         assert run.text(0).splitlines()[-1].startswith("score_sde: checkpoint 3 is not in")
         assert "checkpoint 3 is not in" in run.text(1).splitlines()[-1]
         assert "process 0 stopped" in run.text(1)
         assert "has ended in the middle" not in run.text(0) + run.text(1)
+
+
+@pytest.mark.exhaustive
+def test_processes_of_different_settings_are_refused(tmp_path):
+    command = tiny.command("train", tmp_path, **CHANGES)
+    with Processes(command, tmp_path, own=lambda i: [f"--config.seed={i}"]) as run:
+        assert run.codes() == [1, 1]
+        expected = "--config.seed: 1 on process 1, but 0 on process 0; it must be the same on all"
+        assert run.text(1).splitlines()[-1] == f"score_sde: {expected}"
+        assert f"process 1 stopped, and with it all others: {expected}" in run.text(0)
+
+
+@pytest.mark.exhaustive
+def test_process_0_alone_says_what_it_waited_for(tmp_path):
+    with Processes(tiny.command("train", tmp_path, "--start_seconds=3"), tmp_path, started=1) as run:
+        assert run.codes() == [-signal.SIGABRT]
+        time.sleep(0.5)
+        last = run.text(0).splitlines()[-1]
+        assert last.startswith(f"score_sde: process 0 of 2 did not meet the others at 127.0.0.1:{run.port} within 3 s")
+
+
+MODES = {
+    "train_classifier": (),
+    "sample": ("--num_images=20",),
+    "compare_samplers": ("--samplers=ode,heun:5", "--num_images=40"),
+    "encode": ("--num_images=3",),
+    "restore": ("--num_images=2", "--config.restore.mask=top"),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_do_in_every_mode_what_one_does(alone, tmp_path, mode):
+    """They write the files of one, and the arrays in them are the same but for rounding and for times."""
+    for name in ("one", "two"):
+        shutil.copytree(alone, tmp_path / name)
+    command = functools.partial(tiny.command, mode, **CHANGES | {"eval__batch_size": 40})
+    result = tiny.run(command(tmp_path / "one", *MODES[mode]))
+    assert result.returncode == 0, result.stderr[-3000:]
+    processes.run(command(tmp_path / "two", *MODES[mode]), tmp_path)
+    one, two = ({path.relative_to(root) for path in root.rglob("*")} for root in (tmp_path / "one", tmp_path / "two"))
+    volatile = ("tfevents", "ocdbt", "/d/", "manifest")  # files of TensorBoard and Orbax have names of their own
+    stable = lambda paths: {path for path in paths if not any(part in str(path) for part in volatile)}  # noqa: E731
+    assert stable(one) == stable(two)
+    for path in sorted(path for path in stable(one) if path.suffix == ".npz"):
+        a, b = (files.read_npz(tmp_path / name / path) for name in ("one", "two"))
+        assert set(a) == set(b)
+        for key in set(a) - {"seconds", "compile_seconds", "hash"}:
+            if a[key].dtype == np.uint8:
+                assert (np.abs(a[key].astype(int) - b[key]) <= 1).mean() > 0.99, (path, key)
+            else:
+                np.testing.assert_allclose(b[key], a[key], rtol=1e-2, atol=2e-2, err_msg=f"{path} {key}")
+
+
+@pytest.mark.exhaustive
+def test_two_processes_measure_a_data_set_as_one(tmp_path):
+    command = [*tiny.command("stats", tmp_path)[:4], "--mode", "stats", "--split=test"]
+    result = tiny.run([*command, f"--output={tmp_path}/one.npz"])
+    assert result.returncode == 0, result.stderr[-3000:]
+    processes.run([*command, f"--output={tmp_path}/two.npz"], tmp_path)
+    one, two = (files.read_npz(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    assert set(one) == set(two)
+    for key in one:
+        if one[key].dtype.kind == "f":
+            np.testing.assert_allclose(two[key], one[key], rtol=1e-5, atol=1e-6, err_msg=key)
