@@ -141,8 +141,8 @@ def run(reader, count, seed, keep):
     """Tries `count` inputs in a forked process.
 
     Returns:
-      (summary, failures): how many were read and refused, the longest time and the most memory; each failure with the
-      file in which its input was kept.
+      (summary, failures): how many were read and refused, the time of all and of the longest, the most memory; each
+      failure with the file in which its input was kept.
     """
     Path(keep).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -155,10 +155,10 @@ def run(reader, count, seed, keep):
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-        status = _wait(pid, count, path)
+        status, seconds = _wait(pid, path)
         lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
         failures = [line for line in lines if "wrong" in line]
-        summary = next((line for line in lines if "outcomes" in line), {})
+        summary = {"cpu_seconds": round(seconds, 1)} | next((line for line in lines if "outcomes" in line), {})
         if status:
             kept = Path(keep) / f"{reader.name}-{seed}-last"
             if path.is_file():
@@ -167,12 +167,16 @@ def run(reader, count, seed, keep):
         return summary, failures
 
 
-def _wait(pid, count, path):
-    """Waits for the child, and ends it if an input, which it writes to `path`, takes far too long."""
+def _wait(pid, path):
+    """Waits for the child, and ends it if an input, which it writes to `path`, takes far too long.
+
+    Returns:
+      (status, seconds of the processor's time)
+    """
     while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
+        done, status, taken = os.wait4(pid, os.WNOHANG)
         if done:
-            return status
+            return status, taken.ru_utime + taken.ru_stime
         if path.exists() and time.time() - path.stat().st_mtime > 2 * WAITING:
             os.kill(pid, signal.SIGKILL)  # code that no signal reaches
         time.sleep(0.05)

@@ -260,13 +260,18 @@ def pictures():
     return tuple(made)
 
 
+def bomb():
+    """A whole picture of 144 million black pixels in 150 KB, which Pillow itself would only warn of."""
+    return bytes_of(Image.new("P", (12_000, 12_000)).save, "PNG")
+
+
 def picture_reader():
     fit = Fit((4, 4, 3), "crop", convert_channels=True)
 
     def read(path):
         load_pictures(path, fit, num_levels=256)
 
-    return Reader("picture", "one.png", pictures(), mutations.change_picture, read, memory=PICTURE)
+    return Reader("picture", "one.png", lambda: (*pictures(), bomb()), mutations.change_picture, read, memory=PICTURE)
 
 
 def mask_reader():
