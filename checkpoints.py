@@ -3,6 +3,8 @@
 `checkpoints/` keeps every snapshot, number k taken at step k * snapshot_freq; `checkpoints-meta/` keeps the two newest
 states to resume from. A checksum of each array is stored beside the arrays, so that a damaged file is noticed. What a
 run finds damaged it moves to `checkpoints-damaged/`: the number is then free to be written again, and nothing is lost.
+
+The state is the same on all processes: process 0 alone reads and writes it, so that no other needs the folder.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ NUM_RESUMABLE = 2  # a damaged newest state leaves the one before it
 POLL_SECONDS = 1.0
 
 # What Orbax and TensorStore raise for files that are missing, cut short or changed.
-_READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
+_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 DAMAGED = "checkpoints-damaged"  # folder beside those of the checkpoints
@@ -95,12 +97,12 @@ def _restore(manager: ocp.CheckpointManager, number: int, template: TrainState) 
     args = ocp.args.Composite(state=ocp.args.StandardRestore(template), info=ocp.args.JsonRestore())
     try:
         restored = manager.restore(number, args=args)
+        stored = dict(restored["info"]["checksums"])
     except _READ_ERRORS as error:
         # What follows in these messages are pages of settings and trees.
         reason = str(error).split(" [tensorstore_spec", 1)[0].partition("\n")[0]
         raise CheckpointError(f"{name} cannot be read: {reason}") from error
     found = _checksums(restored["state"])
-    stored = restored["info"]["checksums"]
     damaged = sorted(path for path in found if found[path] != stored.get(path))
     if damaged:
         raise CheckpointError(f"{name} is damaged: the checksum of {damaged[0]} differs ({len(damaged)} arrays)")
@@ -108,7 +110,7 @@ def _restore(manager: ocp.CheckpointManager, number: int, template: TrainState) 
 
 
 class Checkpoints:
-    """The checkpoints of one workdir.
+    """The checkpoints of one workdir; every process calls the same methods, and gets what process 0 finds.
 
     Args:
       workdir: of the run.
@@ -122,12 +124,17 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, *, snapshot_freq: int, template: TrainState, read_only: bool = False):
         root = Path(workdir).absolute()
+        self.directory = root / "checkpoints"  # of the kept snapshots
         self._snapshot_freq, self._read_only = snapshot_freq, read_only
         self._damaged = root / DAMAGED
         self.restored_from: Path | None = None
         self._template = jax.tree.map(np.asarray, template)
-        self._snapshots = self._open(root / "checkpoints", max_to_keep=None, read_only=read_only)
-        self._resumable = self._open(root / "checkpoints-meta", max_to_keep=NUM_RESUMABLE, read_only=read_only)
+        self._open(root, read_only)
+
+    @distributed.on_main
+    def _open(self, root: Path, read_only: bool) -> None:
+        self._snapshots = self._manager(self.directory, max_to_keep=None, read_only=read_only)
+        self._resumable = self._manager(root / "checkpoints-meta", max_to_keep=NUM_RESUMABLE, read_only=read_only)
 
     def __enter__(self) -> Checkpoints:
         """Returns itself."""
@@ -141,6 +148,8 @@ class Checkpoints:
         Raises:
           CheckpointError: if something could not be written, unless another error is on its way already.
         """
+        if not distributed.is_main_process():  # not `on_main`: after an error the others may not come by here
+            return
         for manager in (self._snapshots, self._resumable):
             try:
                 with _writing(manager):
@@ -151,18 +160,27 @@ class Checkpoints:
                 logging.warning("%s", failure)
 
     @staticmethod
-    def _open(directory: Path, *, max_to_keep: int | None, read_only: bool) -> ocp.CheckpointManager:
+    def _manager(directory: Path, *, max_to_keep: int | None, read_only: bool) -> ocp.CheckpointManager:
+        if not read_only:
+            directory.mkdir(parents=True, exist_ok=True)  # Orbax makes it for all processes or not at all
         # Not Orbax's own read_only: all that it adds to opening without cleaning up is three warnings.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep, create=not read_only, cleanup_tmp_directories=not read_only
+            max_to_keep=max_to_keep,
+            create=False,
+            cleanup_tmp_directories=not read_only,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}, barrier_sync_key_prefix=directory.name
+            ),
         )
-        return ocp.CheckpointManager(directory, options=options)
+        try:
+            return ocp.CheckpointManager(directory, options=options)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{directory} cannot be opened: a _CHECKPOINT_METADATA in it is damaged ({error}); delete that file, "
+                "which only says when its checkpoint was written"
+            ) from error
 
-    @property
-    def directory(self) -> Path:
-        """Folder of the kept snapshots."""
-        return Path(self._snapshots.directory)
-
+    @distributed.on_main
     def save(self, state: TrainState) -> None:
         """Writes a state, numpy arrays on the host: to the snapshots if its step is one, else as resumable."""
         step = int(state.step)
@@ -171,6 +189,7 @@ class Checkpoints:
         if number not in manager.all_steps():
             _save(manager, number, state)
 
+    @distributed.on_main
     def save_snapshot(self, number: int, state: TrainState) -> None:
         """Writes a state as snapshot `number`, whatever its step is: one that another program took.
 
@@ -181,12 +200,14 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {number} is in {self.directory} already; it was not overwritten")
         _save(self._snapshots, number, state)
 
+    @distributed.on_main
     def wait(self) -> None:
         """Returns when everything saved so far is on disk; raises what failed in the background."""
         for manager in (self._snapshots, self._resumable):
             with _writing(manager):
                 manager.wait_until_finished()
 
+    @distributed.on_main
     def numbers(self) -> list[int]:
         """Returns the numbers of the complete snapshots, ascending."""
         self._snapshots.reload()
@@ -201,6 +222,12 @@ class Checkpoints:
         Raises:
           CheckpointError: if there are states, but every one is damaged.
         """
+        state = distributed.once_tree(self._read_newest, self._template)
+        folder = distributed.once(lambda: str(self.restored_from or ""))
+        self.restored_from = Path(folder) if folder else None
+        return state
+
+    def _read_newest(self) -> TrainState | None:
         candidates = [(number * self._snapshot_freq, self._snapshots, number) for number in self._snapshots.all_steps()]
         candidates += [(step, self._resumable, step) for step in self._resumable.all_steps()]
         damaged = []
@@ -228,7 +255,7 @@ class Checkpoints:
     def _set_aside(self, manager: ocp.CheckpointManager, number: int) -> None:
         """Moves a damaged checkpoint to a folder where it is in nobody's way."""
         source = Path(manager.directory) / str(number)
-        if distributed.is_main_process() and source.exists():
+        if source.exists():
             self._damaged.mkdir(exist_ok=True)
             name = f"{source.parent.name}-{number}"
             taken = len(list(self._damaged.glob(f"{name}*")))
@@ -237,6 +264,7 @@ class Checkpoints:
             logging.warning("moved the damaged checkpoint %d to %s; the run writes it anew", number, target)
         manager.reload()
 
+    @distributed.on_main
     def require(self, numbers: Iterable[int]) -> None:
         """Checks that snapshots are there.
 
@@ -262,15 +290,22 @@ class Checkpoints:
         Raises:
           CheckpointError: if it is missing after that time, or damaged.
         """
-        _wait_until(lambda: number in self.numbers(), wait_seconds)
-        self.require([number])
-        try:
-            return _restore(self._snapshots, number, self._template)
-        except CheckpointError as error:
-            others = ", ".join(str(other) for other in self.numbers() if other != number) or "none"
-            raise CheckpointError(
-                f"{error}; choose another one (there are: {others}) by eval.begin_ckpt and eval.end_ckpt, or --snapshot"
-            ) from error
+
+        def read() -> TrainState:
+            _wait_until(lambda: number in self.numbers(), wait_seconds)
+            self.require([number])
+            try:
+                return _restore(self._snapshots, number, self._template)
+            except CheckpointError as error:
+                others = ", ".join(str(other) for other in self.numbers() if other != number) or "none"
+                raise CheckpointError(
+                    f"{error}; choose another one (there are: {others}) by eval.begin_ckpt and eval.end_ckpt, or "
+                    "--snapshot"
+                ) from error
+
+        state = distributed.once_tree(read, self._template)
+        assert state is not None
+        return state
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float) -> None:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 import checks
 import distributed
 import rng
+from files import content_hash
 from sources.base import Source
 from sources.digits import load_digits
 from sources.folder import Rules, load_folder
@@ -30,6 +31,7 @@ from sources.tfds_any import PREFIX, load_any
 from sources.tfds_cache import keep
 from sources.tfrecord import load_tfrecord
 
+NUM_COMPARED = 16  # images that tell whether hosts have the same ones
 # Those of TFDS by the name that it has for them.
 TFDS_NAMES: dict[str, Callable[[ConfigDict], str]] = {
     "CIFAR10": lambda config: "cifar10",
@@ -116,7 +118,7 @@ def build_source(config: ConfigDict, split: str) -> Source:
 
     Raises:
       ValueError: if the data set is unknown, the configuration names no files for it, or its images differ from the
-        configuration, or the labels of the training split in number.
+        configuration, or the labels of the training split in number; or if another host has other images.
       FileNotFoundError: if its files are missing.
     """
     source = open_source(config, split)
@@ -137,7 +139,19 @@ def build_source(config: ConfigDict, split: str) -> Source:
             f"the images of {config.data.dataset} carry {carried}, but model.num_classes={config.model.num_classes}; "
             f"set model.num_classes={source.num_classes}"
         )
+    if not distributed.is_alone():
+        _check_same_on_all(source, split)
     return source
+
+
+def _check_same_on_all(source: Source, split: str) -> None:
+    """Checks that every host has the images of process 0: their number, and some of them at even distances.
+
+    Not the fingerprint, which knows a path and a time of change that may differ between copies of a file.
+    """
+    chosen = np.unique(np.linspace(0, len(source) - 1, NUM_COMPARED).astype(np.int64))
+    seen = {"number of images": len(source), f"hash of {len(chosen)} images": content_hash(source.images(chosen))}
+    distributed.require_same({f"{name} of the {split} split": value for name, value in seen.items()})
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +74,25 @@ def naming(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):  # such as somebody else's
+        return True
+    return True
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes, in a folder and all in it, what killed processes of this host left of files under temporary names."""
+    host = socket.gethostname()
+    for path in Path(folder).rglob(f".*.{glob.escape(host)}-*.*"):
+        process = path.name.rpartition(f".{host}-")[2].partition(".")[0]
+        if not _is_running(process):
+            path.unlink(missing_ok=True)
+
+
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     """Writes a file under a temporary name and renames it: it appears whole, or the old one stays.
 
@@ -85,7 +106,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     path = Path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        prefix = f".{path.name}.{socket.gethostname()}-{os.getpid()}."
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 write(file)

@@ -6,6 +6,7 @@ The bounds are stated in docs/security.md. Every error is a ValueError that says
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192, at most 1 GiB as float32 with four channels
+MAX_PICTURE_BYTES = 2**30  # of its file: twice the bound uncompressed, with four channels of 16 bits
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # of Pillow's; its EPS, for one, starts Ghostscript
 MAX_JSON_BYTES = 2**26  # no file that we write comes near
 # Compressed entries of archives: those that expand to less are read, and those that do not expand more than so often.
@@ -76,20 +78,36 @@ def _check_pixels(width: int, height: int) -> None:
         )
 
 
-def read_picture(file: IO[bytes], convert: Callable[[Image.Image], Result]) -> Result:
+def read_content(path: str | Path) -> bytes:
+    """Reads the file of a picture.
+
+    Raises:
+      ValueError: if it is larger than any that can be decoded.
+      OSError: if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        _check_bytes(os.fstat(file.fileno()).st_size)
+        return file.read()
+
+
+def _check_bytes(num_bytes: int) -> None:
+    if num_bytes > MAX_PICTURE_BYTES:
+        raise ValueError(f"it has {num_bytes:,} bytes, more than {MAX_PICTURE_BYTES:,}; make it smaller")
+
+
+def read_picture(data: bytes, convert: Callable[[Image.Image], Result]) -> Result:
     """Opens a picture of a kind that is known, checks its size before it is decoded, and converts it.
 
     Args:
-      file: open at its beginning.
+      data: content of the file. (From an open one Pillow reads as many bytes as a chunk of PNG announces.)
       convert: called with the picture, which is decoded when it is first looked at.
 
     Raises:
       ValueError: saying why it cannot be read.
     """
     try:
-        _check_pixels(*_webp_size(file.read(30)))
-        file.seek(0)
-        with Image.open(file, formats=FORMATS) as image:
+        _check_pixels(*_webp_size(data[:30]))
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(*image.size)
             return convert(image)
     except UnidentifiedImageError as error:
@@ -193,6 +211,12 @@ def check_total(entries: Sequence[zipfile.ZipInfo]) -> None:
             f"its entries would expand to {_gib(expanded)}, more than {MAX_RATIO} times their size; if that is right, "
             "pack it anew without compression"
         )
+
+
+def read_picture_entry(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Reads the entry of a picture, as `read_entry`; it must not be larger than any that can be decoded."""
+    _check_bytes(archive.getinfo(name).file_size)
+    return read_entry(archive, name)
 
 
 def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo | str) -> bytes:

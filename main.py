@@ -19,6 +19,7 @@ from typing import NoReturn
 import jax
 from absl import app
 
+import distributed
 import run_lib
 from checkpoints import CheckpointError
 from files import cache_folder, explain
@@ -30,7 +31,15 @@ from runtime.divergence import DivergedError
 from runtime.locks import LockedError
 
 # What a user can mend: told in one sentence. Anything else is our fault and ends with its traceback.
-USER_ERRORS = (ValueError, OSError, workdirs.WorkdirError, CheckpointError, SolverError, DivergedError)
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    workdirs.WorkdirError,
+    CheckpointError,
+    SolverError,
+    DivergedError,
+    distributed.ProcessError,
+)
 EXIT_FAILED = 1
 MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
 
@@ -40,15 +49,17 @@ MODES = {
     "prepare": Mode(run_lib.prepare, workdir="none"),
     "memory": Mode(run_lib.memory, workdir="none"),
     # Scripts of the 2021 code always give --eval_folder.
-    "train": Mode(run_lib.train, ignored=("eval_folder",), workdir="writable"),
-    "train_classifier": Mode(run_lib.train_classifier, workdir="writable"),
-    "eval": Mode(run_lib.evaluate, flags=("eval_folder",)),
-    "sample": Mode(run_lib.sample, flags=("output", "snapshot", "num_images", "png")),
+    "train": Mode(run_lib.train, ignored=("eval_folder",), workdir="writable", shared=True, preemptible=True),
+    "train_classifier": Mode(run_lib.train_classifier, workdir="writable", shared=True, preemptible=True),
+    "eval": Mode(run_lib.evaluate, flags=("eval_folder",), shared=True),
+    "sample": Mode(run_lib.sample, flags=("output", "snapshot", "num_images", "png"), shared=True),
     "compare": Mode(run_lib.compare_reports, config=False, workdir="none", files="A.json B.json ..."),
-    "compare_samplers": Mode(run_lib.compare_samplers, flags=("output", "samplers", "snapshot", "num_images")),
-    "encode": Mode(run_lib.encode, flags=("output", "snapshot", "num_images", "images")),
-    "restore": Mode(run_lib.restore, flags=("output", "snapshot", "num_images")),
-    "stats": Mode(run_lib.stats, flags=("output", "split", "keep_features"), workdir="none"),
+    "compare_samplers": Mode(
+        run_lib.compare_samplers, flags=("output", "samplers", "snapshot", "num_images"), shared=True
+    ),
+    "encode": Mode(run_lib.encode, flags=("output", "snapshot", "num_images", "images"), shared=True),
+    "restore": Mode(run_lib.restore, flags=("output", "snapshot", "num_images"), shared=True),
+    "stats": Mode(run_lib.stats, flags=("output", "split", "keep_features"), workdir="none", shared=True),
     "import": Mode(
         run_lib.import_checkpoint, flags=("checkpoint", "dry_run"), needed=("checkpoint",), workdir="unmade"
     ),
@@ -67,10 +78,31 @@ def set_up_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
 
 
-def prepare(files: Sequence[str]) -> None:
-    """Checks the flags and the workdir that a mode needs, and starts its log file."""
+def join_processes() -> None:
+    """Joins the other processes of the run, if there are any and the mode can be shared."""
     mode = MODES[FLAGS.mode]
+    if not mode.shared:
+        return
+    distributed.initialize(
+        FLAGS.coordinator_address,
+        FLAGS.num_processes,
+        FLAGS.process_id,
+        start_seconds=FLAGS.start_seconds,
+        preemptible=mode.preemptible,
+    )
+    logs.set_up_process()
+    given = {f"--{name}": FLAGS[name].value for name in ("mode", "workdir", *mode.flags)}
+    distributed.require_same(
+        given | {f"--config.{key}": value for key, value in workdirs.flatten(FLAGS.config).items()}
+    )
+
+
+def prepare(files: Sequence[str]) -> None:
+    """Checks the flags, joins the other processes, checks the workdir that a mode needs, and starts its log file."""
+    mode = MODES[FLAGS.mode]
+    command_line.check_process_flags(FLAGS.mode, MODES)
     command_line.check_flags(FLAGS.mode, mode, files)
+    join_processes()
     if mode.workdir in ("none", "unmade"):
         return
     check = workdirs.check_trained if mode.workdir == "trained" else workdirs.check_writable
@@ -93,14 +125,20 @@ def run(files: Sequence[str]) -> None:
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Ends the program with the error in one sentence; its traceback goes to stdout.txt, if there is one."""
-    print(f"score_sde: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+    """Ends the program, and all other processes of the run, with the error in one sentence.
+
+    Its traceback goes to stdout.txt, if there is one; and to the console if it is nothing that a user can mend.
+    """
+    if not isinstance(error, USER_ERRORS):
+        traceback.print_exception(error)
+    message = explain(error) if isinstance(error, OSError) else str(error)
+    print(f"score_sde: {message}", file=sys.stderr)
     # A run that is refused since another one works there has no business in that one's log.
-    if FLAGS.workdir and not isinstance(error, LockedError):
+    if FLAGS.workdir and distributed.is_main_process() and not isinstance(error, LockedError):
         with contextlib.suppress(OSError), (Path(FLAGS.workdir) / logs.FILE).open("r+") as file:
             file.seek(0, os.SEEK_END)
             traceback.print_exception(error, file=file)
-    sys.exit(EXIT_FAILED)
+    distributed.stop(message, EXIT_FAILED)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -111,7 +149,11 @@ def main(argv: Sequence[str]) -> None:
         prepare(argv[1:])
         run(argv[1:])
     except USER_ERRORS as error:
-        fail(error)
+        fail(distributed.explain(error))
+    except (Exception, KeyboardInterrupt) as error:
+        if distributed.is_alone():
+            raise
+        fail(distributed.explain(error))
 
 
 if __name__ == "__main__":

@@ -192,8 +192,15 @@ def save_png(path: str | Path, image: UInt8[np.ndarray, "h w C"]) -> None:
 LOSSES_FILE = "losses.jsonl"  # the loss record of a run, in its workdir
 
 
-def _are_numbers(record: dict[str, Any]) -> bool:
-    return all(value is None or type(value) in (int, float) for value in record.values())
+def read_record(line: str) -> dict[str, Any] | None:
+    """Returns a line of losses.jsonl, a map of "step" and numbers; None if it is no such line."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    return record if all(value is None or type(value) in (int, float) for value in record.values()) else None
 
 
 def read_losses(path: str | Path) -> list[dict[str, Any]]:
@@ -209,14 +216,11 @@ def read_losses(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
             break
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or type(record.get("step")) is not int or not _are_numbers(record):
-                raise ValueError(line)
-        except (ValueError, RecursionError) as error:
+        record = read_record(line)
+        if record is None:
             raise ValueError(
                 f"{path}, line {number}, is not a record of a step; expected JSON with 'step' and numbers; delete it"
-            ) from error
+            )
         records.append(record)
     return records
 

@@ -54,8 +54,7 @@ def _picture(path: str, H: int, W: int) -> Float[np.ndarray, "H W"]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"restore.mask={path!r}: no such file; expected {_FORMS}")
     try:
-        with open(path, "rb") as file:
-            levels = guards.read_picture(file, lambda picture: np.asarray(picture.convert("L")))
+        levels = guards.read_picture(guards.read_content(path), lambda picture: np.asarray(picture.convert("L")))
     except (ValueError, OSError) as error:
         raise ValueError(f"restore.mask={path!r} is not a picture that can be read ({error})") from error
     if levels.shape != (H, W):

@@ -20,6 +20,7 @@ from absl import logging
 from flax import traverse_util
 from jaxtyping import Array, Float, Integer, UInt8
 
+import distributed
 from files import content_hash, read_npz, write_atomically
 from metrics.images import apply_in_batches, check_levels, flatten_params, params_hash
 
@@ -187,26 +188,36 @@ def _train(model: Classifier, settings: ClassifierSettings, images: _Scaled, lab
 # --- cache -----------------------------------------------------------------------------------------------------------
 
 
-def _save(path: Path, params: Any, accuracy: float) -> None:
+def _to_arrays(params: Any, accuracy: float) -> dict[str, Any]:
     arrays: dict[str, Any] = {f"params/{name}": array for name, array in flatten_params(params).items()}
-    arrays |= {"accuracy": accuracy, "hash": params_hash(params)}
-    write_atomically(path, lambda file: np.savez(file, **arrays))
+    return arrays | {"accuracy": accuracy, "hash": params_hash(params)}
 
 
-def _load(path: Path) -> tuple[Any, float] | None:
-    """Reads (params, accuracy), or None if there is no file or it is damaged, which is said."""
+def _from_arrays(stored: dict[str, np.ndarray]) -> tuple[Any, float]:
+    """Returns (params, accuracy) of what `_to_arrays` has returned.
+
+    Raises:
+      KeyError: if something is missing.
+      ValueError: if it is damaged.
+    """
+    arrays = {name.removeprefix("params/"): stored[name] for name in stored if name.startswith("params/")}
+    params, accuracy = traverse_util.unflatten_dict(arrays, sep="/"), float(stored["accuracy"])
+    if params_hash(params) != str(stored["hash"]):
+        raise ValueError("its parameters do not have the hash that it states")
+    return params, accuracy
+
+
+def _load(path: Path) -> dict[str, np.ndarray] | None:
+    """Reads the arrays of a classifier, or None if there is no file or it is damaged, which is said."""
     if not path.exists():
         return None
     try:
-        file = read_npz(path)
-        arrays = {name.removeprefix("params/"): file[name] for name in file if name.startswith("params/")}
-        params, accuracy = traverse_util.unflatten_dict(arrays, sep="/"), float(file["accuracy"])
-        if params_hash(params) != str(file["hash"]):
-            raise ValueError("its parameters do not have the hash that it states")
+        stored = read_npz(path)
+        _from_arrays(stored)
     except (KeyError, ValueError) as error:
         logging.warning("the feature extractor cached in %s is damaged (%s); it is trained anew", path, error)
         return None
-    return params, accuracy
+    return stored
 
 
 # --- building --------------------------------------------------------------------------------------------------------
@@ -265,14 +276,19 @@ def build_feature_extractor(
     path = Path(folder) / f"classifier_{key[:16]}.npz"
     model = Classifier(settings.width, settings.num_features, int(train_labels.max()) + 1)
 
-    trained = _load(path)
-    if trained is None:
+    def load_or_train() -> dict[str, Any]:
+        if (stored := _load(path)) is not None:
+            return stored
         logging.info("training the feature extractor: %d images, %d steps", len(train_levels), settings.num_steps)
         params = _train(model, settings, _Scaled(train_levels, num_levels), train_labels, seed)
         _, logits = _apply(model, params, _Scaled(test_levels, num_levels))
-        trained = params, float((logits.argmax(axis=1) == test_labels).mean())
-        _save(path, *trained)
-    params, accuracy = trained
+        arrays = _to_arrays(params, float((logits.argmax(axis=1) == test_labels).mean()))
+        write_atomically(path, lambda file: np.savez(file, **arrays))
+        return arrays
+
+    trained = distributed.once_arrays(load_or_train)
+    assert trained is not None
+    params, accuracy = _from_arrays(trained)
     logging.info("feature extractor: %.1f %% of %d test images right; %s", 100 * accuracy, len(test_levels), path)
     return FeatureExtractor(
         name=f"classifier of {model.num_classes} classes trained on this data set, {settings.num_features} features",

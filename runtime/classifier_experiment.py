@@ -68,11 +68,10 @@ class Normalization:
     def of_folder(cls, folder: Path, source: datasets.Source, scaler: datasets.Scaler) -> Normalization:
         """Reads what an earlier run has measured, or measures and writes it."""
         path = folder / NORMALIZATION_FILE
-        if path.exists():
+        if distributed.once(path.exists):
             return cls.read(path)
         measured = cls.measure(source, scaler)
-        if distributed.is_main_process():
-            files.write_json(path, dataclasses.asdict(measured))
+        distributed.once(lambda: files.write_json(path, dataclasses.asdict(measured)))
         return measured
 
     @classmethod
@@ -83,7 +82,7 @@ class Normalization:
           ValueError: if it is damaged.
         """
         try:
-            return guards.build(cls, guards.parse_json(path.read_bytes()))
+            return guards.build(cls, guards.parse_json(distributed.once(path.read_text)))
         except ValueError as error:
             raise ValueError(
                 f"{path} is damaged ({error}); remove it and give --mode train_classifier again"

@@ -144,6 +144,7 @@ def load_classifier(experiment: Experiment, workdir: Path) -> Classifier | None:
     )
 
 
+@distributed.on_main
 def _read_config(folder: Path) -> dict[str, Any]:
     """Reads the flat configuration of a classifier's folder."""
     path = folder / workdirs.CONFIG_FILE
@@ -184,7 +185,7 @@ def _check_same_images(folder: Path, stored: Mapping[str, Any], experiment: Expe
 def _normalization(folder: Path, stored: Mapping[str, Any]) -> Normalization:
     """Reads the normalization, or takes that of the 2021 code, whose checkpoints do not have it."""
     path = folder / NORMALIZATION_FILE
-    if path.exists():
+    if distributed.once(path.exists):
         return Normalization.read(path)
     if stored["data.dataset"] == "CIFAR10" and not stored.get("data.centered"):
         return Normalization(CIFAR10_MEAN, CIFAR10_STD)

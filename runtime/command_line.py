@@ -10,8 +10,12 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from hosts.membership import START_SECONDS
+
 FLAGS = flags.FLAGS
 EXIT_BAD_FLAG = 2
+# Flags of modes that several processes can share.
+OF_PROCESSES = ("coordinator_address", "num_processes", "process_id", "start_seconds")
 # Flags that only some modes take.
 OF_MODES = (
     "checkpoint",
@@ -41,6 +45,8 @@ class Mode:
       config: whether --config must be given; "optional": it may be.
       workdir: what --workdir must be: "trained", "writable", "unmade" (made by the mode itself), or "none", not given.
       files: what the arguments that are no flags stand for, such as "A.json B.json"; empty: there may be none.
+      shared: whether several processes can run it together.
+      preemptible: whether it saves its state on SIGTERM.
     """
 
     run: Callable[..., Any]
@@ -50,6 +56,8 @@ class Mode:
     config: bool | str = True
     workdir: str = "trained"
     files: str = ""
+    shared: bool = False
+    preemptible: bool = False
 
 
 def define_flags(modes: Mapping[str, Mode]) -> None:
@@ -79,6 +87,12 @@ def define_flags(modes: Mapping[str, Mode]) -> None:
     flags.DEFINE_string("split", "train", "stats: part of the data, train or test.")
     flags.DEFINE_bool("keep_features", False, "stats: keep the features of every image in the file, too.")
     flags.DEFINE_string("samplers", "", "compare_samplers: METHOD[:STEPS][:KEY=VALUE...], separated by commas.")
+    flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0; for processes that no scheduler started, docs/pods.md."
+    )
+    flags.DEFINE_integer("num_processes", None, "Processes of the run, with --coordinator_address.")
+    flags.DEFINE_integer("process_id", None, "Of this process, counted from 0, with --coordinator_address.")
+    flags.DEFINE_float("start_seconds", START_SECONDS, "How long processes wait for each other at the start.", 1.0)
     flags.mark_flags_as_required(["mode"])
 
 
@@ -92,6 +106,18 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         message = str(error)
     print(f"{argv[0]}: {message}", file=sys.stderr)
     sys.exit(EXIT_BAD_FLAG)
+
+
+def check_process_flags(name: str, modes: Mapping[str, Mode]) -> None:
+    """Checks that flags of several processes are given only to a mode that they can share.
+
+    Raises:
+      ValueError: naming the flag, and the modes that take it.
+    """
+    for flag in OF_PROCESSES:
+        if FLAGS[flag].present and not modes[name].shared:
+            shared = ", ".join(each for each, mode in modes.items() if mode.shared)
+            raise ValueError(f"--mode {name} runs in one process and does not take --{flag}; modes that do: {shared}")
 
 
 def check_flags(name: str, mode: Mode, files: Sequence[str] = ()) -> None:

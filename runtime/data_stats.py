@@ -176,6 +176,7 @@ def check_output_name(output: str) -> None:
         raise ValueError(f"--output={output}: expected a name that ends in .npz")
 
 
+@distributed.on_main
 def check_replaceable(path: Path, provenance: Provenance) -> bool:
     """Checks that nothing but the same statistics is replaced.
 

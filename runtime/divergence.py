@@ -85,10 +85,13 @@ class LossWatch:
 
     Args:
       skips: steps that go wrong are skipped, and only counted here.
+
+    Attributes:
+      has_moved: whether a step that was looked at since `mark_saved` was not skipped; if not, there is nothing to save.
     """
 
     def __init__(self, *, skips: bool):
-        self._skips, self._in_a_row, self._has_moved = skips, 0, True
+        self._skips, self._in_a_row, self.has_moved = skips, 0, False
         self._pending: list[tuple[int, Mapping[str, Array]]] = []
         self._losses: list[np.ndarray] = []
         self._skipped: list[int] = []
@@ -113,7 +116,7 @@ class LossWatch:
 
     def _check(self, step: int, loss: float, norm: float, looked_at: int) -> None:
         if np.isfinite(loss) and np.isfinite(norm):
-            self._in_a_row, self._has_moved = 0, True
+            self._in_a_row, self.has_moved = 0, True
             return
         what = f"the loss became {loss}" if not np.isfinite(loss) else f"the gradient's norm became {norm}"
         what += f" at step {step} (gradient norm {norm:.3g}, loss {loss:.3g})"
@@ -124,11 +127,9 @@ class LossWatch:
         if self._in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise NotFiniteError(f"{what}, the {self._in_a_row}th in a row that was skipped", step, looked_at)
 
-    def has_moved(self) -> bool:
-        """Says whether a step since the last call of this was not skipped: if not, there is nothing new to save."""
-        self.look()
-        moved, self._has_moved = self._has_moved, False
-        return moved
+    def mark_saved(self) -> None:
+        """Notes that the present state is saved."""
+        self.has_moved = False
 
     def take(self) -> dict[str, float]:
         """Returns the mean "loss" of the steps since the last call, and how many were "skipped", if any were.

@@ -368,12 +368,13 @@ def encode_images(
     distributed.check_batch_size("eval.batch_size", experiment.config.eval.batch_size)
     build_codec(experiment.config, experiment.sde)  # its checks, before anything is read
     levels, source = load_images(experiment, num_images, images)
+    distributed.require_same({"content of the images": files.content_hash(levels)})
     restored = drawing.restore(experiment, workdir, snapshot)
     with locks.hold(folder, "--output"):
         open_folder = functools.partial(
             results.open_folder, folder, experiment.config, SETTINGS, restored.params, flag="--output"
         )
-        if (folder / results.SETTINGS_FILE).exists():  # to be refused before the work; made after it
+        if distributed.once((folder / results.SETTINGS_FILE).exists):  # to be refused before the work; made after it
             open_folder()
         _describe_flow(experiment)
         encoded = encode_and_decode(experiment, distributed.replicate(restored.params), levels)

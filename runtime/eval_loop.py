@@ -311,13 +311,13 @@ def other_reports(folder: Path, numbers: range, real: RealFeatures) -> list[Path
     return [report_path(folder, report.checkpoint.number) for report in others]
 
 
-def _write(folder: Path, workdir: Path, report: Report, others: list[Path]) -> None:
+def _write(folder: Path, workdir: Path, report: Report, others: list[str]) -> None:
     """Writes the report of a checkpoint and, without the others, the page."""
     save_report(folder, report)
     for path in others:
         logging.info("%s was of another feature extractor or reference and is made anew", path)
-        if path != report_path(folder, report.checkpoint.number):  # which is made anew already
-            path.unlink()
+        if Path(path) != report_path(folder, report.checkpoint.number):  # which is made anew already
+            Path(path).unlink()
     write_report(folder, losses=workdir / plots.LOSSES_FILE)
     log_report(report, folder)
 
@@ -347,7 +347,7 @@ def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) ->
             if config.eval.enable_sampling
             else None
         )
-        others = other_reports(folder, numbers, real) if real else []
+        others = distributed.once(lambda: list(map(str, other_reports(folder, numbers, real)))) if real else []
         for number in numbers:
             state = checkpoints.restore_snapshot(number, wait_seconds=config.eval.wait_seconds)
             report = evaluate_checkpoint(evaluator, state, number, real, folder)

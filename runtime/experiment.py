@@ -292,7 +292,7 @@ class SamplingProgram:
         """Compiles the program if that has not been done, and returns it."""
         if self._compiled is None:
             start = time.monotonic()
-            self._compiled = self._mapped.lower(*self._inputs(params, np.arange(self.batch_size))).compile()
+            self._compiled = distributed.compile_ahead(self._mapped, *self._inputs(params, np.arange(self.batch_size)))
             self.compile_seconds = time.monotonic() - start
         return self._compiled
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 import datasets
 import distributed
 from files import cache_folder
+from hosts.cluster import find_place, is_tpu_worker
 from metrics import efficientnet, inception, tfgan
 from runtime.experiment import build_experiment
 from runtime.real_features import choose_extractor
@@ -117,6 +118,23 @@ def find_devices() -> Iterator[Finding]:
     if found["platform"] == "cpu" and shutil.which("nvidia-smi"):
         text = "this machine has an NVIDIA driver, but JAX computes on the CPU"
         yield Finding("devices", "gpu", WARNING, text, 'python -m pip install --upgrade "jax[cuda12]"')
+    yield _find_processes(os.environ)
+
+
+def _find_processes(environ: Mapping[str, str]) -> Finding:
+    """Looks for other processes, which training, evaluation and the like would join; the doctor itself does not."""
+    try:
+        place = find_place(environ)
+    except ValueError as error:
+        return Finding("devices", "processes", WARNING, str(error))
+    if place:
+        text = f"{place.num_processes} by {place.found_by}; this is number {place.process_id}, "
+        text += f"number 0 is at {place.coordinator_address}"
+    elif is_tpu_worker(environ):
+        text = "JAX looks for the other workers of a TPU pod"
+    else:
+        text = "this one; neither SLURM nor Open MPI started others"
+    return Finding("devices", "processes", OK, text)
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def _describe_holder(descriptor: int) -> str:
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
         return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (ValueError, KeyError, TypeError):  # it holds the lock, but has not written yet
+    except (ValueError, KeyError, TypeError, RecursionError):  # it holds the lock, but has not written yet
         return "another process"
 
 
@@ -82,7 +82,8 @@ def hold(folder: str | Path, flag: str = "--workdir") -> Iterator[None]:
     """Holds the lock of a folder while the body runs.
 
     The system gives the lock up when the process ends, however it ends; who holds it is in the file only to be told.
-    One process of several locks for all. A folder that the body leaves empty is removed again if it was not there.
+    What killed runs left of unfinished files is removed. One process of several locks for all. A folder that the body
+    leaves empty is removed again if it was not there.
 
     Args:
       folder: made if need be.
@@ -105,6 +106,8 @@ def hold(folder: str | Path, flag: str = "--workdir") -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        with contextlib.suppress(OSError):
+            files.remove_leftovers(folder)
         yield
     finally:
         _release(descriptor, path)

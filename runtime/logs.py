@@ -66,10 +66,15 @@ def set_up_console() -> None:
     sys.unraisablehook = _tell_unraisable
 
 
-def set_up_file(workdir: Path) -> None:
-    """Logs to stdout.txt in the workdir too; only errors are logged on all processes but the first."""
+def set_up_process() -> None:
+    """Makes all processes but the first log errors alone; to be called when the processes have met."""
     if not distributed.is_main_process():
         logging.set_verbosity(logging.ERROR)
+
+
+def set_up_file(workdir: Path) -> None:
+    """Logs to stdout.txt in the workdir, too; process 0 alone does."""
+    if not distributed.is_main_process():
         return
     handler = _LogFile(workdir / FILE)
     handler.setFormatter(standard_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import distributed
 from files import Appender, write_bytes
-from plots import LOSSES_FILE
+from plots import LOSSES_FILE, read_record
 from runtime.event_file import EventFile
 
 Item = TypeVar("Item")
@@ -26,10 +26,8 @@ Item = TypeVar("Item")
 
 def _step_of(line: str) -> float:
     """Returns the step of a line of losses.jsonl; infinite if the line is damaged."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
+    record = read_record(line)
+    return math.inf if record is None else record["step"]
 
 
 class TrainingProgress:

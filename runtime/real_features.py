@@ -113,7 +113,8 @@ def extract(
     """Yields (levels, features, logits) of every image of a split, a batch at a time, and logs how it goes."""
     for indices in track(batches_of(source), name):
         levels = source.images(indices)
-        yield levels, *extractor(levels)
+        features, logits = distributed.divide(extractor, levels)
+        yield levels, features, logits
 
 
 def cached_features(
@@ -272,8 +273,8 @@ class RealFeatures:
 
     def measure(self, levels: UInt8[np.ndarray, "N H W C"]) -> tuple[Metric, ...]:
         """Measures samples, and the test split in their place."""
-        of_samples = self.extractor(levels)
-        return sample_metrics(of_samples, reference=self._prepared, extractor=self.extractor.key) + self.floor
+        features, logits = distributed.divide(self.extractor, levels)
+        return sample_metrics((features, logits), reference=self._prepared, extractor=self.extractor.key) + self.floor
 
     @property
     def feature_info(self) -> FeatureInfo:

@@ -90,7 +90,7 @@ class RestorationProgram:
         arguments = keys, params, distributed.shard(distributed.host_share(y))
         if self._compiled is None:
             start = time.monotonic()
-            self._compiled = self._mapped.lower(*arguments).compile()
+            self._compiled = distributed.compile_ahead(self._mapped, *arguments)
             self.compile_seconds = time.monotonic() - start
         start = time.monotonic()
         x, nfe = self._compiled(*arguments)

@@ -251,6 +251,7 @@ def restore_images(experiment: Experiment, workdir: Path, *, output: str, snapsh
     RestorationProgram(experiment, operator, distributed.device_count())  # its checks, before anything is read
     workdirs.output_folder(workdir, output)
     inputs = load_inputs(config, operator, num_images)
+    distributed.require_same({"content of restore.images": inputs.sha256()})
     drawing.warn_of_batch(config)
     restored = drawing.restore(experiment, workdir, snapshot)
     folder = workdirs.output_folder(workdir, output or default_output(config, restored.number))

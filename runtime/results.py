@@ -40,25 +40,33 @@ def cached(
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of an .npz file, computing and writing it, whole or not at all, if it is not there.
 
+    Process 0 looks, reads and writes; all processes get the arrays, and all compute them if they must be.
+
     Args:
       path: of the file.
       compute: returns the arrays.
       is_enough: whether the arrays of a file that is there will do.
     """
-    if path.exists():
+
+    def read() -> dict[str, np.ndarray] | None:
+        if not path.exists():
+            return None
         try:
             stored = files.read_npz(path)
         except ValueError as error:
             logging.warning("%s; computing it again", error)
-        else:
-            if is_enough(stored):
-                return stored
+            return None
+        return stored if is_enough(stored) else None
+
+    stored = distributed.once_arrays(read)
+    if stored is not None:
+        return stored
     arrays = compute()
-    if distributed.is_main_process():
-        files.write_atomically(path, lambda file: np.savez(file, **arrays))
+    distributed.once(lambda: files.write_atomically(path, lambda file: np.savez(file, **arrays)))
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
+@distributed.on_main
 def open_folder(
     folder: Path,
     config: ConfigDict,
@@ -96,7 +104,7 @@ def open_folder(
         now = given | hashes
         listed = "; ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in sorted(differing))
         raise WorkdirError(f"{folder} holds results of other settings ({listed}); choose a new {flag}")
-    if distributed.is_main_process() and (not path.exists() or hashes.keys() - stored.keys()):
+    if not path.exists() or hashes.keys() - stored.keys():
         files.write_json(path, stored | hashes)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
@@ -234,7 +233,8 @@ class _Loop:
           NotFiniteError: if it, or a step before it, is not finite.
           WorkdirError: if the workdir is gone.
         """
-        if not self.watch.has_moved():
+        self.watch.look()
+        if not self.watch.has_moved:
             logging.warning("step %d is not saved: every step since the last saved one was skipped", step)
             return
         on_host = distributed.unreplicate(state)
@@ -242,13 +242,16 @@ class _Loop:
             raise NotFiniteError(f"the state became infinite or nan at step {step}, though no loss did", step, step)
         self.presence.require()
         self.checkpoints.save(on_host)
+        self.watch.mark_saved()
 
     def read(self, batches: Iterator[Any], state: TrainState, step: int) -> Any:
         """Returns the next batch; if the data fail, the state is saved first."""
         try:
             return next(batches)
         except Exception:
-            if jax.process_count() == 1:  # several would have to save together, and the others know of nothing
+            self.watch.look()
+            # Several processes would have to save together, and the others know of nothing.
+            if self.watch.has_moved and distributed.is_alone():
                 self.save(state, step)
                 self.checkpoints.wait()
                 logging.warning("the data fail: step %d is saved; the same command resumes from it", step)
@@ -311,11 +314,11 @@ class _Loop:
                     self.watch.add(step, metrics)
                     # Before the first call is compiled and done there is nothing to save: SIGTERM then ends at once.
                     preemption = preemption or stack.enter_context(distributed.Preemption())
-                    self.after_call(state, step, is_last=step == last, stop=preemption.requested(step))
+                    self.after_call(state, step, is_last=step == last, stop=preemption.requested())
             except NotFiniteError as error:
                 on_host = distributed.unreplicate(state)
                 raise divergence.explain(error, trainer, source, on_host, self.checkpoints) from None
-        self.checkpoints.wait()
+            self.checkpoints.wait()
         return distributed.unreplicate(state)
 
 
@@ -341,8 +344,7 @@ def train(trainer: Trainer, source: datasets.Source, workdir: str | Path) -> Tra
         presence = workdirs.Presence(workdir)
         state = checkpoints.restore_newest() or experiment.init_state()
         check_first_step(experiment.config, int(state.step), group)
-        if distributed.is_main_process():
-            workdirs.record_config(workdir, experiment.config)
+        workdirs.record_config(workdir, experiment.config)
         steps = num_steps(experiment.config, group)
         with TrainingProgress(
             workdir, first_step=int(state.step), num_steps=steps, batch_size=settings.batch_size

@@ -13,6 +13,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+import distributed
 import guards
 from files import write_json
 
@@ -55,6 +56,7 @@ def versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
+@distributed.on_main
 def check_writable(workdir: str | Path, flag: str = "--workdir") -> None:
     """Makes a folder if need be and checks that files can be written in it.
 
@@ -77,17 +79,20 @@ def check_writable(workdir: str | Path, flag: str = "--workdir") -> None:
 class Presence:
     """Notices that a folder, such as the workdir of a run that goes on, is removed or replaced.
 
-    What is open in it could be written on, and would be lost.
+    What is open in it could be written on, and would be lost. Of several processes the first one looks.
 
     Args:
       folder: that is there now.
     """
 
     def __init__(self, folder: str | Path):
-        self._folder, self._status = Path(folder), os.stat(folder)
+        self._folder = Path(folder)
+        self._status = os.stat(folder) if distributed.is_main_process() else None
 
     def require(self) -> None:
         """Raises a WorkdirError if the folder is no longer what it was."""
+        if self._status is None:
+            return
         try:
             is_there = os.path.samestat(os.stat(self._folder), self._status)
         except (FileNotFoundError, NotADirectoryError):
@@ -99,6 +104,7 @@ class Presence:
             )
 
 
+@distributed.on_main
 def check_trained(workdir: str | Path) -> None:
     """Checks that the workdir holds a training run and can be written.
 
@@ -127,6 +133,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return stored
 
 
+@distributed.on_main
 def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
     """Checks that an existing workdir was made with the same network, data and SDE.
 
@@ -161,6 +168,7 @@ def output_folder(workdir: str | Path, output: str) -> Path:
     return folder
 
 
+@distributed.on_main
 def record_config(workdir: str | Path, config: ConfigDict) -> None:
     """Writes config.json: the exact configuration, the versions of the packages and the commit of this code."""
     given = flatten(config)

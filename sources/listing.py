@@ -86,7 +86,7 @@ class FolderPictures:
     def read(self, name: str) -> bytes:
         """Reads the content of a picture."""
         try:
-            return (self.path / name).read_bytes()
+            return guards.read_content(self.path / name)
         except OSError as error:
             raise ValueError(f"it cannot be read: {error.strerror}") from error
 
@@ -149,7 +149,7 @@ class ZipPictures:
         if not hasattr(self.archives, "file"):
             self.archives.file = guards.open_zip(self.path)
         try:
-            return guards.read_entry(self.archives.file, name)
+            return guards.read_picture_entry(self.archives.file, name)
         except ValueError as error:
             raise ValueError(f"it cannot be read: {error}") from error
 

@@ -22,6 +22,7 @@ from sources.resize import resize
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
 RESIZE = ("none", "crop", "stretch")  # values of `data.resize` and `restore.resize`
+MAX_VALUES = 4 * guards.MAX_PIXELS  # of an array: a GiB as float32
 NUM_NAMED = 5  # files that an error lists
 GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # luma of R, G and B by ITU-R BT.601, as Pillow's
 
@@ -87,14 +88,23 @@ def _is_gray(image: Image.Image) -> bool:
     return image.mode in ("1", "L", "LA", "La")
 
 
+def _values(image: Image.Image, mode: str) -> Float[np.ndarray, "H W C"]:
+    """Converts to a mode of 8 bits and divides by 255, in place: a large picture is a GiB."""
+    values = np.array(image if image.mode == mode else image.convert(mode), np.float32)
+    values /= 255
+    return values.reshape(*image.size[::-1], -1)
+
+
 def _with_alpha(image: Image.Image) -> Float[np.ndarray, "H W C"]:
-    return np.asarray(image.convert("LA" if _is_gray(image) else "RGBA"), np.float32) / 255
+    return _values(image, "LA" if _is_gray(image) else "RGBA")
 
 
 def _on_white(values: Float[np.ndarray, "H W C"]) -> Float[np.ndarray, "..."]:
-    """Lays a picture with transparency, its last channel, on white."""
+    """Lays a picture with transparency, its last channel, on white; in place."""
     color, alpha = values[..., :-1], values[..., -1:]
-    return alpha * color + (1 - alpha)
+    color *= alpha
+    color += 1 - alpha
+    return color
 
 
 def to_array(image: Image.Image, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
@@ -120,7 +130,7 @@ def to_array(image: Image.Image, *, keep_alpha: bool = False) -> Float[np.ndarra
         return _with_alpha(image)
     if image.has_transparency_data:
         return _on_white(_with_alpha(image))
-    return np.asarray(image.convert("L" if _is_gray(image) else "RGB"), np.float32).reshape(*image.size[::-1], -1) / 255
+    return _values(image, "L" if _is_gray(image) else "RGB")
 
 
 def _decode_array(data: bytes) -> Float[np.ndarray, "H W C"]:
@@ -128,6 +138,8 @@ def _decode_array(data: bytes) -> Float[np.ndarray, "H W C"]:
     array = guards.read_array(io.BytesIO(data), len(data))
     if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or not array.size:
         raise ValueError(f"it is {array.dtype}{list(array.shape)}; expected uint8 or uint16 of [H, W] or [H, W, C]")
+    if array.size > MAX_VALUES:
+        raise ValueError(f"it has {array.size:,} values, more than {MAX_VALUES:,}; make it smaller")
     return array.reshape(*array.shape[:2], -1).astype(np.float32) / np.iinfo(array.dtype).max
 
 
@@ -140,7 +152,7 @@ def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float
     try:
         if name.lower().endswith(".npy"):
             return _decode_array(data)
-        return guards.read_picture(io.BytesIO(data), lambda image: to_array(image, keep_alpha=keep_alpha))
+        return guards.read_picture(data, lambda image: to_array(image, keep_alpha=keep_alpha))
     except ValueError as error:
         raise ValueError(f"it cannot be read: {error}") from error
 
@@ -152,7 +164,7 @@ def read_picture(path: str | Path, *, keep_alpha: bool = False) -> Float[np.ndar
       ValueError: saying why it cannot be read.
     """
     try:
-        data = Path(path).read_bytes()
+        data = guards.read_content(path)
     except OSError as error:
         raise ValueError(f"it cannot be read: {error.strerror}") from error
     return decode_picture(data, str(path), keep_alpha=keep_alpha)

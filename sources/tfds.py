@@ -6,7 +6,6 @@ Here are those that the 2021 code knew, prepared as it did; any others are in `t
 from __future__ import annotations
 
 import functools
-import io
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -117,7 +116,7 @@ def decode_stored(data: bytes, channels: int | None) -> np.ndarray:
         mode = MODES.get(channels, image.mode)
         return np.asarray(image if image.mode == mode else image.convert(mode))
 
-    levels = guards.read_picture(io.BytesIO(data), convert)
+    levels = guards.read_picture(data, convert)
     return levels.reshape(*levels.shape[:2], -1)
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import guards
 
 # What TFDS raises if data are not there, or not in files that can be read by index.
 NOT_PREPARED = (AssertionError, KeyError, ValueError, NotImplementedError, FileNotFoundError)
 OTHER_FORMAT = ("File format is already set", "does not match the file formats")  # TFDS of files of another kind
+
+OWN_CLASSES = "tensorflow_datasets."
 
 
 def data_folder(path: str = "") -> Path:
@@ -34,6 +39,36 @@ def _other_format(name: str, folder: Path) -> ValueError:
     )
 
 
+def _class_names(stored: Any) -> Iterator[object]:
+    """Yields the names of classes in a features.json, as TFDS writes it now and as it did before 2021."""
+    if isinstance(stored, list):
+        for each in stored:
+            yield from _class_names(each)
+    if not isinstance(stored, dict):
+        return
+    keys = {"pythonClassName", "python_class_name"} | ({"type"} if "content" in stored else set())
+    for key, value in stored.items():
+        if key in keys:
+            yield value
+        else:
+            yield from _class_names(value)
+
+
+def _check_features(folder: Path) -> None:
+    """Checks that the features of a data set are TFDS's own: it would import any module that their file names.
+
+    Raises:
+      ValueError: naming the file and the class.
+    """
+    for path in sorted(folder.rglob("features.json")):
+        for name in _class_names(guards.read_json(path)):
+            if not str(name).startswith(OWN_CLASSES):
+                raise ValueError(
+                    f"{path} names the class {name!r}, which would be imported; only those of tensorflow-datasets are: "
+                    "prepare the data set anew with these"
+                )
+
+
 def open_builder(name: str, path: str = "") -> Any:
     """Opens a data set of TFDS that is prepared.
 
@@ -51,6 +86,7 @@ def open_builder(name: str, path: str = "") -> Any:
     import tensorflow_datasets as tfds  # lazily: half a second, and the embedded data need none of it
 
     folder = data_folder(path)
+    _check_features(folder / re.split("[/:]", name)[0])
     try:
         builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
         prepared = bool(builder.info.splits)

@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
 os.environ["SCORE_SDE_CACHE"] = str(ROOT / ".cache" / "score_sde")
 
 
-SLOWEST = ("test_end_to_end.py", "test_smoke.py")
+SLOWEST = ("test_end_to_end.py", "test_hosts.py", "test_smoke.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -117,6 +117,18 @@ def test_a_gpu_that_is_not_used_is_told(monkeypatch):
     assert (gpu.state, gpu.remedy) == (WARNING, 'python -m pip install --upgrade "jax[cuda12]"')
 
 
+def test_processes_of_a_scheduler_are_told(monkeypatch):
+    assert found(inventory.find_devices(), "processes").text == "this one; neither SLURM nor Open MPI started others"
+    of_hosts = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+    for name, value in of_hosts.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "80")
+    text = found(inventory.find_devices(), "processes").text
+    assert text == "4 by Open MPI; this is number 3, number 0 is at 127.0.0.1:80"
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")
+    assert found(inventory.find_devices(), "processes").state == WARNING
+
+
 def test_a_folder_that_cannot_be_written_is_broken(monkeypatch, tmp_path):
     assert found(inventory.find_folders(), "cache").state == OK
     assert "(not made yet)" in found(inventory.find_folders(), "cache").text

@@ -5,14 +5,11 @@ import json
 import logging as standard_logging
 import os
 import resource
-import signal
 import subprocess
 import sys
-import time
 
 import disks
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -22,13 +19,8 @@ from test_checkpoints import assert_equal, make_state, open_checkpoints
 
 import files
 import losses
-import noise_levels
 from checkpoints import CheckpointError
-from configs.vp import digits_ddpmpp_continuous
-from runtime import divergence, event_file, locks
-from runtime.divergence import LossWatch, NotFiniteError
-from runtime.experiment import build_experiment
-from runtime.workdir import Presence, WorkdirError
+from runtime import event_file
 from sources.tfrecord import find_records, masked_crc32c
 
 # --- what the system refuses -----------------------------------------------------------------------------------------
@@ -73,15 +65,29 @@ def test_a_file_on_a_full_disk_is_named_and_the_old_one_stays(tmp_path):
         assert os.listdir(tmp_path / "disk") == ["report.json"]  # what was half written gave its room back
 
 
+def test_what_a_killed_process_left_of_a_file_is_removed_and_nothing_of_others(tmp_path):
+    host = os.uname().nodename
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    leftover = tmp_path / f".report.json.{host}-{ended.stdout.strip()}.abcd"
+    kept = [tmp_path / f".report.json.{host}-{os.getppid()}.abcd", tmp_path / ".report.json.elsewhere-1.abcd"]
+    kept += [tmp_path / f"report.md.{host}-{ended.stdout.strip()}.abcd"]
+    for each in (leftover, *kept):
+        each.write_text("half")
+    files.remove_leftovers(tmp_path.parent)
+    assert set(tmp_path.iterdir()) == set(kept)
+
+
 def test_a_growing_file_keeps_what_a_full_disk_refuses(tmp_path, caplog):
-    """Also the part of a line that still had room is written once."""
-    lines = [f"{number:07d}\n".encode() for number in range(2000)]
+    """Also the part of a line that still had room is written once: nine bytes do not divide the disk's blocks."""
+    lines = [f"{number:08d}\n".encode() for number in range(2000)]
     with disks.small_disk(tmp_path / "disk", 8) as resize:
         file = files.Appender(tmp_path / "disk" / "losses.jsonl")
         for line in lines:
             file.append(line)
         assert caplog.text.count("No space left on device") == 1  # told once, not 1000 times
-        assert 0 < (tmp_path / "disk" / "losses.jsonl").stat().st_size < 8 * 2000
+        assert 0 < (tmp_path / "disk" / "losses.jsonl").stat().st_size < 9 * 2000
         resize(64)
         file.close()
         assert (tmp_path / "disk" / "losses.jsonl").read_bytes() == b"".join(lines)
@@ -346,223 +352,7 @@ def test_the_newest_checkpoint_is_that_of_the_last_step_whatever_the_clock_says(
     assert sorted(path.name for path in (tmp_path / "checkpoints-meta").iterdir()) == ["16", "22"]
 
 
-# --- locks -----------------------------------------------------------------------------------------------------------
-
-HOLD = """
-import sys, time
-sys.path[:0] = sys.argv[1:2]
-from runtime import locks
-with locks.hold(sys.argv[2]):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.slow
-def test_a_folder_has_one_writer_and_a_kill_frees_it(tmp_path):
-    folder = tmp_path / "run"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tiny.ROOT, folder], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        start = time.monotonic()
-        host = os.uname().nodename
-        with pytest.raises(
-            locks.LockedError, match=rf"--workdir=.*run is in use by process {holder.pid} on {host}, since"
-        ):
-            locks.hold(folder).__enter__()
-        assert time.monotonic() - start < 1
-    finally:
-        holder.kill()
-        holder.communicate()
-    assert holder.returncode == -signal.SIGKILL
-    with locks.hold(folder):  # what the killed one left behind locks nobody out
-        assert json.loads((folder / locks.FILE).read_text())["pid"] == os.getpid()
-    assert list(folder.iterdir()) == []
-
-
-def test_a_lock_leaves_nothing_behind(tmp_path):
-    with locks.hold(tmp_path / "none"):
-        assert (tmp_path / "none" / locks.FILE).exists()
-    assert not (tmp_path / "none").exists()
-    with locks.hold(tmp_path / "some"):
-        (tmp_path / "some" / "result").write_text("")
-    assert os.listdir(tmp_path / "some") == ["result"]
-
-
-def test_a_lock_is_not_lost_to_one_who_opened_the_file_before_it_was_removed(tmp_path):
-    """Who waits at the removed file must not believe that it has the folder."""
-    with locks.hold(tmp_path):
-        opened = os.open(tmp_path / locks.FILE, os.O_RDWR)
-    assert not locks._is_at(opened, tmp_path / locks.FILE)
-    with locks.hold(tmp_path), pytest.raises(locks.LockedError):
-        locks.hold(tmp_path).__enter__()
-    os.close(opened)
-
-
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
-    def refuse(descriptor, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(locks.fcntl, "flock", refuse)
-    with locks.hold(tmp_path):
-        assert "knows no locks: see that no other run writes there" in caplog.text
-
-
-def test_only_the_first_process_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with locks.hold(tmp_path / "run"):
-        assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
-def test_a_folder_that_vanishes_is_noticed(tmp_path, how):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    presence = Presence(folder)
-    presence.require()
-    folder.rename(tmp_path / "elsewhere") if how != "removed" else folder.rmdir()
-    if how == "replaced":
-        folder.mkdir()
-    with pytest.raises(WorkdirError, match=r"run is gone: somebody has removed, moved or replaced it"):
-        presence.require()
-
-
-# --- steps that go wrong ---------------------------------------------------------------------------------------------
-
-OPTIMIZER = losses.make_optimizer(lr=1e-2, beta1=0.9, eps=1e-8, weight_decay=0.0, warmup=3, grad_clip=1.0)
-
-
-def poisoned_loss(key, params, x, *, train, class_labels=None):
-    """Squared distance to the parameters, with noise; not a number, or of infinite gradient, where images say so."""
-    mean = params["mean"]
-    values = jnp.square((mean + jax.random.normal(key, mean.shape))[None] - x).mean(axis=(1, 2, 3))
-    steep = (mean - jax.lax.stop_gradient(mean)).sum()  # 0, of gradient 1
-    marker = x[:, 0, 0, 0]
-    return values + jnp.where(marker == 98.0, 1e38, 0.0) * steep + jnp.where(marker == 99.0, jnp.nan, 0.0)
-
-
-def batches(poison):
-    """Batches [steps, B, H, W, C]; `poison` says which value marks a step's first image."""
-    levels = np.random.default_rng(0).integers(0, 17, (6, 4, 2, 2, 1)).astype(np.float32)
-    levels[:, 1:, 0, 0, 0] = 1.0
-    for step, value in poison.items():
-        levels[step, 0, 0, 0, 0] = value
-    return levels
-
-
-@pytest.mark.parametrize("poison", [{2: 99.0}, {2: 98.0}, {0: 99.0, 1: 99.0, 5: 98.0}, {}])
-def test_skipped_steps_leave_the_state_bit_for_bit(poison):
-    """The compiled loop with skipping against single steps that a poisoned batch is simply not given to."""
-    levels, key = batches(poison), jax.random.key(0)
-    params = {"mean": jnp.full((2, 2, 1), 0.5)}
-    step = losses.make_train_step(poisoned_loss, OPTIMIZER, ema_rate=0.9)
-    skipping = jax.jit(losses.make_train_steps(losses.skip_nonfinite(step)))
-    after, metrics = skipping(key, losses.init_state(params, OPTIMIZER), levels)
-
-    by_hand, one_step = losses.init_state(params, OPTIMIZER), jax.jit(step)
-    for number, batch in enumerate(levels):
-        by_hand = by_hand.replace(step=jnp.int32(number + 1)) if number in poison else one_step(key, by_hand, batch)[0]
-    assert_equal(jax.tree.map(np.asarray, after), jax.tree.map(np.asarray, by_hand))
-    is_bad = ~(np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"]))
-    assert set(np.flatnonzero(is_bad)) == set(poison)
-    if 98.0 in poison.values():
-        assert np.isfinite(np.asarray(metrics["loss"])[[step for step in poison if poison[step] == 98.0]]).all()
-
-
-def of_device(values, norms=None):
-    arrays = {"loss": np.array([values], np.float32), "grad_norm": np.array([norms or [1.0] * len(values)], np.float32)}
-    return {name: jax.device_put(array) for name, array in arrays.items()}
-
-
-def test_the_first_bad_step_is_named_and_how_far_the_run_had_come():
-    watch = LossWatch(skips=False)
-    watch.add(2, of_device([1.0, 2.0]))
-    watch.add(4, of_device([3.0, np.nan]))
-    watch.add(6, of_device([np.nan, np.nan]))
-    with pytest.raises(NotFiniteError, match="the loss became nan at step 4") as raised:
-        watch.take()
-    assert (raised.value.step, raised.value.looked_at) == (4, 6)
-
-
-def test_a_bad_gradient_is_noticed_before_the_loss():
-    watch = LossWatch(skips=False)
-    watch.add(3, of_device([1.0, 2.0, 3.0], [1.0, np.inf, 1.0]))
-    with pytest.raises(NotFiniteError, match=r"the gradient's norm became inf at step 2 \(gradient norm inf, loss 2\)"):
-        watch.look()
-
-
-def test_skipped_steps_are_counted_and_do_not_spoil_the_mean(caplog):
-    watch = LossWatch(skips=True)
-    watch.add(2, of_device([1.0, np.nan]))
-    watch.look()
-    watch.add(4, of_device([2.0, 3.0], [np.nan, 1.0]))
-    assert watch.take() == {"loss": 2.0, "skipped": 2}
-    assert "skipped 2 step(s), whose loss or gradient is not finite: 2, 3" in caplog.text
-    watch.add(6, of_device([4.0, 6.0]))
-    assert watch.take() == {"loss": 5.0}
-
-
-def test_too_many_skipped_steps_in_a_row_end_the_run():
-    watch, limit = LossWatch(skips=True), divergence.MAX_SKIPPED_IN_A_ROW
-    watch.add(limit, of_device([np.nan] * limit))
-    watch.add(limit + 1, of_device([1.0]))
-    watch.add(2 * limit + 1, of_device([np.nan] * limit))
-    watch.look()
-    watch.add(2 * limit + 2, of_device([np.nan]))
-    with pytest.raises(
-        NotFiniteError, match=f"at step {2 * limit + 2} .*, the {limit + 1}th in a row that was skipped"
-    ):
-        watch.look()
-
-
-def test_a_state_that_no_step_has_moved_is_not_worth_saving():
-    watch = LossWatch(skips=True)
-    watch.add(2, of_device([np.nan, 1.0]))
-    assert watch.has_moved()
-    watch.add(4, of_device([np.nan, np.nan]))
-    assert not watch.has_moved()
-    watch.add(6, of_device([1.0, np.nan]))
-    assert watch.has_moved()
-
-
-class _Diverging:
-    """As much of a trainer as an explanation needs; its network is the score of data that are all zero."""
-
-    group, rate = "training", "optim.lr"
-
-    def __init__(self):
-        self.experiment = build_experiment(digits_ddpmpp_continuous.get_config())
-
-    def loss_at_time(self, key, params, x, labels, t):
-        return params * self.experiment.sde.std(t) + x.mean() * 0
-
-
-def test_losses_by_level_are_those_of_the_levels():
-    """Of a loss that is the standard deviation itself: sigma = std / sqrt(1 - std²) under the VP SDE."""
-    trainer = _Diverging()
-    measured = np.array(divergence.losses_by_level(trainer, _source(trainer), jnp.float32(1.0), 3))
-    sigma, std = measured.T
-    assert len(sigma) == divergence.NUM_LEVELS
-    np.testing.assert_allclose(sigma, std / np.sqrt(1 - std**2), rtol=2e-3)  # float32 near std = 1
-    np.testing.assert_allclose(np.diff(np.log(sigma)), np.log(sigma[-1] / sigma[0]) / 9, rtol=1e-6)
-    ends = noise_levels.noise_levels(trainer.experiment.sde, np.array([1e-5, 1.0])).sigma
-    np.testing.assert_allclose(sigma[[0, -1]], ends, rtol=1e-9)
-
-
-def _source(trainer):
-    import datasets
-
-    return datasets.build_source(trainer.experiment.config, "train")
-
-
-@pytest.mark.slow
-def test_the_denoising_loss_of_a_network_that_predicts_nothing_is_one():
-    """‖std · 0 + z‖² / D, z standard normal: 1 within four standard errors of 64 · 64 draws, at every level."""
-    trainer = _Diverging()
-    trainer.loss_at_time = divergence.denoising_loss_at_time(trainer.experiment)
-    params = jax.tree.map(jnp.zeros_like, trainer.experiment.state_template().params)
-    measured = np.array(divergence.losses_by_level(trainer, _source(trainer), params, 1))[:, 1]
-    np.testing.assert_allclose(measured, 1.0, atol=4 * np.sqrt(2 / 4096))
+# --- the log and the loss curve ---------------------------------------------------------------------------------------
 
 
 def test_a_damaged_loss_curve_is_no_obstacle(tmp_path):

@@ -1,6 +1,6 @@
 """Faults that really happen to a run of main.py: what it says, and that nothing complete is lost.
 
-The kill of a run in training is in test_end_to_end.py. Those marked exhaustive take about TODO minutes together.
+The kill of a run in training is in test_end_to_end.py, evaluations are in test_faults_results.py.
 """
 
 import contextlib
@@ -16,55 +16,25 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from faulty import (
+    FILL_AT,
+    QUIET,
+    SHELLS_SAY,
+    WAIT_FOR_SNAPSHOT,
+    assert_same_end,
+    checkpoints_of,
+    evaluation,
+    hooked,
+    refuse,
+    succeed,
+    train,
+)
 from PIL import Image
 
 from checkpoints import Checkpoints
 from runtime.experiment import build_experiment
 
 pytestmark = pytest.mark.slow
-
-QUIET = {"training__snapshot_sampling": False}  # no samples: their program takes as long to compile as the training's
-RUN = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-runpy.run_path("main.py", run_name="__main__")
-"""
-
-
-def hooked(hook, arguments):
-    """The command line of a run in which some Python is run first."""
-    return [arguments[0], "-c", hook + RUN, *arguments[1:]]
-
-
-def train(workdir, *flags, hook="", **changes):
-    return tiny.run(hooked(hook, tiny.command("train", workdir, *flags, **(QUIET | changes))))
-
-
-def succeed(result):
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
-
-
-def refuse(result, *parts):
-    """Checks that a run ended in one sentence that has these parts."""
-    assert result.returncode == 1, result.stderr[-3000:]
-    assert "Traceback" not in result.stderr, result.stderr[-3000:]
-    (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("score_sde: ")]
-    for part in parts:
-        assert part in sentence, sentence
-    return sentence
-
-
-def checkpoints_of(workdir):
-    template = build_experiment(tiny.make_config()).state_template()
-    return Checkpoints(workdir, snapshot_freq=12, template=template, read_only=True)
-
-
-def assert_same_end(workdir, other):
-    """Checks that two runs ended alike, bit for bit: parameters, moving average, optimizer, and the loss curve."""
-    with checkpoints_of(workdir) as one, checkpoints_of(other) as two:
-        jax.tree.map(np.testing.assert_array_equal, one.restore_snapshot(2), two.restore_snapshot(2))
-    assert (workdir / "losses.jsonl").read_text() == (other / "losses.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +58,7 @@ async def kill(self, *args, **kwargs):
     result = await method(self, *args, **kwargs) if "{method}" == "create" else None
     folder = pathlib.Path(str(self.get()))
     if folder.name.startswith("{name}.") and "/16.orbax-checkpoint-tmp" in str(folder):
+        wait_for_snapshot()
         os.kill(os.getpid(), signal.SIGKILL)
     return result if "{method}" == "create" else await method(self, *args, **kwargs)
 path.{method} = kill
@@ -103,7 +74,8 @@ path.{method} = kill
     ],
 )
 def test_a_kill_while_a_checkpoint_is_written(unbroken, tmp_path, method, name):
-    result = train(tmp_path, hook=KILL_WHILE_WRITING.format(method=method, name=name))
+    hook = WAIT_FOR_SNAPSHOT.format(workdir=str(tmp_path)) + KILL_WHILE_WRITING.format(method=method, name=name)
+    result = train(tmp_path, hook=hook)
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
     (half,) = [path for path in (tmp_path / "checkpoints-meta").iterdir() if "tmp" in path.name]
     assert half.name.startswith("16.")
@@ -112,71 +84,6 @@ def test_a_kill_while_a_checkpoint_is_written(unbroken, tmp_path, method, name):
     assert f"restored step 12 from {tmp_path / 'checkpoints'}" in result.stderr
     assert not half.exists()
     assert_same_end(tmp_path, unbroken)
-
-
-# Writes half of a file and kills the process.
-KILL_AT_FILE = """
-import os, signal
-import files
-write = files.write_atomically
-def write_half(path, content):
-    if path.name != "{name}":
-        return write(path, content)
-    class Half:
-        def __init__(self, file):
-            self.file = file
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-        def write(self, data):
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-    return write(path, lambda file: content(Half(file)))
-files.write_atomically = write_half
-"""
-
-
-@pytest.fixture(scope="module")
-def evaluated(unbroken, tmp_path_factory):
-    """The same run, evaluated at its last checkpoint and not disturbed."""
-    workdir = tmp_path_factory.mktemp("evaluated") / "run"
-    shutil.copytree(unbroken, workdir)
-    succeed(tiny.run(evaluation(workdir)))
-    return workdir
-
-
-def evaluation(workdir, *flags, **changes):
-    settings = {"eval__begin_ckpt": 2, "eval__end_ckpt": 2}
-    return tiny.command("eval", workdir, *flags, **(settings | changes))
-
-
-def report(workdir, folder="eval"):
-    stored = json.loads((workdir / folder / "report_2.json").read_text())
-    stored["sampler"].pop("seconds")
-    return stored
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("name", "complete"),
-    [
-        ("samples_from_152.npz", ["samples_from_0.npz"]),
-        ("bpd_0_1.npz", ["samples_from_0.npz", "samples_from_152.npz", "bpd_0_0.npz"]),
-        ("report_2.json", ["samples_from_0.npz", "samples_from_152.npz", "bpd_0_0.npz", "bpd_0_1.npz", "loss.npz"]),
-    ],
-)
-def test_a_kill_in_an_evaluation(unbroken, evaluated, tmp_path, name, complete):
-    """In the middle of a file of samples, of bits/dim, or of the report; the rest is used, the numbers are equal."""
-    workdir = tmp_path / "run"
-    shutil.copytree(unbroken, workdir)
-    result = tiny.run(hooked(KILL_AT_FILE.format(name=name), evaluation(workdir)))
-    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
-    of_checkpoint = workdir / "eval" / "ckpt_2"
-    assert not list((workdir / "eval").rglob(name))
-    before = {each: (of_checkpoint / each).stat().st_mtime_ns for each in complete}
-    succeed(tiny.run(evaluation(workdir)))
-    assert {each: (of_checkpoint / each).stat().st_mtime_ns for each in complete} == before
-    assert report(workdir) == report(evaluated)
 
 
 # --- SIGTERM ---------------------------------------------------------------------------------------------------------
@@ -191,7 +98,6 @@ def terminate(*args, **kwargs):
     return function(*args, **kwargs)
 module.{function} = terminate
 """
-SHELLS_SAY = 143  # of a process that SIGTERM ended, 128 + 15, whether it had a handler or not
 
 
 def test_two_runs_in_a_workdir_and_a_sigterm_before_the_first_step(tmp_path):
@@ -238,26 +144,6 @@ def test_sigterm_before_the_first_step_loses_nothing(unbroken, tmp_path, module,
     assert_same_end(tmp_path, unbroken)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("mode", ["eval", "sample"])
-def test_sigterm_in_evaluation_and_sampling_keeps_what_is_complete(unbroken, evaluated, tmp_path, mode):
-    workdir = tmp_path / "run"
-    shutil.copytree(unbroken, workdir)
-    if mode == "eval":
-        arguments, folder = evaluation(workdir), workdir / "eval" / "ckpt_2"
-    else:
-        arguments = tiny.command("sample", workdir, "--num_images=300", "--output=drawn")
-        folder = workdir / "drawn" / "rounds"
-    hook = KILL_AT_FILE.replace("SIGKILL", "SIGTERM").format(name="samples_from_152.npz")
-    assert 128 - tiny.run(hooked(hook, arguments)).returncode == SHELLS_SAY
-    kept = folder / "samples_from_0.npz"
-    before = kept.stat().st_mtime_ns
-    succeed(tiny.run(arguments))
-    assert kept.stat().st_mtime_ns == before
-    if mode == "eval":
-        assert report(workdir) == report(evaluated)
-
-
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +171,7 @@ record = progress.TrainingProgress.record
 def record_and_limit(self, step, **values):
     record(self, step, **values)
     if step == 14:
+        wait_for_snapshot()
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, -1))
 progress.TrainingProgress.record = record_and_limit
 """
@@ -293,28 +180,10 @@ progress.TrainingProgress.record = record_and_limit
 @pytest.mark.exhaustive
 def test_a_checkpoint_that_the_system_refuses(unbroken, tmp_path):
     """The same without a disk of its own."""
-    refuse(train(tmp_path, hook=LIMIT_AT_14), "File too large; raise the limit on the size of a file (ulimit -f)")
+    hook = WAIT_FOR_SNAPSHOT.format(workdir=str(tmp_path)) + LIMIT_AT_14
+    refuse(train(tmp_path, hook=hook), "File too large; raise the limit on the size of a file (ulimit -f)")
     assert "restored step 12 from" in succeed(train(tmp_path)).stderr
     assert_same_end(tmp_path, unbroken)
-
-
-# Fills the disk of the workdir when a file is about to be written, and says so.
-FILL_AT = """
-import pathlib
-import files
-write = files.write_atomically
-def fill_and_write(path, content):
-    if path.name == "{name}":
-        filler = pathlib.Path("{disk}") / "filler"
-        with filler.open("wb", buffering=0) as file:
-            try:
-                while file.write(bytes(4096)):
-                    pass
-            except OSError:
-                pass
-    return write(path, content)
-files.write_atomically = fill_and_write
-"""
 
 
 @pytest.mark.exhaustive
@@ -336,22 +205,6 @@ train_loop.ScoreTrainer.after_snapshot = draw_and_make_room
         assert "No space left on device; free some room there" in result.stderr
         assert not (workdir / "samples" / "iter_12" / "sample.npz").exists()
         assert_same_end(workdir, unbroken)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["samples_from_152.npz", "bpd_0_1.npz", "report_2.json", "report.md"])
-def test_a_disk_that_is_full_in_an_evaluation(unbroken, evaluated, tmp_path, name):
-    with disks.small_disk(tmp_path / "disk", 16_000):
-        workdir = tmp_path / "disk" / "run"
-        shutil.copytree(unbroken, workdir)
-        result = tiny.run(hooked(FILL_AT.format(name=name, disk=tmp_path / "disk"), evaluation(workdir)))
-        refuse(result, f"{name} (on the disk {tmp_path / 'disk'}): No space left on device; free some room there")
-        (tmp_path / "disk" / "filler").unlink()
-        kept = workdir / "eval" / "ckpt_2" / "samples_from_0.npz"
-        before = kept.stat().st_mtime_ns
-        succeed(tiny.run(evaluation(workdir)))
-        assert kept.stat().st_mtime_ns == before
-        assert report(workdir) == report(evaluated)
 
 
 @pytest.mark.exhaustive
@@ -394,8 +247,12 @@ progress.TrainingProgress.record = record_and_act
 def test_a_workdir_that_vanishes(tmp_path, log_freq):
     """Noticed when something is recorded, or when the next checkpoint is due; it is not made again."""
     workdir = tmp_path / "run"
-    action = f"shutil.rmtree(workdir) if step == {14 if log_freq == 2 else 12} else None"
-    hook = AT_14.format(workdir=str(workdir), action=action).replace("step == 14:", "step in (12, 14):")
+    action = (
+        f"workdir.rename({str(tmp_path / 'away')!r}); shutil.rmtree({str(tmp_path / 'away')!r}, ignore_errors=True)"
+    )
+    hook = AT_14.format(workdir=str(workdir), action=action).replace(
+        "step == 14", f"step == {14 if log_freq == 2 else 12}"
+    )
     start = time.monotonic()
     result = train(workdir, hook=hook, training__log_freq=log_freq, training__eval_freq=24)
     assert time.monotonic() - start < 120
@@ -579,35 +436,3 @@ def test_an_npz_file_that_disappears(tmp_path):
     refuse(train(workdir, hook=hook, **changes), f"{data} does not exist")
     np.savez(data, images=levels)
     assert "restored step 20 from" in succeed(train(workdir, hook=hook, **changes)).stderr
-
-
-# --- two at a time ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.exhaustive
-def test_a_folder_of_results_has_one_writer_beside_a_training(unbroken, tmp_path):
-    """An evaluation runs beside a training of the same workdir, but not beside another one into its folder."""
-    workdir = tmp_path / "run"
-    shutil.copytree(unbroken, workdir)
-    wait = """
-import sys, time
-sys.path[:0] = ["."]
-from runtime import locks
-with locks.hold(sys.argv[1]), locks.hold(sys.argv[2]), locks.hold(sys.argv[3]):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-    folders = [workdir, workdir / "eval", workdir / "drawn"]
-    arguments = [tiny.command("eval", workdir)[0], "-c", wait, *map(str, folders)]
-    holder = subprocess.Popen(arguments, cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        refuse(tiny.run(evaluation(workdir)), f"--eval_folder={workdir / 'eval'} is in use by process {holder.pid}")
-        refuse(
-            tiny.run(tiny.command("sample", workdir, "--output=drawn")),
-            f"--output={workdir / 'drawn'} is in use by process {holder.pid}",
-        )
-        succeed(tiny.run(evaluation(workdir, "--eval_folder=other", eval__enable_bpd=False)))
-    finally:
-        holder.kill()
-        holder.communicate()

@@ -2,10 +2,10 @@
 
 import json
 
-import jax
 import pytest
 from absl import logging
 
+import distributed
 from runtime import progress
 from runtime.progress import TrainingProgress
 
@@ -51,7 +51,7 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch, capsys, caplog):
 
 
 def test_other_processes_are_silent(tmp_path, monkeypatch, capsys, caplog):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed, "is_main_process", lambda: False)
     with open_progress(tmp_path) as bar:
         bar.show(50, 0.125)
         bar.record(50, loss=0.125)

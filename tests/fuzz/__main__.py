@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from fuzz import engine, readers
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--reader", nargs="*", default=list(readers.READERS), choices=list(readers.READERS))
-    parser.add_argument("--count", type=int, default=10_000, help="inputs of each reader")
+    parser.add_argument("--count", type=int, default=10_000, help="inputs of each reader; of slow ones less")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", default="/tmp/fuzz", help="folder of inputs that failed")
     parser.add_argument("--input", help="one file that is tried alone, with its traceback")
@@ -30,13 +29,12 @@ def main():
             path.write_bytes(Path(chosen.input).read_bytes())
             reader.read(path)
             continue
-        start = time.monotonic()
-        summary, failures = engine.run(reader, chosen.count, chosen.seed, chosen.keep)
+        count = max(round(chosen.count * reader.share), 1)
+        summary, failures = engine.run(reader, count, chosen.seed, chosen.keep)
         failed += len(failures)
         for failure in failures:
             print(f"{failure['input']}: {failure['wrong']}", file=sys.stderr)
-        seconds = round(time.monotonic() - start, 1)
-        print(json.dumps({"reader": name, "failures": len(failures), "seconds": seconds} | summary), flush=True)
+        print(json.dumps({"reader": name, "failures": len(failures)} | summary), flush=True)
     sys.exit(failed > 0)
 
 

@@ -19,7 +19,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-SECONDS = 5.0  # of an input, on a machine that does other things beside it
+SECONDS = 5.0  # of the processor's time for an input
+WAITING = 60.0  # seconds in all, on a machine that does other things beside it
 MEMORY = 2**30  # bytes that a reader may take on top of what the process has when it starts
 MAX_FAILURES = 20  # after which a run stops
 MIB = 2**20
@@ -32,24 +33,30 @@ class Reader:
     Attributes:
       name: of the reader.
       file: name of the file.
-      inputs: good ones, bytes.
+      inputs: good ones, bytes; or a function that returns them, called in the process that reads.
       change: (random, inputs) -> bytes.
       read: called with the path.
       errors: that it may raise; their message must name the file.
       memory: bytes that it may take.
       clean: called after each input.
+      prepare: called once in the process that reads: what the first input would otherwise wait for.
       name_in_message: what must be in the message; empty: the file's name.
+      address_space: bytes that it may reserve; 0: little more than `memory`.
+      share: of the inputs that are asked for, if it is slow.
     """
 
     name: str
     file: str
-    inputs: tuple[bytes, ...]
+    inputs: tuple[bytes, ...] | Callable
     change: Callable
     read: Callable
     errors: tuple[type[BaseException], ...] = (ValueError, FileNotFoundError)
     memory: int = MEMORY
     clean: Callable = lambda: None
+    prepare: Callable = lambda: None
     name_in_message: str = ""
+    address_space: int = 0
+    share: float = 1.0
 
 
 class TooLongError(BaseException):
@@ -67,45 +74,53 @@ def _status(name):
     raise KeyError(name)
 
 
+def _set_timers(seconds, waiting):
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, waiting)
+
+
 def _forget_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def attempt(reader, path):
     """Reads one input; returns (outcome, what was wrong, if anything)."""
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    _set_timers(SECONDS, WAITING)
     try:
         reader.read(path)
     except reader.errors as error:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_timers(0, 0)
         expected = reader.name_in_message or path.name
         named = expected in str(error)
         return "refused", "" if named else f"does not name {expected}: {error!r}\n{traceback.format_exc()}"
     except TooLongError:
-        return "too long", f"took more than {SECONDS} s\n{traceback.format_exc()}"
+        return "too long", f"took more than {SECONDS} s, or {WAITING} s in all\n{traceback.format_exc()}"
     except BaseException:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_timers(0, 0)
         return "failed", traceback.format_exc()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_timers(0, 0)
         reader.clean()
     return "read", ""
 
 
 def _child(reader, count, seed, path, keep, results):
     """Tries the inputs; appends a line of JSON for each failure, and one at the end."""
-    signal.signal(signal.SIGALRM, _stop)
-    limit = _status("VmSize") + reader.memory + 2**28  # stacks of threads, arenas
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, _stop)
+    reader.prepare()
+    inputs = list(reader.inputs() if callable(reader.inputs) else reader.inputs)
+    limit = _status("VmSize") + (reader.address_space or reader.memory + 2**28)  # stacks of threads, arenas
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     outcomes, slowest, largest, failures = {}, 0.0, 0, 0
     with open(results, "a") as log:
         for number in range(count):
-            data = reader.change(random.Random(f"{seed} {number}"), list(reader.inputs))
+            data = reader.change(random.Random(f"{seed} {number}"), inputs)
             path.write_bytes(data)
             _forget_peak()
-            before, start = _status("VmRSS"), time.monotonic()
+            before, start = _status("VmRSS"), time.process_time()
             outcome, wrong = attempt(reader, path)
-            slowest = max(slowest, time.monotonic() - start)
+            slowest = max(slowest, time.process_time() - start)
             taken = _status("VmHWM") - before
             largest = max(largest, taken)
             if not wrong and taken > reader.memory:
@@ -126,8 +141,8 @@ def run(reader, count, seed, keep):
     """Tries `count` inputs in a forked process.
 
     Returns:
-      (summary, failures): how many were read and refused, the longest time and the most memory; each failure with the
-      file in which its input was kept.
+      (summary, failures): how many were read and refused, the time of all and of the longest, the most memory; each
+      failure with the file in which its input was kept.
     """
     Path(keep).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -140,10 +155,10 @@ def run(reader, count, seed, keep):
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-        status = _wait(pid, count, path)
+        status, seconds = _wait(pid, path)
         lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
         failures = [line for line in lines if "wrong" in line]
-        summary = next((line for line in lines if "outcomes" in line), {})
+        summary = {"cpu_seconds": round(seconds, 1)} | next((line for line in lines if "outcomes" in line), {})
         if status:
             kept = Path(keep) / f"{reader.name}-{seed}-last"
             if path.is_file():
@@ -152,12 +167,16 @@ def run(reader, count, seed, keep):
         return summary, failures
 
 
-def _wait(pid, count, path):
-    """Waits for the child, and ends it if an input, which it writes to `path`, takes far too long."""
+def _wait(pid, path):
+    """Waits for the child, and ends it if an input, which it writes to `path`, takes far too long.
+
+    Returns:
+      (status, seconds of the processor's time)
+    """
     while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
+        done, status, taken = os.wait4(pid, os.WNOHANG)
         if done:
-            return status
-        if path.exists() and time.time() - path.stat().st_mtime > 6 * SECONDS:
+            return status, taken.ru_utime + taken.ru_stime
+        if path.exists() and time.time() - path.stat().st_mtime > 2 * WAITING:
             os.kill(pid, signal.SIGKILL)  # code that no signal reaches
         time.sleep(0.05)

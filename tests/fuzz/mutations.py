@@ -185,6 +185,27 @@ def change_zip(random, inputs, inner=change):
     return file.getvalue()
 
 
+def change_folder(random, inputs):
+    """Changes one file of a folder, which an archive stands for: its bytes, its JSON, or whether it is there at all."""
+    with zipfile.ZipFile(io.BytesIO(random.choice(inputs))) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    name = random.choice(list(entries))
+    kind = random.randrange(8)
+    if kind == 0:
+        del entries[name]
+    elif kind == 1:
+        entries[name] = random.choice(list(entries.values()))
+    elif entries[name].lstrip().startswith(b"{") and kind < 6:
+        entries[name] = change_json(random, [entries[name]])
+    else:
+        entries[name] = change(random, list(entries.values()), entries[name])
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
 def change_array(random, inputs, data=None):
     """Changes an .npy file: mostly its header's text, whose length stays right."""
     data = random.choice(inputs) if data is None else data

@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import jax
 import legacy_writers
 import numpy as np
 import tiny
@@ -17,7 +18,9 @@ from PIL import Image
 
 import files
 import legacy
+import losses
 import plots
+from checkpoints import CheckpointError, Checkpoints
 from controllable_generation.masks import read_mask
 from fuzz import mutations
 from fuzz.engine import Reader
@@ -33,6 +36,7 @@ from sources.pictures import Fit, load_pictures
 
 DRAW = np.random.default_rng(0)
 SHAPE = (4, 4, 3)
+PICTURE = 2**31  # bytes that the largest picture may take while it is decoded
 
 
 def bytes_of(write, *arguments, **options):
@@ -48,12 +52,6 @@ def bytes_of(write, *arguments, **options):
 def network():
     config = tiny.make_config(model__num_res_blocks=1)
     return config, legacy.match_parameters(config)
-
-
-def drawn():
-    _, leaves = network()
-    draw = lambda: {leaf.original: DRAW.random(leaf.original_shape, np.float32) for leaf in leaves}  # noqa: E731
-    return {name: draw() for name in legacy.GROUPS}
 
 
 def small_state():
@@ -81,6 +79,13 @@ def written(write, value):
         return (Path(folder) / "file").read_bytes()
 
 
+@functools.cache
+def use_known_names():
+    """Lets the names of PyTorch's parameters, which follow from the network, be found out once, not for each file."""
+    matched = legacy.checkpoint.match_torch_parameters(*network())
+    legacy.checkpoint.match_torch_parameters = lambda config, leaves: matched
+
+
 def read_legacy(path):
     config, leaves = network()
     legacy.read_checkpoint(path, config, leaves).compare(leaves)
@@ -90,17 +95,64 @@ def msgpack_reader():
     chunks = {"__msgpack_chunked_array__": True, "shape": [2, 2], "chunks": [np.ones(2), np.ones(2)]}
     inputs = small_state(), {"x": chunks, "y": {"z": np.zeros((2, 0), np.int8)}}
     packed = tuple(legacy_writers.pack(each) for each in inputs)
-    return Reader("msgpack", "checkpoint_3", packed, mutations.change_msgpack, read_legacy)
+    return Reader("msgpack", "checkpoint_3", packed, mutations.change_msgpack, read_legacy, prepare=use_known_names)
 
 
 def torch_reader():
     inputs = (written(legacy_writers.write_zip, torch_state()), written(legacy_writers.write_zip, {"a": np.ones(2)}))
-    return Reader("torch", "file.pth", inputs, mutations.change_zip, read_legacy)
+    return Reader("torch", "file.pth", inputs, mutations.change_zip, read_legacy, prepare=use_known_names)
 
 
 def torch_legacy_reader():
     inputs = tuple(written(legacy_writers.write_legacy, each) for each in (torch_state(), {"a": np.ones(2)}))
-    return Reader("torch_legacy", "file.pth", inputs, mutations.change, read_legacy)
+    return Reader("torch_legacy", "file.pth", inputs, mutations.change, read_legacy, prepare=use_known_names)
+
+
+# --- checkpoints of Orbax --------------------------------------------------------------------------------------------
+
+
+def orbax_reader():
+    """Reads a workdir that an archive stands for; the error names the folder that it is unpacked to."""
+    optimizer = losses.make_optimizer(lr=1e-3, beta1=0.9, eps=1e-8, weight_decay=0.0, warmup=10, grad_clip=1.0)
+    params = {"block": {"kernel": np.ones((3, 4), np.float32)}, "bias": np.arange(3, dtype=np.float32)}
+    unpacked = Path(tempfile.mkdtemp()) / "workdir"
+
+    @functools.cache
+    def template():
+        return jax.tree.map(np.asarray, losses.init_state(params, optimizer))
+
+    def write():
+        with tempfile.TemporaryDirectory() as folder:
+            with Checkpoints(folder, snapshot_freq=10, template=template()) as checkpoints:
+                checkpoints.save(template().replace(step=np.int32(7)))
+                checkpoints.wait()
+            return pack_folder(Path(folder))
+
+    def read(path):
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(unpacked)
+        with Checkpoints(unpacked, snapshot_freq=10, template=template(), read_only=True) as checkpoints:
+            state = checkpoints.restore_newest()
+        if state is not None:
+            jax.tree.map(np.testing.assert_array_equal, state, template().replace(step=np.int32(7)))
+
+    return Reader(
+        *("orbax", "workdir.zip", functools.cache(lambda: (write(),)), mutations.change_folder, read),
+        errors=(ValueError, FileNotFoundError, CheckpointError),
+        clean=lambda: shutil.rmtree(unpacked, ignore_errors=True),
+        name_in_message=str(unpacked),
+        share=0.1,  # an input takes 50 ms
+        address_space=2**35,  # of TensorStore's threads; what is taken is held against `memory`
+    )
+
+
+def pack_folder(folder):
+    """Returns an archive of the files of a folder."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            archive.write(path, path.relative_to(folder))
+    return file.getvalue()
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -208,13 +260,18 @@ def pictures():
     return tuple(made)
 
 
+def bomb():
+    """A whole picture of 144 million black pixels in 150 KB, which Pillow itself would only warn of."""
+    return bytes_of(Image.new("P", (12_000, 12_000)).save, "PNG")
+
+
 def picture_reader():
     fit = Fit((4, 4, 3), "crop", convert_channels=True)
 
     def read(path):
         load_pictures(path, fit, num_levels=256)
 
-    return Reader("picture", "one.png", pictures(), mutations.change_picture, read)
+    return Reader("picture", "one.png", lambda: (*pictures(), bomb()), mutations.change_picture, read, memory=PICTURE)
 
 
 def mask_reader():
@@ -222,7 +279,8 @@ def mask_reader():
     inputs = tuple(
         bytes_of(Image.fromarray(each).save, kind) for each in masks for kind in ("PNG", "BMP", "GIF", "TIFF")
     )
-    return Reader("mask", "mask.png", inputs, mutations.change_picture, lambda path: read_mask(str(path), SHAPE, 0))
+    read = lambda path: read_mask(str(path), SHAPE, 0)  # noqa: E731
+    return Reader("mask", "mask.png", inputs, mutations.change_picture, read, memory=PICTURE)
 
 
 def folder_reader():
@@ -253,7 +311,7 @@ def folder_reader():
         return mutations.change_picture(random, [data])
 
     change = functools.partial(mutations.change_zip, inner=inner)
-    return Reader("zip_folder", "own.zip", inputs, change, read, clean=clean_cache)
+    return Reader("zip_folder", "own.zip", inputs, change, read, clean=clean_cache, memory=2 * PICTURE)
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -345,6 +403,7 @@ READERS = {
     "config": config_reader,
     "settings": settings_reader,
     "losses": losses_reader,
+    "orbax": orbax_reader,
 }
 
 
