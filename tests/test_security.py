@@ -331,16 +331,16 @@ def test_names_that_leave_the_folder_are_only_names(tmp_path):
 
 
 def test_long_names_and_many_tensors_take_no_longer_than_their_length(tmp_path):
-    """Folders in folders, and storages of a file of PyTorch before 1.6: a minute and ten seconds, were they squared."""
+    """Folders in folders, and storages of a file of PyTorch before 1.6: 4 s of the processor each, were they squared."""
+    names = [f"{'a/' * 20_000}{number}.png" for number in range(200)]
     start = time.process_time()
-    names = [f"{'a/' * 20_000}{number}.png" for number in range(100)]
     assert root(names) == "a/" * 20_000
+    assert time.process_time() - start < 1  # 0.05
     content = {str(number): np.zeros(1, np.float32) for number in range(15_000)}
     legacy_writers.write_legacy(tmp_path / "file.pth", content)
-    written = time.process_time()
+    start = time.process_time()
     assert len(read_torch(tmp_path / "file.pth")) == len(content)
-    assert written - start < 5
-    assert time.process_time() - written < 5
+    assert time.process_time() - start < 2  # 0.5
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
