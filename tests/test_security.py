@@ -331,7 +331,7 @@ def test_names_that_leave_the_folder_are_only_names(tmp_path):
 
 
 def test_long_names_and_many_tensors_take_no_longer_than_their_length(tmp_path):
-    """Folders in folders, and storages of a file of PyTorch before 1.6: 4 s of the processor each, were they squared."""
+    """Folders in folders, and storages of a file of PyTorch before 1.6: 4 s of the processor each if squared."""
     names = [f"{'a/' * 20_000}{number}.png" for number in range(200)]
     start = time.process_time()
     assert root(names) == "a/" * 20_000
