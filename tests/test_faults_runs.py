@@ -352,10 +352,10 @@ import losses
 make = losses.make_train_step
 def make_poisoned(loss_fn, optimizer, **kwargs):
     def make_step(poison):
-        loss = lambda *args, **kwargs: loss_fn(*args, **kwargs) + poison
+        loss = lambda *args, **kwargs: loss_fn(*args, **kwargs) * poison
         return make(loss, optimizer, **kwargs)
     def step(key, state, batch):
-        poison = jnp.where(state.step == 6, jnp.nan, 0.0)
+        poison = jnp.where(state.step == 6, jnp.nan, 1.0)
         return make_step(poison)(key, state, batch)
     return step
 losses.make_train_step = make_poisoned
@@ -445,6 +445,6 @@ def test_an_npz_file_that_disappears(tmp_path):
     hook_at = hook + AT_14.format(workdir=str(workdir), action=action)
     succeed(train(workdir, hook=hook_at, **changes, training__n_iters=20))
     assert not (tmp_path / "cache").exists()
-    refuse(train(workdir, hook=hook, **changes), f"{data} does not exist")
+    refuse(train(workdir, hook=hook, **changes), f"{data} does not exist; data.dataset='npz' reads")
     np.savez(data, images=levels)
     assert "restored step 20 from" in succeed(train(workdir, hook=hook, **changes)).stderr
