@@ -44,9 +44,16 @@ def num_groups(channels: int, groups: int | None = None) -> int:
 def _widened(normalize: Callable[..., Array]) -> Callable[..., Array]:
     """Makes a normalization compute in float32 or better; the result has the dtype of its input again."""
 
+    def of_narrow(self: nn.Module, x: Array, *labels: Array) -> Array:
+        return normalize(self, at_least_float32(x), *labels).astype(x.dtype)
+
+    # The gradient widens x again: kept from the forward pass, it would take twice the room of x beside x itself.
+    call_narrow = nn.remat(of_narrow, policy=lambda primitive, *_, **__: primitive.name != "convert_element_type")
+
     @functools.wraps(normalize)
     def call(self: nn.Module, x: Array, *labels: Array) -> Array:
-        return normalize(self, at_least_float32(x), *labels).astype(x.dtype)
+        is_narrow = at_least_float32(x).dtype != x.dtype
+        return call_narrow(self, x, *labels) if is_narrow else normalize(self, x, *labels)
 
     return call
 

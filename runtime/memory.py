@@ -49,27 +49,40 @@ def _on_devices(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape), leaf.dtype), tree)
 
 
-def _analyze(program: jax.stages.Wrapped, *arguments: Any) -> Any:
-    """Compiles a program for arguments of these shapes and returns what it needs on each device."""
-    analysis = program.lower(*arguments).compile().memory_analysis()
+def _compile(program: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compiled:
+    return program.lower(*arguments).compile()
+
+
+def _analyze(compiled: jax.stages.Compiled) -> Any:
+    """Returns what a program needs on each device."""
+    analysis = compiled.memory_analysis()
     if analysis is None:
         raise ValueError(f"JAX does not say how much memory programs need on {jax.default_backend()!r}")
     return analysis
 
 
-def of_training(experiment: Experiment) -> Footprint:
-    """Compiles the training steps of a run; they are those that the run compiles, and are kept for it.
+def _training_batch(experiment: Experiment) -> Any:
+    """Returns the shapes of the batches that a device gets for one compiled call."""
+    settings = experiment.config.training
+    sizes = settings.n_jitted_steps, settings.batch_size // distributed.device_count()
+    levels = jax.ShapeDtypeStruct((*sizes, *experiment.image_shape), jnp.uint8)
+    return (levels, jax.ShapeDtypeStruct(sizes, jnp.int32)) if told_classes(experiment.config) else levels
+
+
+def compile_training(experiment: Experiment) -> jax.stages.Compiled:
+    """Compiles the training steps of a run for the shapes of its arguments; they are those that the run compiles."""
+    state, batch = _on_devices((jax.eval_shape(experiment.init_state), _training_batch(experiment)))
+    return _compile(map_train_steps(experiment), experiment.keys["train"], state, batch)
+
+
+def of_training(experiment: Experiment, compiled: jax.stages.Compiled) -> Footprint:
+    """Returns what the compiled training steps of a run hold.
 
     Raises:
       ValueError: if JAX does not tell the memory on this backend.
     """
-    settings, state = experiment.config.training, jax.eval_shape(experiment.init_state)
-    steps, images = settings.n_jitted_steps, settings.batch_size // distributed.device_count()
-    batch: Any = jax.ShapeDtypeStruct((steps, images, *experiment.image_shape), jnp.uint8)
-    if told_classes(experiment.config):
-        batch = batch, jax.ShapeDtypeStruct((steps, images), jnp.int32)
-    arguments = experiment.keys["train"], _on_devices(state), _on_devices(batch)
-    analysis = _analyze(map_train_steps(experiment), *arguments)
+    state, batch, analysis = jax.eval_shape(experiment.init_state), _training_batch(experiment), _analyze(compiled)
+    steps, images = jax.tree.leaves(batch)[0].shape[:2]
     held = {
         "parameters": _bytes(state.params),
         "their moving average": _bytes(state.params_ema),
@@ -95,7 +108,7 @@ def of_evaluation(experiment: Experiment) -> Footprint:
     def score(params: Any, x: Float[Array, "B H W C"], t: Float[Array, "B"]) -> Float[Array, "B H W C"]:
         return experiment.score_fn(params, smooth=True)(x, t)
 
-    analysis = _analyze(distributed.pmap(score), *_on_devices((params, x, t)))
+    analysis = _analyze(_compile(distributed.pmap(score), *_on_devices((params, x, t))))
     held = {"parameters": _bytes(params), f"batch of {images} images": _bytes((x, t))}
     return Footprint(held, analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
@@ -141,7 +154,7 @@ def report(experiment: Experiment) -> Iterator[str]:
         f"training.batch_size={config.training.batch_size}, training.microbatches={config.training.microbatches}, "
         f"model.dtype={config.model.dtype}, model.remat={config.model.remat}"
     )
-    yield from _rows("a training step", of_training(experiment))
+    yield from _rows("a training step", of_training(experiment, compile_training(experiment)))
     yield from _rows("an evaluation of the network (sampling, loss)", of_evaluation(experiment))
     yield "\nwith less:"
     yield from (f"  {hint}" for hint in _hints(experiment))

@@ -22,6 +22,7 @@ from models import wideresnet
 from runtime import classifier_accuracy, classifier_experiment, classifier_training
 from runtime.classifier_experiment import Normalization
 from runtime.divergence import DivergedError
+from runtime.experiment import build_train_program
 from runtime.workdir import WorkdirError
 from sources.base import ArraySource
 
@@ -290,6 +291,7 @@ def test_another_classifier_in_the_folder_is_refused(unbroken, tmp_path):
 
 def test_a_diverged_classifier_names_its_own_learning_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "make_classifier_loss", lambda *args, **kwargs: _nan_loss)
+    monkeypatch.setattr(classifier_training, "build_train_program", build_train_program)  # not the shared one
     with pytest.raises(DivergedError, match=r"lower classifier.lr or set optim.grad_clip") as raised:
         run_lib.train_classifier(tiny.make_config(), tmp_path)
     by_level = str(raised.value).partition("by noise level sigma: ")[2].partition(";")[0].split(", ")

@@ -75,8 +75,8 @@ class Program:
 
 
 @functools.cache
-def program(microbatches=1):
-    return Program(build_experiment(make_config(training__microbatches=microbatches)))
+def program(microbatches=1, remat=False):
+    return Program(build_experiment(make_config(training__microbatches=microbatches, model__remat=remat)))
 
 
 @functools.cache
@@ -112,14 +112,17 @@ def test_parts_of_devices_batches_are_those_of_the_global_batch(num_parts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("microbatches", [4, pytest.param(16, marks=pytest.mark.exhaustive)])
-def test_microbatches_train_as_the_full_batch(microbatches):
-    state, losses = program(microbatches).train()
+@pytest.mark.parametrize(
+    ("microbatches", "remat"),
+    [(4, False), *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in ((16, False), (4, True)))],
+)
+def test_microbatches_train_as_the_full_batch(microbatches, remat):
+    state, losses = program(microbatches, remat).train()
     assert_equal((state, losses), of_full_batch())
     leaves = (jax.tree.leaves(each.params) for each in (state, program().first_state))
     moved = [np.abs(last - first).max() for last, first in zip(*leaves, strict=True)]
     assert np.median(moved) > 1e-2  # a thousand times the tolerance
-    assert program(microbatches).temporary_bytes < program().temporary_bytes / 2
+    assert program(microbatches, remat).temporary_bytes < program().temporary_bytes / 2
 
 
 ON_DEVICES = """

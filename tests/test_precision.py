@@ -22,6 +22,18 @@ from runtime.experiment import build_experiment, map_train_steps
 ROUNDING = 2**-9 / np.sqrt(3)  # root mean square of the relative error of one rounding to bfloat16's 8 bits
 
 
+# A moderate NCSN++: 16x16 pixels, attention, FIR filters, the image growing at both ends.
+MODERATE = SMALL | {
+    "data.image_size": 16,
+    "model.nf": 16,
+    "model.num_res_blocks": 1,
+    "model.attn_resolutions": (8,),
+    "model.fir": True,
+    "model.progressive": "output_skip",
+    "model.progressive_input": "residual",
+    "model.dropout": 0.2,
+    "model.init_scale": 1.0,
+}
 # Together every kind of layer: DDPM, NCSN, NCSNv2, and NCSN++ with every kind of growing input and output.
 QUICK = ("ncsnpp_ve_cifar10_continuous", "ncsnv2_64_cifar10")
 NETWORKS = [
@@ -141,7 +153,7 @@ HAS_MAXIMA = {"ncsnv2_64_cifar10"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [NETWORKS[0], pytest.param(NETWORKS[1], marks=pytest.mark.exhaustive), *NETWORKS[2:]])
 def test_bfloat16_is_float32_up_to_its_rounding(name):
     """The error is that of as many independent roundings, one after the other, as there are bfloat16 results.
 
@@ -159,6 +171,24 @@ def test_bfloat16_is_float32_up_to_its_rounding(name):
         assert bound / 5 < relative_error(image, expected) < bound
     if name not in HAS_MAXIMA:
         assert relative_error(gradient, expected_gradient) < 1.5 * bound  # there and back
+
+
+def test_what_is_kept_for_the_gradient_is_half():
+    """Also of normalizations, which widen what they get: the widened features are not kept."""
+    x, labels = jnp.zeros((8, 16, 16, 1)), jnp.ones(8)
+
+    def num_bytes(dtype):
+        model = create_model(config_of(MODERATE | {"model.dtype": dtype}))
+        params = jax.eval_shape(model.init, jax.random.key(0), x, labels)
+
+        def backward(x, params):
+            evaluate = lambda x: model.apply(params, x, labels, train=True, rngs={"dropout": jax.random.key(0)})  # noqa: E731
+            return jax.vjp(evaluate, x)[1]
+
+        arrays = jax.tree.leaves(jax.eval_shape(backward, x, params))
+        return sum(array.size * array.dtype.itemsize for array in arrays if jnp.issubdtype(array.dtype, jnp.floating))
+
+    assert num_bytes("bfloat16") < 0.55 * num_bytes("float32")
 
 
 def losses_on_digits(**changes):
@@ -190,18 +220,6 @@ def test_the_loss_curve_of_digits_is_that_of_float32():
 
 # --- blocks that are computed again ----------------------------------------------------------------------------------
 
-# A moderate NCSN++: 16x16 pixels, attention, FIR filters, the image growing at both ends.
-MODERATE = SMALL | {
-    "data.image_size": 16,
-    "model.nf": 16,
-    "model.num_res_blocks": 1,
-    "model.attn_resolutions": (8,),
-    "model.fir": True,
-    "model.progressive": "output_skip",
-    "model.progressive_input": "residual",
-    "model.dropout": 0.2,
-    "model.init_scale": 1.0,
-}
 LEAST_SAVING = 2.0  # factor by which the temporary arrays of a gradient shrink at the least
 
 
@@ -262,7 +280,8 @@ def test_every_block_of_every_network_is_computed_again(name):
 
 @pytest.mark.parametrize("name", ["ddpm", "ncsn", "ncsnpp", "ncsnv2_64", "wideresnet_noise_conditional"])
 def test_outputs_are_float32_even_if_nothing_divides_them(name):
-    config, _, shapes = small(name, dtype="bfloat16")
+    config, calls, shapes = small(name, dtype="bfloat16")
+    assert small(name)[1:] == (calls, shapes)  # the tree is that of float32
     assert jax.eval_shape(functools.partial(evaluate_small, config), shapes).dtype == np.float32
 
 
