@@ -10,7 +10,6 @@ The state is the same on all processes: process 0 alone reads and writes it, so 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -29,6 +28,7 @@ from absl import logging
 import distributed
 import files
 from losses import TrainState
+from tensorstore_specs import spare_specs
 
 NUM_RESUMABLE = 2  # a damaged newest state leaves the one before it
 POLL_SECONDS = 1.0
@@ -39,7 +39,8 @@ _READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, Recurs
 
 DAMAGED = "checkpoints-damaged"  # folder beside those of the checkpoints
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # folders that Orbax writes in, until it renames them
-_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in what TensorStore raises
+# In what TensorStore raises: the system's number, where it tells it, and the kind of every error.
+_OS_ERROR, _STATUS = re.compile(r"os_error_code='(\d+)'"), re.compile(r"[A-Z]{4}[A-Z_]*: ")
 
 
 class CheckpointError(RuntimeError):
@@ -49,6 +50,11 @@ class CheckpointError(RuntimeError):
 def _checksums(tree: Any) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).data) for path, leaf in leaves}
+
+
+def _short(error: BaseException) -> str:
+    """Returns what an error of TensorStore or Orbax says, without the pages of settings and trees that follow."""
+    return str(error).split(" [tensorstore_spec", 1)[0].partition("\n")[0]
 
 
 def _number_of(error: BaseException) -> int | None:
@@ -77,11 +83,12 @@ def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         number = _number_of(error)
-        if number is None:
+        if number is None and not _STATUS.match(str(error)):
             raise
-        if number != errno.ENOENT or directory.exists():
-            _remove_unfinished(directory)
-        reason = files.explain(OSError(number, os.strerror(number), str(directory)))
+        _remove_unfinished(directory)
+        reason = f"{directory}: {_short(error)}"
+        if number is not None:
+            reason = files.explain(OSError(number, os.strerror(number), str(directory)))
         raise CheckpointError(f"a checkpoint could not be written in {reason}") from error
 
 
@@ -99,9 +106,7 @@ def _restore(manager: ocp.CheckpointManager, number: int, template: TrainState) 
         restored = manager.restore(number, args=args)
         stored = dict(restored["info"]["checksums"])
     except _READ_ERRORS as error:
-        # What follows in these messages are pages of settings and trees.
-        reason = str(error).split(" [tensorstore_spec", 1)[0].partition("\n")[0]
-        raise CheckpointError(f"{name} cannot be read: {reason}") from error
+        raise CheckpointError(f"{name} cannot be read: {_short(error)}") from error
     found = _checksums(restored["state"])
     damaged = sorted(path for path in found if found[path] != stored.get(path))
     if damaged:
@@ -123,6 +128,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, *, snapshot_freq: int, template: TrainState, read_only: bool = False):
+        spare_specs()
         root = Path(workdir).absolute()
         self.directory = root / "checkpoints"  # of the kept snapshots
         self._snapshot_freq, self._read_only = snapshot_freq, read_only
@@ -154,10 +160,10 @@ class Checkpoints:
             try:
                 with _writing(manager):
                     manager.close()
-            except CheckpointError as failure:
+            except Exception as failure:
                 if error is None:
                     raise
-                logging.warning("%s", failure)
+                logging.warning("%s", _short(failure))
 
     @staticmethod
     def _manager(directory: Path, *, max_to_keep: int | None, read_only: bool) -> ocp.CheckpointManager:

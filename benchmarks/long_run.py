@@ -5,11 +5,7 @@
 Trains a network of a few thousand parameters on the embedded digits with all that a run has besides: the log, the loss
 of test images, TensorBoard, checkpoints to resume from, snapshots and grids of samples; in one process. Memory, open
 files and threads are looked at every `--sample_every` steps; a line is fitted to what comes after the warm-up, the
-first third. (Memory: of the process's own pages, once Python's garbage is collected and free heap given back.)
-
-TensorStore 0.1.86 loses some 200 bytes whenever it is asked for a specification as JSON, and Orbax asks for one or more
-with each array that it saves: 70 KB a checkpoint of this network. How much of that is in the numbers, `--save_every`
-says.
+first half. (Memory: of the process's own pages, once Python's garbage is collected and free heap given back.)
 
 `progress_share` is the time of the calls that show and record, TensorBoard's among them, as a part of the run without
 evaluating and drawing. `progress_share_digits` sets the same against the time of a step that
@@ -55,7 +51,7 @@ SETTINGS = {
     "training.snapshot_num_samples": 16,
     "sampling.num_steps": 25,
 }
-WARM_UP = 1 / 3  # of the steps
+WARM_UP = 1 / 2  # of the steps: Orbax takes some 80 checkpoints until all its threads have their heaps
 STEPS_OF_DIGITS = 300
 KIB = 1024
 PROCESS = Path("/proc/self")  # of Linux
@@ -68,7 +64,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 20_000, "Training steps.")
     flags.DEFINE_integer("sample_every", 200, "Steps between two looks at memory, files and threads.")
     flags.DEFINE_integer(
-        "save_every", 2000, "Steps between two checkpoints, of which every second is kept and draws a grid."
+        "save_every", 100, "Steps between two checkpoints, of which every second is kept and draws a grid."
     )
 
 

@@ -38,7 +38,7 @@ OPEN_MPI_4 = OPEN_MPI_5 | {
 def test_a_laptop_is_alone():
     assert find_place({}) is None
     assert find_place({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) is None
-    assert find_place(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # srun -n1 in a job of more tasks
+    assert find_place(SLURM | {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}) is None  # srun -n1 in a larger job
     assert find_place({"OMPI_COMM_WORLD_SIZE": "1"}) is None
     assert find_place({}, "a:1", 1, 0) is None
 
