@@ -252,7 +252,8 @@ class _TorchReader:
             self._tensor(name, f"ema.shadow_params[{i}]", value)
             for i, (name, value) in enumerate(zip(names, shadow, strict=True))
         ]
-        kept = [self._tensor(name, f"model.{name}", self.model[name]) for name in self.model if name not in names]
+        averages = set(names)
+        kept = [self._tensor(name, f"model.{name}", self.model[name]) for name in self.model if name not in averages]
         return dict(averaged + kept)
 
     def moments(self, optimizer: Mapping[Any, Any]) -> tuple[dict[str, dict[str, Tensor]], int]:

@@ -302,10 +302,13 @@ def _of_type(values: np.ndarray, storage: _Storage) -> np.ndarray:
 def _read_legacy(file: BinaryIO, num_bytes: int) -> Any:
     """Reads the layout before PyTorch 1.6: four pickles, the list of storages, and their values one after another."""
     storages: dict[str, np.ndarray] = {}
+    left = num_bytes
 
     def load(storage: _Storage) -> np.ndarray:
+        nonlocal left
         if storage.key not in storages:
-            if sum(s.nbytes for s in storages.values()) + storage.size * storage.dtype.itemsize > num_bytes:
+            left -= storage.size * storage.dtype.itemsize
+            if left < 0:
                 raise ValueError("its tensors are larger than the file")
             storages[storage.key] = np.zeros(storage.size, storage.dtype)  # filled below: the values come last
         return _of_type(storages[storage.key], storage)

@@ -182,15 +182,16 @@ def root(names: Sequence[str]) -> str:
 
     A folder that is named like a split is not entered.
     """
+    if not names:
+        return ""
+    # What the first and the last have in common, folder by folder, all have.
+    parts = [name.split("/") for name in names]
     found = ""
-    while True:
-        tops = {name.removeprefix(found).partition("/")[:2] for name in names}
-        if len(tops) != 1:
-            return found
-        top, slash = tops.pop()
-        if not slash or top.lower() in TRAIN_NAMES + TEST_NAMES:
-            return found
-        found += f"{top}/"
+    for first, last in zip(min(parts)[:-1], max(parts)[:-1], strict=False):
+        if first != last or first.lower() in TRAIN_NAMES + TEST_NAMES:
+            break
+        found += f"{first}/"
+    return found
 
 
 def find_splits(names: Sequence[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import struct
+import time
 import tracemalloc
 import warnings
 import zipfile
@@ -40,7 +41,7 @@ from runtime.progress import TrainingProgress
 from runtime.workdir import WorkdirError
 from sources import tfds_open, tfrecord
 from sources.folder import Rules, load_folder
-from sources.listing import list_folder
+from sources.listing import list_folder, root
 from sources.npz import load_npz_split
 from sources.pictures import Fit, decode_picture, read_picture
 
@@ -327,6 +328,19 @@ def test_names_that_leave_the_folder_are_only_names(tmp_path):
     assert sum(map(len, splits)) == 3  # a part of a name that starts with a dot is hidden
     assert not list(tmp_path.parent.rglob("evil*"))
     assert not os.path.exists("/tmp/evil-score-sde.png")
+
+
+def test_long_names_and_many_tensors_take_no_longer_than_their_length(tmp_path):
+    """Folders in folders, and storages of a file of PyTorch before 1.6: 4 s of the processor each if squared."""
+    names = [f"{'a/' * 20_000}{number}.png" for number in range(200)]
+    start = time.process_time()
+    assert root(names) == "a/" * 20_000
+    assert time.process_time() - start < 1  # 0.05
+    content = {str(number): np.zeros(1, np.float32) for number in range(15_000)}
+    legacy_writers.write_legacy(tmp_path / "file.pth", content)
+    start = time.process_time()
+    assert len(read_torch(tmp_path / "file.pth")) == len(content)
+    assert time.process_time() - start < 2  # 0.5
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
