@@ -74,7 +74,7 @@ def _check_folder(folder: Path, config: ConfigDict) -> None:
       WorkdirError: if it cannot, or does.
     """
     try:
-        workdirs.check_same_experiment(folder, config)
+        workdirs.check_same_experiment(folder, config, "classifier")
     except WorkdirError as error:
         raise WorkdirError(f"{error}, or remove {folder} to train another classifier") from error
     workdirs.check_writable(folder)

@@ -134,10 +134,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 @distributed.on_main
-def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
-    """Checks that an existing workdir was made with the same network, data and SDE.
+def check_same_experiment(workdir: str | Path, config: ConfigDict, group: str = "training") -> None:
+    """Checks that an existing workdir was made with the same network, data and SDE, and counts checkpoints alike.
 
     A setting that the program did not have when the workdir was made is no difference.
+
+    Args:
+      workdir: that may hold a run.
+      config: experiment configuration.
+      group: of its settings that has the schedule of the checkpoints: "training", or "classifier".
 
     Raises:
       WorkdirError: naming every setting that differs.
@@ -146,10 +151,12 @@ def check_same_experiment(workdir: str | Path, config: ConfigDict) -> None:
     if not path.exists():
         return
     stored, given = read_config(path), flatten(config)
+    # Checkpoint k is that of step k * snapshot_freq: by another frequency a number would be taken already.
+    fixed = (*FIXED_GROUPS, f"{group}.snapshot_freq")
     differences = {
         key: (stored[key], given[key])
-        for key in sorted(stored.keys() & given.keys())
-        if key.startswith(FIXED_GROUPS) and key not in FREE_KEYS and stored[key] != given[key]
+        for key in sorted(stored.keys() & given.keys() - {f"{group}.snapshot_freq_for_preemption"})
+        if key.startswith(fixed) and key not in FREE_KEYS and stored[key] != given[key]
     }
     if differences:
         listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differences.items())

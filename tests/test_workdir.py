@@ -48,6 +48,7 @@ def test_the_configuration_is_recorded_with_versions_and_commit(tmp_path):
         ("model.sigma_max", 10.0, r"model.sigma_max: 50.0 there, 10.0 now"),
         ("training.sde", "vesde", r"training.sde: 'vpsde' there, 'vesde' now"),
         ("data.centered", True, r"data.centered: False there, True now"),
+        ("training.snapshot_freq", 100_000, r"training.snapshot_freq: 50000 there, 100000 now"),
     ],
 )
 def test_another_experiment_is_refused_by_name(tmp_path, key, value, message):
@@ -61,7 +62,15 @@ def test_another_experiment_is_refused_by_name(tmp_path, key, value, message):
 def test_what_may_change_between_runs_may_change(tmp_path):
     workdirs.record_config(tmp_path, base.get_config())
     other = base.get_config()
-    other.update_from_flattened_dict({"training.n_iters": 5, "sampling.snr": 0.1, "data.path": "/elsewhere"})
+    other.update_from_flattened_dict(
+        {
+            "training.n_iters": 5,
+            "training.snapshot_freq_for_preemption": 100,
+            "classifier.snapshot_freq": 100,
+            "sampling.snr": 0.1,
+            "data.path": "/elsewhere",
+        }
+    )
     workdirs.check_same_experiment(tmp_path, other)
     workdirs.check_same_experiment(tmp_path / "new", other)
 
