@@ -17,9 +17,7 @@ import itertools
 import json
 import os
 import platform
-import signal
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import jax
@@ -31,6 +29,7 @@ from jaxtyping import Array, Int
 
 from hosts.cluster import find_place, is_tpu_worker
 from hosts.membership import START_SECONDS, Membership
+from hosts.preemption import Preemption as Preemption
 
 AXIS = "batch"  # name of the mapped axis
 CHUNK_BYTES = 2**26  # that are sent to all processes at a time
@@ -394,37 +393,3 @@ def stop(message: str, code: int) -> NoReturn:
     if _membership is not None:
         _membership.stop(message, code)
     raise SystemExit(code)
-
-
-class Preemption:
-    """Notices SIGTERM, so that the state can be saved before the process ends.
-
-    With several processes the scheduler may signal only some of them: then JAX's preemption service makes all of them
-    stop after the same step.
-    """
-
-    _calls = itertools.count()  # the service knows one number that grows by one, for as long as the process lives
-
-    def __init__(self) -> None:
-        self._signalled = False
-        self._previous: Any = None
-
-    def __enter__(self) -> Preemption:
-        """Starts to listen."""
-        if jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, self._notice)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Restores the previous handler."""
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _notice(self, signum: int, frame: FrameType | None) -> None:
-        self._signalled = True
-
-    def requested(self) -> bool:
-        """Says whether the run should save and end now; every process, asking as often, gets the same answers."""
-        if jax.process_count() == 1:
-            return self._signalled
-        return bool(multihost_utils.reached_preemption_sync_point(next(self._calls)))

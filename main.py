@@ -78,31 +78,14 @@ def set_up_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
 
 
-def join_processes() -> None:
-    """Joins the other processes of the run, if there are any and the mode can be shared."""
-    mode = MODES[FLAGS.mode]
-    if not mode.shared:
-        return
-    distributed.initialize(
-        FLAGS.coordinator_address,
-        FLAGS.num_processes,
-        FLAGS.process_id,
-        start_seconds=FLAGS.start_seconds,
-        preemptible=mode.preemptible,
-    )
-    logs.set_up_process()
-    given = {f"--{name}": FLAGS[name].value for name in ("mode", "workdir", *mode.flags)}
-    distributed.require_same(
-        given | {f"--config.{key}": value for key, value in workdirs.flatten(FLAGS.config).items()}
-    )
-
-
 def prepare(files: Sequence[str]) -> None:
     """Checks the flags, joins the other processes, checks the workdir that a mode needs, and starts its log file."""
     mode = MODES[FLAGS.mode]
     command_line.check_process_flags(FLAGS.mode, MODES)
     command_line.check_flags(FLAGS.mode, mode, files)
-    join_processes()
+    if mode.shared:
+        command_line.join_processes(mode)
+        logs.set_up_process()
     if mode.workdir in ("none", "unmade"):
         return
     check = workdirs.check_trained if mode.workdir == "trained" else workdirs.check_writable
@@ -129,9 +112,11 @@ def fail(error: BaseException) -> NoReturn:
 
     Its traceback goes to stdout.txt, if there is one; and to the console if it is nothing that a user can mend.
     """
-    if not isinstance(error, USER_ERRORS):
-        traceback.print_exception(error)
     message = explain(error) if isinstance(error, OSError) else str(error)
+    if not isinstance(error, USER_ERRORS):
+        if not isinstance(error, KeyboardInterrupt):
+            traceback.print_exception(error)
+        message = ": ".join(filter(None, (type(error).__name__, message)))
     print(f"score_sde: {message}", file=sys.stderr)
     # A run that is refused since another one works there has no business in that one's log.
     if FLAGS.workdir and distributed.is_main_process() and not isinstance(error, LockedError):

@@ -29,6 +29,7 @@ HEARTBEAT_SECONDS = 30  # after which a silent process counts as dead
 STOP_SECONDS = 10  # that a process with an error waits for the others to hear of it
 END_SECONDS = 60  # that processes wait for each other at the end
 POLL_SECONDS = 1.0
+SLICE_SECONDS = 5.0  # of a wait for another process
 EXIT_FAILED = 1
 _STOPPED, _HEARD, _ENDED = "score_sde/stopped", "score_sde/heard/", "score_sde/ended/"
 _WAY_OUT = (
@@ -129,8 +130,8 @@ class Membership:
     def wait_for(self, key: str) -> str:
         """Waits until a process has published a string, and returns it; ends with the run if one of them dies."""
         while True:
-            try:
-                return str(self._client.blocking_key_value_get(f"score_sde/{key}", int(1000 * HEARTBEAT_SECONDS)))
+            try:  # in slices, between which Ctrl-C comes through
+                return str(self._client.blocking_key_value_get(f"score_sde/{key}", int(1000 * SLICE_SECONDS)))
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise

@@ -10,7 +10,9 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+import distributed
 from hosts.membership import START_SECONDS
+from runtime import workdir as workdirs
 
 FLAGS = flags.FLAGS
 EXIT_BAD_FLAG = 2
@@ -138,3 +140,21 @@ def check_flags(name: str, mode: Mode, files: Sequence[str] = ()) -> None:
     for flag in mode.needed:
         if not FLAGS[flag].value:
             raise ValueError(f"--mode {name} needs --{flag} FILE")
+
+
+def join_processes(mode: Mode) -> None:
+    """Joins the other processes of the run, if there are any; to be called before JAX looks for devices.
+
+    Raises:
+      ValueError: if a flag is wrong, process 0 cannot be reached, or a flag differs from that of process 0.
+    """
+    distributed.initialize(
+        FLAGS.coordinator_address,
+        FLAGS.num_processes,
+        FLAGS.process_id,
+        start_seconds=FLAGS.start_seconds,
+        preemptible=mode.preemptible,
+    )
+    given = {f"--{name}": FLAGS[name].value for name in ("mode", "workdir", *mode.flags)}
+    config = {f"--config.{key}": value for key, value in workdirs.flatten(FLAGS.config).items()}
+    distributed.require_same(given | config)

@@ -94,8 +94,12 @@ def of_training(experiment: Experiment, compiled: jax.stages.Compiled) -> Footpr
     return Footprint(held, analysis.temp_size_in_bytes + outputs, _bytes(state.params))
 
 
-def of_evaluation(experiment: Experiment) -> Footprint:
+def of_evaluation(experiment: Experiment, *, pulls_back: bool = False) -> Footprint:
     """Compiles one evaluation of the score for a batch of `eval.batch_size`, of which samplers are made.
+
+    Args:
+      experiment: what is evaluated.
+      pulls_back: with the product of a vector and its Jacobian in the images, of which bits/dim are made.
 
     Raises:
       ValueError: if JAX does not tell the memory on this backend.
@@ -105,8 +109,12 @@ def of_evaluation(experiment: Experiment) -> Footprint:
     x = jax.ShapeDtypeStruct((images, *experiment.image_shape), jnp.float32)
     t = jax.ShapeDtypeStruct((images,), jnp.float32)
 
-    def score(params: Any, x: Float[Array, "B H W C"], t: Float[Array, "B"]) -> Float[Array, "B H W C"]:
-        return experiment.score_fn(params, smooth=True)(x, t)
+    def score(params: Any, x: Float[Array, "B H W C"], t: Float[Array, "B"]) -> Any:
+        score_fn = experiment.score_fn(params, smooth=True)
+        if not pulls_back:
+            return score_fn(x, t)
+        value, pullback = jax.vjp(lambda x: score_fn(x, t), x)
+        return value, pullback(x)  # x in the place of a vector of its shape
 
     analysis = _analyze(_compile(distributed.pmap(score), *_on_devices((params, x, t))))
     held = {"parameters": _bytes(params), f"batch of {images} images": _bytes((x, t))}
@@ -156,6 +164,8 @@ def report(experiment: Experiment) -> Iterator[str]:
     )
     yield from _rows("a training step", of_training(experiment, compile_training(experiment)))
     yield from _rows("an evaluation of the network (sampling, loss)", of_evaluation(experiment))
+    if config.eval.enable_bpd:
+        yield from _rows("the same with its Jacobian (bits/dim)", of_evaluation(experiment, pulls_back=True))
     yield "\nwith less:"
     yield from (f"  {hint}" for hint in _hints(experiment))
 

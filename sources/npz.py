@@ -168,7 +168,7 @@ def load_npz_split(
             "data.path is empty; set --config.data.path to the folder of train.npz and test.npz, or a file"
         )
     place = Path(path).expanduser()
-    one_file = place.is_file()
+    one_file = place.is_file() or (place.suffix.lower() in (".npz", ".npy") and not place.is_dir())
     candidates = [place] if one_file else [place / f"{split}{suffix}" for suffix in (".npz", ".npy")]
     file = next((each for each in candidates if each.is_file()), None)
     if file is None:

@@ -64,6 +64,19 @@ def wait_for_snapshot():
         time.sleep(0.01)
 """
 
+# Does something to the workdir when the losses of step 14 are recorded.
+AT_14 = """
+import os, pathlib, shutil
+from runtime import progress
+workdir = pathlib.Path({workdir!r})
+record = progress.TrainingProgress.record
+def record_and_act(self, step, **values):
+    record(self, step, **values)
+    if step == 14:
+        {action}
+progress.TrainingProgress.record = record_and_act
+"""
+
 # Writes half of a file and kills the process.
 KILL_AT_FILE = """
 import os, signal

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import on_devices
 import pytest
 import tiny
 
@@ -28,6 +29,8 @@ def measured(tmp_path_factory):
     folder, stored = tmp_path_factory.mktemp("devices"), {}
 
     def measure(devices):
+        if devices == 1 and 1 not in stored:
+            stored[1] = on_devices.measure()
         if devices not in stored:
             path = folder / f"{devices}.npz"
             environ = tiny.environment(devices)

@@ -3,7 +3,6 @@
 The kill of a run in training is in test_end_to_end.py, evaluations are in test_faults_results.py.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 from faulty import (
+    AT_14,
     FILL_AT,
     QUIET,
     SHELLS_SAY,
@@ -29,10 +29,6 @@ from faulty import (
     succeed,
     train,
 )
-from PIL import Image
-
-from checkpoints import Checkpoints
-from runtime.experiment import build_experiment
 
 pytestmark = pytest.mark.slow
 
@@ -240,20 +236,6 @@ def test_a_workdir_of_somebody_else(unbroken, tmp_path):
     closed.chmod(0o755)
 
 
-# Does something to the workdir when the losses of step 14 are recorded.
-AT_14 = """
-import os, pathlib, shutil
-from runtime import progress
-workdir = pathlib.Path({workdir!r})
-record = progress.TrainingProgress.record
-def record_and_act(self, step, **values):
-    record(self, step, **values)
-    if step == 14:
-        {action}
-progress.TrainingProgress.record = record_and_act
-"""
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("step", "log_freq"), [(14, 2), (12, 12)])
 def test_a_workdir_that_vanishes(tmp_path, step, log_freq):
@@ -352,10 +334,10 @@ import losses
 make = losses.make_train_step
 def make_poisoned(loss_fn, optimizer, **kwargs):
     def make_step(poison):
-        loss = lambda *args, **kwargs: loss_fn(*args, **kwargs) + poison
+        loss = lambda *args, **kwargs: loss_fn(*args, **kwargs) * poison
         return make(loss, optimizer, **kwargs)
     def step(key, state, batch):
-        poison = jnp.where(state.step == 6, jnp.nan, 0.0)
+        poison = jnp.where(state.step == 6, jnp.nan, 1.0)
         return make_step(poison)(key, state, batch)
     return step
 losses.make_train_step = make_poisoned
@@ -388,63 +370,3 @@ def test_a_loss_that_is_not_a_number(unbroken, tmp_path):
         state = checkpoints.restore_snapshot(2)
     assert int(state.step) == 24
     assert {int(leaf) for leaf in jax.tree.leaves(state.opt_state) if np.ndim(leaf) == 0} == {23}
-
-
-# --- data that disappear ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("cached", [False, True])
-def test_a_picture_that_disappears(tmp_path, cached):
-    """Not cached: the file is named, the state saved, and with the file back the run ends as if nothing had been."""
-    generator, data = np.random.default_rng(0), tmp_path / "data"
-    data.mkdir()
-    for number in range(40):
-        Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).save(data / f"{number:02d}.png")
-    changes = {"data__dataset": "folder", "data__path": data, "data__num_levels": 256}
-    changes |= {"data__cache_gib": 1.0 if cached else 0.0, "training__eval_freq": 24}
-    other = tmp_path / "unbroken"
-    succeed(train(other, **changes))
-    shutil.copytree(data, tmp_path / "copy")
-    action = f"[path.unlink() for path in pathlib.Path({str(data)!r}).iterdir()]"
-    workdir = tmp_path / "run"
-    result = train(workdir, hook=AT_14.format(workdir=str(workdir), action=action), **changes)
-    if cached:
-        succeed(result)
-    else:
-        refuse(result, ".png of data.path=", "could be read when the run began: it cannot be read: No such file")
-        saved = [int(path.name) for path in (workdir / "checkpoints-meta").iterdir()]
-        assert max(saved) >= 14
-        assert f"the data fail: step {max(saved)} is saved; the same command resumes from it" in result.stderr
-        for path in (tmp_path / "copy").iterdir():
-            shutil.copy2(path, data)
-        assert f"restored step {max(saved)} from" in succeed(train(workdir, **changes)).stderr
-    with _snapshot_of(workdir, changes) as one, _snapshot_of(other, changes) as two:
-        jax.tree.map(np.testing.assert_array_equal, one.restore_snapshot(2), two.restore_snapshot(2))
-
-
-@contextlib.contextmanager
-def _snapshot_of(workdir, changes):
-    template = build_experiment(
-        tiny.make_config(**(changes | {"data__path": str(changes["data__path"])}))
-    ).state_template()
-    with Checkpoints(workdir, snapshot_freq=12, template=template, read_only=True) as checkpoints:
-        yield checkpoints
-
-
-@pytest.mark.exhaustive
-def test_an_npz_file_that_disappears(tmp_path):
-    """The run that has it open goes on; the next one says which file is missing, and goes on when it is back."""
-    levels = np.random.default_rng(0).integers(0, 17, (60, 8, 8, 1), dtype=np.uint8)
-    data = tmp_path / "data.npz"
-    np.savez(data, images=levels)
-    changes = {"data__dataset": "npz", "data__path": data}
-    action = f"pathlib.Path({str(data)!r}).unlink(); shutil.rmtree(os.environ['SCORE_SDE_CACHE'])"
-    hook = f"import os; os.environ['SCORE_SDE_CACHE'] = {str(tmp_path / 'cache')!r}\n"
-    workdir = tmp_path / "run"
-    hook_at = hook + AT_14.format(workdir=str(workdir), action=action)
-    succeed(train(workdir, hook=hook_at, **changes, training__n_iters=20))
-    assert not (tmp_path / "cache").exists()
-    refuse(train(workdir, hook=hook, **changes), f"{data} does not exist")
-    np.savez(data, images=levels)
-    assert "restored step 20 from" in succeed(train(workdir, hook=hook, **changes)).stderr

@@ -60,7 +60,8 @@ def stopped(tmp_path_factory):
     """A run of two processes, of which the second alone got SIGTERM; the workdir, and the processes."""
     workdir = tmp_path_factory.mktemp("stopped")
     with Processes(tiny.command("train", workdir, **CHANGES), workdir) as run:
-        run.wait_for(lambda: processes.recorded(workdir))
+        # While they compile: 24 steps would be over before the processes have agreed where to stop.
+        run.wait_for(lambda: "network ncsnpp" in run.text(0))
         run.kill(1, signal.SIGTERM)
         return workdir, run.codes(), [run.text(i) for i in (0, 1)]
 
@@ -124,8 +125,9 @@ def test_two_processes_evaluate_as_one(alone, tmp_path):
 SECONDS = 2 * processes.HEARTBEAT_SECONDS + 15  # the last are for a machine that other tests load
 
 
-def test_a_killed_process_ends_the_other_within_the_heartbeat(tmp_path):
-    """Process 1 is killed in training; the checkpoint that was complete remains."""
+@pytest.mark.exhaustive
+def test_a_process_killed_in_training_leaves_its_checkpoints(tmp_path):
+    """Process 1 is killed; process 0 ends, and what was complete can be restored."""
     with Processes(tiny.command("train", tmp_path, **CHANGES, training__n_iters=4000), tmp_path) as run:
         run.wait_for((tmp_path / "checkpoints-meta" / "4").exists)
         run.kill(1, signal.SIGKILL)
@@ -143,19 +145,20 @@ def test_a_killed_process_ends_the_other_within_the_heartbeat(tmp_path):
         assert int(checkpoints.restore_newest().step) >= 4
 
 
-def test_the_end_of_process_0_ends_the_other_at_once(alone, tmp_path):
-    """Process 0 is killed while it waits for a checkpoint, and process 1 for process 0."""
+@pytest.mark.parametrize(("victim", "seconds"), [(0, 15), (1, SECONDS)])
+def test_the_end_of_one_process_ends_the_other(alone, tmp_path, victim, seconds):
+    """One is killed while process 0 waits for a checkpoint, and process 1 for process 0: no device is at work."""
     shutil.copytree(alone, tmp_path / "run")
     waiting = {"eval__begin_ckpt": 3, "eval__end_ckpt": 3, "eval__wait_seconds": 1000.0, "eval__enable_sampling": False}
     with Processes(tiny.command("eval", tmp_path / "run", **CHANGES | waiting), tmp_path) as run:
         run.wait_for(lambda: "network ncsnpp" in run.text(0))
         time.sleep(1.0)
-        run.kill(0, signal.SIGKILL)
+        run.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
         codes = run.codes()
-        assert time.monotonic() - killed < SECONDS
-        assert codes[0] == -signal.SIGKILL
-        assert codes[1] in (1, -signal.SIGABRT)
+        assert time.monotonic() - killed < seconds
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] == -signal.SIGABRT  # JAX's way; what it says comes before the last words
         time.sleep(0.5)
         for i in (0, 1):
             assert run.text(i).splitlines()[-1].startswith(f"score_sde: process {i} of 2 has ended in the middle")

@@ -14,7 +14,8 @@ import run_lib
 from runtime import memory
 from runtime.experiment import build_experiment, map_train_steps
 
-SETTINGS = {"model__num_classes": 10, "model__num_res_blocks": 1}  # a batch then has labels, too
+# A batch then has labels, too.
+SETTINGS = {"model__num_classes": 10, "model__num_res_blocks": 1, "eval__enable_bpd": False}
 
 
 @functools.cache
@@ -83,12 +84,16 @@ def test_nothing_is_run(monkeypatch, capsys):
     """No array of the network's size comes to be; the test would not fit a network of 10^13 parameters otherwise."""
     seen = []
     monkeypatch.setattr(memory, "_compile", lambda program, *arguments: seen.append(arguments) or _Compiled())
-    run_lib.memory(tiny.make_config(model__nf=2**16, model__num_res_blocks=1, training__batch_size=2**16))
+    run_lib.memory(
+        tiny.make_config(model__nf=2**16, model__num_res_blocks=1, training__batch_size=2**16, eval__enable_bpd=True)
+    )
+    assert len(seen) == 3
     shapes = [leaf for leaf in jax.tree.leaves(seen) if not isinstance(leaf, jax.Array)]
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in shapes)
     assert sum(leaf.size for leaf in shapes) > 1e11
     out = capsys.readouterr().out
     assert "training.microbatches=2: activations of 32768 images instead of 65536" in out
+    assert "the same with its Jacobian (bits/dim)" in out
     assert "model.remat=True" in out
     assert "model.dtype=bfloat16" in out
 
@@ -123,6 +128,14 @@ def test_a_backend_that_does_not_tell_is_named(monkeypatch):
 def test_the_mode_needs_no_workdir():
     assert main.MODES["memory"].workdir == "none"
     assert main.MODES["memory"].config is True
+
+
+@pytest.mark.exhaustive
+def test_bits_per_dim_keep_the_features_of_all_layers():
+    """Unlike an evaluation without a gradient; and so less if blocks are computed again."""
+    experiments = [build_experiment(tiny.make_config(**SETTINGS, model__remat=remat)) for remat in (False, True)]
+    plain, again = (memory.of_evaluation(experiment, pulls_back=True).temporaries for experiment in experiments)
+    assert plain > again > memory.of_evaluation(experiments[0]).temporaries
 
 
 @pytest.mark.exhaustive

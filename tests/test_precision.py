@@ -227,8 +227,7 @@ LEAST_SAVING = 2.0  # factor by which the temporary arrays of a gradient shrink 
 def test_remat_saves_memory_and_changes_nothing():
     """Of loss and gradients in training, dropout and all.
 
-    Not bit for bit: XLA fuses other operations with one another where a block is computed again, and rounds once where
-    it multiplies and adds in one instruction.
+    Not bit for bit: XLA fuses other operations with one another where a block is computed again.
     """
     x, labels = jax.random.normal(jax.random.key(1), (8, 16, 16, 1)), jnp.linspace(1.0, 900.0, 8)
     results, temporary_bytes = [], []
