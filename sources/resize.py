@@ -29,7 +29,7 @@ def resize(
     Returns:
       float32[height, width, C], in units of levels. Bicubic values may overshoot the range of the levels.
     """
-    channels = np.moveaxis(image.astype(np.float32), -1, 0)
+    channels = np.moveaxis(image.astype(np.float32, copy=False), -1, 0)
     resized = [np.asarray(Image.fromarray(channel).resize((width, height), method)) for channel in channels]
     return np.stack(resized, axis=-1)
 

@@ -43,6 +43,7 @@ class Reader:
       name_in_message: what must be in the message; empty: the file's name.
       address_space: bytes that it may reserve; 0: little more than `memory`.
       share: of the inputs that are asked for, if it is slow.
+      seconds: of the processor's time that an input may take; 0: `SECONDS`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Reader:
     name_in_message: str = ""
     address_space: int = 0
     share: float = 1.0
+    seconds: float = 0.0
 
 
 class TooLongError(BaseException):
@@ -85,7 +87,8 @@ def _forget_peak():
 
 def attempt(reader, path):
     """Reads one input; returns (outcome, what was wrong, if anything)."""
-    _set_timers(SECONDS, WAITING)
+    seconds = reader.seconds or SECONDS
+    _set_timers(seconds, WAITING)
     try:
         reader.read(path)
     except reader.errors as error:
@@ -94,7 +97,7 @@ def attempt(reader, path):
         named = expected in str(error)
         return "refused", "" if named else f"does not name {expected}: {error!r}\n{traceback.format_exc()}"
     except TooLongError:
-        return "too long", f"took more than {SECONDS} s, or {WAITING} s in all\n{traceback.format_exc()}"
+        return "too long", f"took more than {seconds} s, or {WAITING} s in all\n{traceback.format_exc()}"
     except BaseException:
         _set_timers(0, 0)
         return "failed", traceback.format_exc()

@@ -36,7 +36,8 @@ from sources.pictures import Fit, load_pictures
 
 DRAW = np.random.default_rng(0)
 SHAPE = (4, 4, 3)
-PICTURE = 2**31  # bytes that the largest picture may take while it is decoded
+PICTURE = 5 * 2**29  # bytes that the largest picture may take while it is decoded
+DECODING = 10.0  # seconds for the same, and to resize it
 
 
 def bytes_of(write, *arguments, **options):
@@ -271,7 +272,15 @@ def picture_reader():
     def read(path):
         load_pictures(path, fit, num_levels=256)
 
-    return Reader("picture", "one.png", lambda: (*pictures(), bomb()), mutations.change_picture, read, memory=PICTURE)
+    return Reader(
+        "picture",
+        "one.png",
+        lambda: (*pictures(), bomb()),
+        mutations.change_picture,
+        read,
+        memory=PICTURE,
+        seconds=DECODING,
+    )
 
 
 def mask_reader():
@@ -280,7 +289,7 @@ def mask_reader():
         bytes_of(Image.fromarray(each).save, kind) for each in masks for kind in ("PNG", "BMP", "GIF", "TIFF")
     )
     read = lambda path: read_mask(str(path), SHAPE, 0)  # noqa: E731
-    return Reader("mask", "mask.png", inputs, mutations.change_picture, read, memory=PICTURE)
+    return Reader("mask", "mask.png", inputs, mutations.change_picture, read, memory=PICTURE, seconds=DECODING)
 
 
 def folder_reader():
@@ -311,7 +320,9 @@ def folder_reader():
         return mutations.change_picture(random, [data])
 
     change = functools.partial(mutations.change_zip, inner=inner)
-    return Reader("zip_folder", "own.zip", inputs, change, read, clean=clean_cache, memory=2 * PICTURE)
+    return Reader(
+        "zip_folder", "own.zip", inputs, change, read, clean=clean_cache, memory=2 * PICTURE, seconds=DECODING
+    )
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
