@@ -43,8 +43,12 @@ def _is_worth_showing(record: standard_logging.LogRecord) -> bool:
 
 
 def _is_worth_the_console(record: standard_logging.LogRecord) -> bool:
-    """Drops the tracebacks of libraries, too: what they fail of ends in a sentence of ours."""
-    return _is_worth_showing(record) and not (record.exc_info and "site-packages" in record.pathname)
+    """Drops the tracebacks of libraries, too: what they fail of ends in a sentence of ours.
+
+    asyncio tells those of tasks whose errors nobody asked for: TensorStore's, of arrays after the first that failed.
+    """
+    is_of_library = "site-packages" in record.pathname or record.name == "asyncio"
+    return _is_worth_showing(record) and not (record.exc_info and is_of_library)
 
 
 def _tell_unraisable(unraisable: sys.UnraisableHookArgs) -> None:

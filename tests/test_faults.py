@@ -378,3 +378,27 @@ def test_a_log_on_a_full_disk_is_told_once(tmp_path, capsys):
     told = capsys.readouterr().err
     assert told.count("No space left on device") == 1
     assert "Traceback" not in told
+
+
+LOST_ERROR = """
+import asyncio, gc
+from absl import logging
+from runtime import logs
+logging.use_absl_handler()
+logs.set_up_console()
+async def fail():
+    raise ValueError("of an array after the first that failed")
+async def main():
+    asyncio.ensure_future(fail())
+    await asyncio.sleep(0)
+asyncio.run(main())
+gc.collect()
+logging.error("the end")
+"""
+
+
+def test_errors_that_nobody_asked_for_are_not_on_the_console():
+    """Of an array's write after the first that failed, which asyncio tells with a traceback."""
+    result = tiny.run([sys.executable, "-c", LOST_ERROR])
+    assert "the end" in result.stderr
+    assert "of an array" not in result.stderr

@@ -173,22 +173,23 @@ def test_bfloat16_is_float32_up_to_its_rounding(name):
         assert relative_error(gradient, expected_gradient) < 1.5 * bound  # there and back
 
 
-def test_what_is_kept_for_the_gradient_is_half():
-    """Also of normalizations, which widen what they get: the widened features are not kept."""
+def bytes_kept(**settings):
+    """Bytes of the features that the gradient of the moderate network keeps, whatever a backend makes of them."""
     x, labels = jnp.zeros((8, 16, 16, 1)), jnp.ones(8)
+    model = create_model(config_of(MODERATE | {f"model.{key}": value for key, value in settings.items()}))
+    params = jax.eval_shape(model.init, jax.random.key(0), x, labels)
 
-    def num_bytes(dtype):
-        model = create_model(config_of(MODERATE | {"model.dtype": dtype}))
-        params = jax.eval_shape(model.init, jax.random.key(0), x, labels)
+    def backward(x, params):
+        evaluate = lambda x: model.apply(params, x, labels, train=True, rngs={"dropout": jax.random.key(0)})  # noqa: E731
+        return jax.vjp(evaluate, x)[1]
 
-        def backward(x, params):
-            evaluate = lambda x: model.apply(params, x, labels, train=True, rngs={"dropout": jax.random.key(0)})  # noqa: E731
-            return jax.vjp(evaluate, x)[1]
+    arrays = jax.tree.leaves(jax.eval_shape(backward, x, params))
+    return sum(array.size * array.dtype.itemsize for array in arrays if jnp.issubdtype(array.dtype, jnp.floating))
 
-        arrays = jax.tree.leaves(jax.eval_shape(backward, x, params))
-        return sum(array.size * array.dtype.itemsize for array in arrays if jnp.issubdtype(array.dtype, jnp.floating))
 
-    assert num_bytes("bfloat16") < 0.55 * num_bytes("float32")
+def test_bfloat16_keeps_half_for_the_gradient():
+    """Also of normalizations, which widen what they get: the widened features are not kept."""
+    assert bytes_kept(dtype="bfloat16") < 0.55 * bytes_kept(dtype="float32")
 
 
 def losses_on_digits(**changes):
@@ -205,7 +206,7 @@ def losses_on_digits(**changes):
     return np.concatenate(losses), state
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_loss_curve_of_digits_is_that_of_float32():
     """Means of 50 steps within 1 % (measured: 0.2 %; another seed's differ by 1 to 10 %), every step within 4 %."""
     wide, wide_state = losses_on_digits()
@@ -221,9 +222,15 @@ def test_the_loss_curve_of_digits_is_that_of_float32():
 # --- blocks that are computed again ----------------------------------------------------------------------------------
 
 LEAST_SAVING = 2.0  # factor by which the temporary arrays of a gradient shrink at the least
+# On a CPU the XLA of JAX 0.10 merges what jax.checkpoint computes again with the first computation: nothing is saved.
+MERGES = jax.__version_info__ < (0, 12)
 
 
-@pytest.mark.slow
+def test_remat_keeps_what_goes_into_blocks():
+    assert bytes_kept(dtype="float32") > LEAST_SAVING * bytes_kept(dtype="float32", remat=True)
+
+
+@pytest.mark.exhaustive
 def test_remat_saves_memory_and_changes_nothing():
     """Of loss and gradients in training, dropout and all.
 
@@ -246,7 +253,7 @@ def test_remat_saves_memory_and_changes_nothing():
     (loss_plain, gradient_plain), (loss_again, gradient_again) = results
     np.testing.assert_allclose(loss_again, loss_plain, rtol=1e-6)
     assert relative_error(gradient_again, gradient_plain) < 2e-6
-    assert temporary_bytes[0] > LEAST_SAVING * temporary_bytes[1]
+    assert MERGES or temporary_bytes[0] > LEAST_SAVING * temporary_bytes[1]
 
 
 BLOCKS = (blocks.DDPMBlock, blocks.BigGANBlock, layers.Attention, refinenet.ResidualBlock, refinenet.ResidualUnits)

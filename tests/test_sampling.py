@@ -374,6 +374,7 @@ print("equal")
 """
 
 
+@pytest.mark.exhaustive  # test_devices.py has the whole job on eight
 def test_four_devices_give_the_samples_and_likelihoods_of_one():
     here = Path(__file__).parent
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}

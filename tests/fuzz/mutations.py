@@ -172,7 +172,7 @@ def change_zip(random, inputs, inner=change):
     place = random.randrange(len(entries))
     name, content, method = entries[place]
     if kind == 4:
-        name = random.choice((f"../../{name}", f"/{name}", f"{name}/", "x.npy", "x.png", "", name.upper()))
+        name = random.choice((f"../../{name}", f"/{name}", f"{name}/", "x.npy", "x.png", " ", name.upper()))
     elif kind == 5:
         method = random.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
     else:
