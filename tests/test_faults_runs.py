@@ -184,13 +184,16 @@ def test_a_checkpoint_that_the_system_refuses(unbroken, tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_disk_that_is_full_when_the_grid_is_drawn(unbroken, tmp_path):
-    """Training goes on without it, and makes the checkpoints for which somebody has made room meanwhile."""
+    """Training goes on without it, and makes the checkpoints for which there is room."""
     with disks.small_disk(tmp_path / "disk", 16_000):
         workdir = tmp_path / "disk" / "run"
         make_room = f"""
+import time
 from runtime import train_loop
 after = train_loop.ScoreTrainer.after_snapshot
 def draw_and_make_room(self, state, step, progress):
+    while not pathlib.Path({str(workdir / "checkpoints")!r}, str(step // 12)).exists():
+        time.sleep(0.01)  # the checkpoint of this step is to have its room
     after(self, state, step, progress)
     pathlib.Path({str(tmp_path / "disk" / "filler")!r}).unlink(missing_ok=True)
 train_loop.ScoreTrainer.after_snapshot = draw_and_make_room
