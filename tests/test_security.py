@@ -316,7 +316,7 @@ def png(shape=(6, 5, 3)):
 
 def test_names_that_leave_the_folder_are_only_names(tmp_path):
     """Every entry is read, and nothing is written but in the cache; a link is a file that is no picture."""
-    names = ("../../evil.png", "/tmp/evil-score-sde.png", "a/../../evil.png", "C:\\evil.png", "good.png")
+    names = ("../../escaped.png", "/tmp/escaped-score-sde.png", "a/../../escaped.png", "C:\\escaped.png", "good.png")
     with zipfile.ZipFile(tmp_path / "own.zip", "w") as archive:
         for number, name in enumerate(names):
             archive.writestr(name, png((6, 5 + number, 3)))
@@ -326,8 +326,8 @@ def test_names_that_leave_the_folder_are_only_names(tmp_path):
     rules = Rules(Fit(SHAPE, "crop", group="data"), 256)
     splits = [load_folder(str(tmp_path / "own.zip"), split, rules) for split in ("train", "test")]
     assert sum(map(len, splits)) == 3  # a part of a name that starts with a dot is hidden
-    assert not list(tmp_path.parent.rglob("evil*"))
-    assert not os.path.exists("/tmp/evil-score-sde.png")
+    assert not list(tmp_path.parent.rglob("escaped*"))
+    assert not os.path.exists("/tmp/escaped-score-sde.png")
 
 
 def test_long_names_and_many_tensors_take_no_longer_than_their_length(tmp_path):
