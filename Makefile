@@ -1,5 +1,5 @@
 # `make demo` trains, samples and evaluates on the embedded digits; `make test` checks everything. Both make .venv first.
-#   make test-all   runs also the tests that repeat on further cases what another one shows
+#   make test-all   runs also the slow tests: every fault, 10,000 inputs of each reader, 20,000 steps, further cases
 #   make test PYTHON=python3.12     uses another interpreter (a pyenv version works too)
 
 PYTHON ?=
