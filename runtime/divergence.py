@@ -72,9 +72,9 @@ class Diverging(Protocol):
         ...
 
 
-def is_finite(state: TrainState) -> bool:
-    """Says whether every number of a state on the host is finite."""
-    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+def is_finite(tree: Any) -> bool:
+    """Says whether every number of a tree of arrays on the host, such as a state, is finite."""
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
 # --- watching --------------------------------------------------------------------------------------------------------
@@ -228,11 +228,10 @@ def explain(
     good, place = _good_state(checkpoints, trainer.experiment)
     measured = losses_by_level(trainer, source, good.params, error.step)
     by_level = ", ".join(f"{sigma:.2g}: {loss:.3g}" for sigma, loss in measured)
-    are_finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     seen = f"{error.step - 1} was the last good step, {error.looked_at} the last that was taken"
     skip = "" if trainer.experiment.config.training.on_nan == "skip" else ", or set training.on_nan='skip'"
     return DivergedError(
-        f"{error}; step {seen}; the parameters are {'still' if are_finite else 'not'} finite; {place}; its loss of the "
-        f"images of step {error.step} by noise level sigma: {by_level}; the checkpoints before it are kept: lower "
-        f"{trainer.rate} or set optim.grad_clip{skip}, and resume in the same workdir"
+        f"{error}; step {seen}; the parameters are {'still' if is_finite(state.params) else 'not'} finite; {place}; "
+        f"its loss of the images of step {error.step} by noise level sigma: {by_level}; the checkpoints before it are "
+        f"kept: lower {trainer.rate} or set optim.grad_clip{skip}, and resume in the same workdir"
     )
