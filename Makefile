@@ -1,4 +1,5 @@
 # `make demo` trains, samples and evaluates on the embedded digits; `make test` checks everything. Both make .venv first.
+#   make bench      measures speed against its goals, in under 20 minutes, and writes benchmarks/RESULTS.md
 #   make test-all   runs also the slow tests: every fault, 10,000 inputs of each reader, 20,000 steps, further cases
 #   make test PYTHON=python3.12     uses another interpreter (a pyenv version works too)
 
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 DEMO_CONFIG := configs/vp/digits_ddpmpp_continuous.py
 DEMO_WORKDIR := runs/demo
 
-.PHONY: demo test test-all clean
+.PHONY: demo test test-all bench clean
 
 demo: core
 	$(BIN)/python main.py --config $(DEMO_CONFIG) --mode train --workdir $(DEMO_WORKDIR)
@@ -22,6 +23,9 @@ test: dev
 
 test-all: dev
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "exhaustive or not exhaustive"
+
+bench: core
+	$(BIN)/python -m benchmarks.run
 
 .PHONY: core dev
 core dev:
