@@ -8,12 +8,13 @@ forward`; a step is then one such pass), on random images and random parameters 
 as it does in training, and has moments of real gradients after the calls that are not timed.
 
 `model_flops` is XLA's count for one step of the compiled program: the body of a loop counts once, and so does a scan of
-`n_jitted_steps` steps. `gemm_flops_per_s` is the rate of a matrix product in the same process and dtype, the mean of
-one taken before the steps and one after them, since the clock of a machine drifts. `compile_seconds.cold` is the time
-to trace and compile into an empty persistent cache, as a first run does; `.cached` the same when the cache has it, None
-if the cache was not used. `peak_bytes` is by how much the process has grown, at most, while the steps are timed (Linux,
-a CPU); `temporaries_bytes` are the arrays between as XLA plans them. `result` is the loss of the last step, or the root
-mean square of the scores, by which two checkouts can be seen to compute the same.
+`n_jitted_steps` steps. `gemm_flops_per_s` is the rate of a matrix product in the same process and dtype, the median of
+those taken before, between and after the calls: the clock of a machine drifts by a tenth within a minute.
+`compile_seconds.cold` is the time to trace and compile into an empty persistent cache, as a first run does; `.cached`
+the same when the cache has it, None if the cache was not used. `peak_bytes` is by how much the process has grown, at
+most, while the steps are timed (Linux, a CPU); `temporaries_bytes` are the arrays between as XLA plans them. `result`
+is the loss of the last step, or the root mean square of the scores, by which two checkouts can be seen to compute the
+same.
 
 `--root DIR` measures the product of another checkout, with its configurations: a worktree of an older commit, say.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -54,6 +56,7 @@ from runtime.experiment import Experiment, build_experiment
 
 ROOT = checkouts.chosen(sys.argv)
 WHAT = ("step", "forward")
+GEMM_REPETITIONS = 4  # each time it is timed
 Call = Callable[[], Any]  # runs the program once and returns (what it leaves, its result)
 
 FLAGS = flags.FLAGS
@@ -216,6 +219,26 @@ def _temporaries_bytes(compiled: jax.stages.Compiled) -> int | None:
     return (analysis.temp_size_in_bytes + outputs) * distributed.device_count()
 
 
+def time_next_to_gemm(call: Call, repetitions: int, dtype: Any) -> tuple[measuring.Seconds, list[float], Any]:
+    """Times calls, and a matrix product before each of them and after the last.
+
+    Returns:
+      Times of the calls; rates of the matrix product in operations/s; what the last call put out.
+    """
+    times: list[float] = []
+    last: list[Any] = []
+
+    def run() -> Any:
+        last[:] = call()
+        return last
+
+    rates = [measuring.gemm_flops_per_s(dtype, GEMM_REPETITIONS)]
+    for _ in range(repetitions):
+        times += measuring.time_calls(run, 1, warm_up=0).all
+        rates.append(measuring.gemm_flops_per_s(dtype, GEMM_REPETITIONS))
+    return measuring.Seconds(tuple(times)), rates, last[1]
+
+
 def _check(config: ConfigDict, steps: int, what: str) -> None:
     """Checks what `build_experiment` does not."""
     checks.one_of("--what", what, WHAT)
@@ -256,23 +279,15 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step") -> dict[str, 
     measuring.progress(f"compiling ({what}, batch {config.training.batch_size}, {dtype.name}) in {ROOT}")
     compiled, compile_seconds = compile_twice(lambda: compile_program(experiment))
     measuring.progress(f"compiled in {compile_seconds['cold']:.1f} s; running")
-    rates = [measuring.gemm_flops_per_s(dtype)]
-    last: list[Any] = []
     growth = Growth()
     call = make_call(experiment, compiled)
-
-    def run() -> Any:
-        last[:] = call()
-        return last
-
-    jax.block_until_ready(run())
+    jax.block_until_ready(call())
     growth.forget_peak()  # what the host held to draw the parameters has gone
-    times = measuring.time_calls(run, steps // jitted, warm_up=0)
-    peak, result = growth.peak_bytes(), float(summarize(last[1]))
+    times, rates, result = time_next_to_gemm(call, steps // jitted, dtype)
+    peak, result = growth.peak_bytes(), float(summarize(result))
     if not math.isfinite(result):
         raise FloatingPointError(f"the result is {result}, whose time says nothing")
-    rates.append(measuring.gemm_flops_per_s(dtype))
-    rate = sum(rates) / len(rates)
+    rate = statistics.median(rates)
     model_flops = measuring.flops(compiled) * distributed.device_count()
     seconds = {"median": times.median / jitted, "min": times.min / jitted}
     return {
@@ -286,7 +301,7 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step") -> dict[str, 
         "images_per_s": config.training.batch_size / seconds["median"],
         "model_flops": model_flops,
         "gemm_flops_per_s": rate,
-        "gemm_flops_per_s_before_and_after": rates,
+        "gemm_flops_per_s_of_each": rates,
         "float32_gemm_flops_per_s": rate if dtype == jnp.float32 else measuring.gemm_flops_per_s(),
         "fraction_of_gemm": model_flops / seconds["median"] / rate,
         "compile_seconds": compile_seconds,
