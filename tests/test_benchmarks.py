@@ -212,6 +212,9 @@ def test_commands_end_in_a_line_or_in_why_there_is_none(tmp_path):
     for content in ("[3]", '{"seconds": NaN}'):
         path.write_text(content)
         assert run.run_command(Command(f"json.tool --compact {path}")).failure.startswith("printed no line of JSON")
+    assert run.run_command(Command("this", needs="nowhere", way_out="make it")).line == {
+        "skipped": "there is no nowhere; make it"
+    }
     assert run.run_command(Command("benchmarks.nothing")).failure.endswith("No module named benchmarks.nothing")
     sleep = Command("timeit -n 1 -r 1 'import time; time.sleep(60)'")
     start = time.monotonic()
