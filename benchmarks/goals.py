@@ -70,9 +70,9 @@ def _train_step(config: str, *more: str, steps: int = 6) -> Command:
 
 
 VE, VP = "ve/cifar10_ncsnpp_continuous", "vp/cifar10_ddpmpp_continuous"
-STEP_VE, STEP_VP = _train_step(VE), _train_step(VP)
-STEP_BFLOAT16 = _train_step(VE, "--dtype bfloat16")
-STEPS_IN_SCAN = _train_step(VE, "--n_jitted_steps 4", steps=8)
+STEP_VE, STEP_VP = _train_step(VE), _train_step(VP, "--noread_cache")
+STEP_BFLOAT16 = _train_step(VE, "--dtype bfloat16 --noread_cache")
+STEPS_IN_SCAN = _train_step(VE, "--n_jitted_steps 4 --noread_cache", steps=8)
 FORWARD_VE, FORWARD_VP = (_train_step(config, "--what forward", steps=12) for config in (VE, VP))
 PEER_PYTHON = "peer-venv/bin/python"
 PEER = Command(

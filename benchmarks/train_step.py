@@ -11,10 +11,10 @@ as it does in training, and has moments of real gradients after the calls that a
 `n_jitted_steps` steps. `gemm_flops_per_s` is the rate of a matrix product in the same process and dtype, the median of
 those taken before, between and after the calls: the clock of a machine drifts by a tenth within a minute.
 `compile_seconds.cold` is the time to trace and compile into an empty persistent cache, as a first run does; `.cached`
-the same when the cache has it, None if the cache was not used. `peak_bytes` is by how much the process has grown, at
-most, while the steps are timed (Linux, a CPU); `temporaries_bytes` are the arrays between as XLA plans them. `result`
-is the loss of the last step, or the root mean square of the scores, by which two checkouts can be seen to compute the
-same.
+the same when the cache has it, None if it was not used, or with `--noread_cache`. `peak_bytes` is by how much the
+process has grown, at most, while the steps are timed (Linux, a CPU); `temporaries_bytes` are the arrays between as XLA
+plans them. `result` is the loss of the last step, or the root mean square of the scores, by which two checkouts can be
+seen to compute the same.
 
 `--root DIR` measures the product of another checkout, with its configurations: a worktree of an older commit, say.
 """
@@ -70,6 +70,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 6, "Steps that are timed, a multiple of --n_jitted_steps.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the features.")
     flags.DEFINE_integer("n_jitted_steps", 1, "Training steps in one compiled call.")
+    flags.DEFINE_boolean("read_cache", True, "Compile a second time, with the persistent cache.")
     checkouts.define_flag()
     flags.mark_flag_as_required("config")
 
@@ -189,8 +190,14 @@ def _use_cache(settings: dict[str, Any]) -> None:
     compilation_cache.reset_cache()  # JAX opens the folder once
 
 
-def compile_twice(compile_program: Callable[[], jax.stages.Compiled]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+def compile_twice(
+    compile_program: Callable[[], jax.stages.Compiled], *, read: bool = True
+) -> tuple[jax.stages.Compiled, dict[str, Any]]:
     """Compiles a program into an empty persistent cache, and again from there with nothing left in JAX's memory.
+
+    Args:
+      compile_program: does it.
+      read: whether it is done a second time.
 
     Returns:
       The program, and its `compile_seconds`: "cold" and "cached", tracing included.
@@ -205,7 +212,7 @@ def compile_twice(compile_program: Callable[[], jax.stages.Compiled]) -> tuple[j
         entries = lambda: {path.name: path.stat().st_mtime_ns for path in folder.rglob("*-cache")}  # noqa: E731
         compiled, cold = timed()
         written = entries()
-        _, cached = timed()
+        _, cached = timed() if read else (None, None)
         is_read = written and entries() == written  # a miss would have written them again
     return compiled, {"cold": cold, "cached": cached if is_read else None}
 
@@ -256,7 +263,7 @@ def _check(config: ConfigDict, steps: int, what: str) -> None:
         )
 
 
-def measure(config: ConfigDict, *, steps: int, what: str = "step") -> dict[str, Any]:
+def measure(config: ConfigDict, *, steps: int, what: str = "step", read_cache: bool = True) -> dict[str, Any]:
     """Compiles and runs training steps or forward passes on random images.
 
     Args:
@@ -264,6 +271,7 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step") -> dict[str, 
         are those that are measured.
       steps: how many are timed; one compiled call before them is not.
       what: "step" or "forward".
+      read_cache: whether to compile a second time, with the persistent cache.
 
     Returns:
       What the module's docstring says, by name; over all devices.
@@ -277,7 +285,7 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step") -> dict[str, 
     compile_program, make_call, summarize = PROGRAMS[what]
     experiment = build_experiment(config)
     measuring.progress(f"compiling ({what}, batch {config.training.batch_size}, {dtype.name}) in {ROOT}")
-    compiled, compile_seconds = compile_twice(lambda: compile_program(experiment))
+    compiled, compile_seconds = compile_twice(lambda: compile_program(experiment), read=read_cache)
     measuring.progress(f"compiled in {compile_seconds['cold']:.1f} s; running")
     growth = Growth()
     call = make_call(experiment, compiled)
@@ -318,7 +326,7 @@ def main(argv: Sequence[str]) -> None:
     config.training.batch_size = FLAGS.batch_size or config.training.batch_size
     config.training.n_jitted_steps, config.model.dtype = FLAGS.n_jitted_steps, FLAGS.dtype
     try:
-        result = measure(config.lock(), steps=FLAGS.steps, what=FLAGS.what)
+        result = measure(config.lock(), steps=FLAGS.steps, what=FLAGS.what, read_cache=FLAGS.read_cache)
     except ValueError as error:
         sys.exit(f"benchmarks.train_step: {error}")
     measuring.report({**result, **checkouts.describe(ROOT)})

@@ -50,7 +50,8 @@ def set_times(monkeypatch, *seconds):
     """Calls take these times, a matrix product runs at 1, 2, 4, 8, ... GFLOP/s. Returns the list of the programs."""
     rates, programs, times = (1e9 * 2**n for n in itertools.count()), [], iter(seconds)
 
-    def compile_twice(compile_program):
+    def compile_twice(compile_program, *, read):
+        assert read
         programs.append(compile_program())
         return programs[-1], {"cold": 2.0, "cached": 1.0}
 
