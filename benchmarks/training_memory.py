@@ -9,11 +9,8 @@ since. The state is made on the host first, which counts, and is let go once it 
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,19 +25,13 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import distributed
+from benchmarks.process_memory import Growth
 from runtime import memory, train_loop
 from runtime.experiment import build_experiment
 
 CALLS = 3
-STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 
 FLAGS = flags.FLAGS
-
-
-def _resident_kib(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
-    assert found  # on Linux
-    return int(found[1])
 
 
 def measure(config: ConfigDict) -> dict[str, Any]:
@@ -61,16 +52,14 @@ def measure(config: ConfigDict) -> dict[str, Any]:
     foreseen = memory.of_training(experiment, steps)
     shape = (settings.n_jitted_steps, settings.batch_size, *experiment.image_shape)
     levels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    CLEAR_PEAK.write_text("5")
-    before = _resident_kib("VmRSS")
+    growth = Growth()
     state, batch = distributed.replicate(experiment.state_template()), distributed.shard(levels, axis=1)
     seconds = math.inf
     for _ in range(CALLS):
         start = time.perf_counter()
         state, _ = jax.block_until_ready(steps(experiment.keys["train"], state, batch))
         seconds = min(seconds, (time.perf_counter() - start) / settings.n_jitted_steps)
+    measured = growth.peak_bytes()
     return {
         "batch_size": settings.batch_size,
         "microbatches": settings.microbatches,
@@ -78,7 +67,7 @@ def measure(config: ConfigDict) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "foreseen_mib": foreseen.total * devices / memory.MIB,
         "foreseen_temporaries_mib": foreseen.temporaries * devices / memory.MIB,
-        "measured_mib": (_resident_kib("VmHWM") - before) / 1024,
+        "measured_mib": measured and measured / memory.MIB,
         "seconds_per_step": seconds,
         **distributed.describe_devices(),
     }
