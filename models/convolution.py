@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -35,6 +36,7 @@ from models.rematerialization import keep
 Pair = tuple[int, int]
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 PART_VALUES = 2**18  # of a cotangent that the second-level cache of a CPU holds
+NARROW_PART_VALUES = 2**20  # of columns, see `_columns`, in bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,105 @@ def _native(x: Array, kernel: Array, window: Window) -> Array:
     )
 
 
-_convolve = jax.custom_vjp(_native, nondiff_argnums=(2,))
+def _moves_by_pixels(window: Window) -> bool:
+    return window == Window(padding=window.padding)
+
+
+def _num_parts(num_examples: int, values_per_example: int, limit: int) -> int:
+    """Returns the least number of equal parts of a batch, each with `limit` values at the most if it can."""
+    fitting = (n for n in range(1, num_examples + 1) if num_examples % n == 0)
+    return next((n for n in fitting if num_examples // n * values_per_example <= limit), num_examples)
+
+
+def _in_parts(num_parts: int, *arrays: Array) -> tuple[Array, ...]:
+    return tuple(array.reshape(num_parts, -1, *array.shape[1:]) for array in arrays)
+
+
+def _sum_over_parts(of_part: Callable[..., Array], num_parts: int, x: Array, cotangent: Array) -> Array:
+    """Returns of_part(x, cotangent), a sum over examples, computed of one part of them after the other."""
+    if num_parts == 1:
+        return of_part(x, cotangent)
+    parts = _in_parts(num_parts, x, cotangent)
+    shape = jax.eval_shape(of_part, *(array[0] for array in parts))
+    # A zero that comes with the cotangent: made of a constant, all of these sums would be in memory from the beginning.
+    zero, _ = lax.optimization_barrier((jnp.zeros((), shape.dtype), cotangent))
+    total = jnp.broadcast_to(zero, shape.shape)
+    return lax.scan(lambda total, part: (total + of_part(*part), None), total, parts)[0]
+
+
+# --- bfloat16 on a CPU -----------------------------------------------------------------------------------------------
+
+
+def _columns(x: Array, window: Window, num_taps: int, order: tuple[int, int, int, int]) -> Array:
+    """Returns padded images shifted by each tap of a row of the kernel, the channels of all shifts together.
+
+    Args:
+      x: images [B, H, W, C].
+      window: of the convolution.
+      num_taps: of a row of the kernel.
+      order: of the axes of the result.
+    """
+    width = window.output_size(1, x.shape[2], num_taps)
+    edges = [(0, 0, 0), *((*each, 0) for each in window.padding), (0, 0, 0)]
+    padded = lax.pad(x.transpose(order), jnp.zeros((), x.dtype), [edges[axis] for axis in order])
+    shifts = [lax.slice_in_dim(padded, j, j + width, axis=order.index(2)) for j in range(num_taps)]
+    return lax.optimization_barrier(jnp.concatenate(shifts, order.index(3)))
+
+
+def _narrow(x: Array, kernel: Array, window: Window) -> Array:
+    """Convolves as matrix products, summed in float32.
+
+    A CPU multiplies matrices of bfloat16 several times faster than those of float32, but XLA widens the operands of a
+    convolution to float32.
+    """
+    h, w, C, features = kernel.shape
+    rows = kernel.reshape(h, w * C, features)
+    num_rows = window.output_size(0, x.shape[1], h)
+
+    def of_part(x: Array) -> Array:
+        columns = _columns(x, window, w, (0, 1, 2, 3))
+        products = [
+            jnp.tensordot(columns[:, i : i + num_rows], rows[i], 1, preferred_element_type=jnp.float32)
+            for i in range(h)
+        ]
+        return functools.reduce(jnp.add, products).astype(x.dtype)
+
+    num_parts = _num_parts(len(x), x[0].size * w, NARROW_PART_VALUES)
+    if num_parts == 1:
+        return of_part(x)
+    y = lax.map(of_part, *_in_parts(num_parts, x))
+    return y.reshape(-1, *y.shape[2:])
+
+
+def _narrow_kernel_gradient(x: Array, cotangent: Array, window: Window, taps: Pair) -> Array:
+    """Returns the kernel's gradient as matrix products, summed in float32; see `_narrow`."""
+    (h, w), (num_rows, _, features), C = taps, cotangent.shape[1:], x.shape[3]
+
+    def of_part(x: Array, cotangent: Array) -> Array:
+        moved = _columns(x, window, w, (3, 1, 0, 2))
+        pixels = lax.optimization_barrier(cotangent.swapaxes(0, 1).reshape(-1, features))
+        products = [
+            jnp.matmul(moved[:, i : i + num_rows].reshape(w * C, -1), pixels, preferred_element_type=jnp.float32)
+            for i in range(h)
+        ]
+        return jnp.stack(products)
+
+    num_parts = _num_parts(len(x), x[0].size * w, NARROW_PART_VALUES)
+    total = _sum_over_parts(of_part, num_parts, x, cotangent)
+    return total.reshape(h, w, C, features).astype(x.dtype)
+
+
+# --- the value and its derivatives -----------------------------------------------------------------------------------
+
+
+def _value(x: Array, kernel: Array, window: Window) -> Array:
+    if x.dtype != jnp.bfloat16 or _is_pointwise(kernel, window) or not _moves_by_pixels(window):
+        return _native(x, kernel, window)
+    native = functools.partial(_native, window=window)
+    return lax.platform_dependent(x, kernel, cpu=functools.partial(_narrow, window=window), default=native)
+
+
+_convolve = jax.custom_vjp(_value, nondiff_argnums=(2,))
 
 
 def _forward(x: Array, kernel: Array, window: Window) -> tuple[Array, tuple[Array, Array]]:
@@ -121,12 +221,6 @@ def _kernel_gradient(x: Array, cotangent: Array, window: Window, taps: Pair) -> 
     return _convolve(examples_last, cotangent_kernel, moved).transpose(1, 2, 0, 3)
 
 
-def _num_parts(num_examples: int, values_per_example: int) -> int:
-    """Returns the least number of equal parts of a batch, each with PART_VALUES at the most if it can."""
-    fitting = (n for n in range(1, num_examples + 1) if num_examples % n == 0)
-    return next((n for n in fitting if num_examples // n * values_per_example <= PART_VALUES), num_examples)
-
-
 def _kernel_gradient_by_columns(x: Array, cotangent: Array, window: Window, taps: Pair) -> Array:
     """Returns the kernel's gradient for a window that moves by single pixels, as matrix products with many rows.
 
@@ -138,7 +232,7 @@ def _kernel_gradient_by_columns(x: Array, cotangent: Array, window: Window, taps
     B, H, W, C = x.shape
     P, Q, features = cotangent.shape[1:]
     rows, before = window.padding[0], window.padding[1][0]
-    num_parts = _num_parts(B, P * W * features)
+    num_parts = _num_parts(B, P * W * features, PART_VALUES)
 
     def of_part(x: Array, cotangent: Array) -> Array:
         along_rows = x.transpose(1, 3, 0, 2).reshape(1, H, C, -1)
@@ -151,13 +245,7 @@ def _kernel_gradient_by_columns(x: Array, cotangent: Array, window: Window, taps
             columns.append(_convolve(along_rows, kernel, Window(padding=(rows, (0, 0))))[0])
         return jnp.stack(columns, 1)
 
-    if num_parts == 1:
-        return of_part(x, cotangent)
-    parts = [array.reshape(num_parts, B // num_parts, *array.shape[1:]) for array in (x, cotangent)]
-    # A zero that comes with the cotangent: made of a constant, all of these sums would be in memory from the beginning.
-    zero, _ = lax.optimization_barrier((jnp.zeros((), x.dtype), cotangent))
-    total = jnp.broadcast_to(zero, (*taps, C, features))
-    return lax.scan(lambda total, part: (total + of_part(*part), None), total, parts)[0]
+    return _sum_over_parts(of_part, num_parts, x, cotangent)
 
 
 def _flip(kernel: Array) -> Array:
@@ -180,8 +268,9 @@ def _own_gradients(x: Array, kernel: Array, cotangent: Array, window: Window) ->
         return x_gradient, _pointwise_kernel_gradient(x, cotangent)
     inputs, taps = (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1])
     x_gradient = _convolve(cotangent, _flip(kernel), _input_window(window, inputs, taps))
-    moves_by_pixels = window == Window(padding=window.padding)
-    of_kernel = _kernel_gradient_by_columns if moves_by_pixels else _kernel_gradient
+    of_kernel = _kernel_gradient
+    if _moves_by_pixels(window):
+        of_kernel = _narrow_kernel_gradient if x.dtype == jnp.bfloat16 else _kernel_gradient_by_columns
     return x_gradient, of_kernel(x, cotangent, window, taps)
 
 

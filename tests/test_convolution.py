@@ -1,5 +1,6 @@
 """The convolution against sums written out in numpy, and its derivatives against XLA's own."""
 
+import functools
 import re
 
 import jax
@@ -102,10 +103,29 @@ def test_batching_over_images_and_kernels():
     jax.tree.map(lambda many, one: np.testing.assert_array_equal(many[1], one), one_kernel, single)
 
 
+@pytest.mark.parametrize("part_values", [convolution.NARROW_PART_VALUES, 1])
+@pytest.mark.parametrize("name", ["same", "by pixels, cropped", "stride 2, padding (0, 1)", "1x1"])
+def test_bfloat16_is_rounded_once(name, part_values, monkeypatch):
+    # Sums are exact in float32, and more than the 8 bits of bfloat16.
+    monkeypatch.setattr(convolution, "NARROW_PART_VALUES", part_values)
+    window, size, taps = CASES[name]
+    x, kernel = 13 * _integers(0, 4, *size, 7), 11 * _integers(1, *taps, 7, 5)
+    cotangent = 7 * _integers(2, *_written_out(x, kernel, window).shape)
+    narrow = lambda *arrays: (jnp.asarray(array, jnp.bfloat16) for array in arrays)  # noqa: E731
+
+    def results(fn, x, kernel, cotangent):
+        y, pullback = jax.vjp(lambda *a: fn(*a, window), x, kernel)
+        return y, *pullback(cotangent)
+
+    found = jax.jit(functools.partial(results, convolve))(*narrow(x, kernel, cotangent))
+    for array, expected in zip(found, results(convolution._native, x, kernel, cotangent), strict=True):
+        assert array.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(array, jnp.asarray(expected, jnp.bfloat16))
+        assert (np.asarray(array, np.float32) != expected).any()  # rounded, and not by luck
+
+
 def test_parts_of_a_batch_are_equal_and_fit():
-    assert [convolution._num_parts(12, values) for values in (1, 2**18 // 12, 2**18 // 11, 2**17, 2**18 + 1)] == [
-        *(1, 1, 2, 6, 12)
-    ]
+    assert [convolution._num_parts(12, values, 100) for values in (1, 8, 9, 50, 101)] == [1, 1, 2, 6, 12]
 
 
 def _layouts(fn, x, kernel, window, platform):
