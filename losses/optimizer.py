@@ -42,8 +42,9 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-        # Stored before they are used: else the update would read the old moments, too, and these be copied for it.
-        mu, nu = jax.lax.optimization_barrier((mu, nu))
+        # Stored before they are used: else the update would read the old moments, too, and these be copied for it. One
+        # by one: a parameter and what belongs to it stay in the cache from the moments to the average.
+        mu, nu = (jax.tree.map(jax.lax.optimization_barrier, moments) for moments in (mu, nu))
         count = optax.safe_increment(state.count)
         mu_hat, nu_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)

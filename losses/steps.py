@@ -111,7 +111,7 @@ def make_train_step(
         loss, grads = distributed.mean(gradient(state.params, batch))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         # Stored before the average is made of them: else that would read the old ones, and these be copied for it.
-        params = jax.lax.optimization_barrier(optax.apply_updates(state.params, updates))
+        params = jax.tree.map(jax.lax.optimization_barrier, optax.apply_updates(state.params, updates))
         params_ema = update_ema(state.params_ema, params, ema_rate)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, params_ema, opt_state), metrics

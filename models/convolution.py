@@ -154,8 +154,17 @@ def _kernel_gradient_by_columns(x: Array, cotangent: Array, window: Window, taps
     if num_parts == 1:
         return of_part(x, cotangent)
     parts = [array.reshape(num_parts, B // num_parts, *array.shape[1:]) for array in (x, cotangent)]
-    total = jnp.zeros((*taps, C, features), x.dtype)
+    # A zero that comes with the cotangent: made of a constant, all of these sums would be in memory from the beginning.
+    zero, _ = lax.optimization_barrier((jnp.zeros((), x.dtype), cotangent))
+    total = jnp.broadcast_to(zero, (*taps, C, features))
     return lax.scan(lambda total, part: (total + of_part(*part), None), total, parts)[0]
+
+
+def _flip(kernel: Array) -> Array:
+    """Returns the kernel flipped in space and transposed in channels; in two steps, of which each is fast."""
+    h, w, C, features = kernel.shape
+    reversed_taps = lax.optimization_barrier(jnp.flip(kernel.reshape(h * w, C, features), 0))
+    return reversed_taps.swapaxes(1, 2).reshape(h, w, features, C)
 
 
 def _pointwise_kernel_gradient(x: Array, cotangent: Array) -> Array:
@@ -170,8 +179,7 @@ def _own_gradients(x: Array, kernel: Array, cotangent: Array, window: Window) ->
         x_gradient = _convolve(cotangent, kernel.swapaxes(2, 3), window)
         return x_gradient, _pointwise_kernel_gradient(x, cotangent)
     inputs, taps = (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1])
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    x_gradient = _convolve(cotangent, flipped, _input_window(window, inputs, taps))
+    x_gradient = _convolve(cotangent, _flip(kernel), _input_window(window, inputs, taps))
     moves_by_pixels = window == Window(padding=window.padding)
     of_kernel = _kernel_gradient_by_columns if moves_by_pixels else _kernel_gradient
     return x_gradient, of_kernel(x, cotangent, window, taps)

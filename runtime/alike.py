@@ -18,6 +18,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.interpreters import partial_eval
 from jaxtyping import Array
 
+REMAT_SETTING = "prevent_cse"  # what jax.checkpoint has and no other primitive; its name changes with JAX's version
 FOLD_IN = "random_fold_in"  # the primitive whose constant operand may differ between outputs that are alike
 
 
@@ -93,6 +94,26 @@ def _settings(equation: JaxprEqn, texts: dict[int, str]) -> str:
     return " ".join(parts)
 
 
+def _apply(equation: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+    """Applies the primitive of an equation to operands; returns its results."""
+    bound: Any = equation.primitive.get_bind_params(equation.params)
+    functions, settings = bound if isinstance(bound, tuple) else ((), bound)  # JAX 0.10 has functions beside them
+    results = equation.primitive.bind(*functions, *operands, **settings)
+    return results if equation.primitive.multiple_results else [results]
+
+
+def _inline(jaxpr: Jaxpr, *inputs: Any) -> list[Any]:
+    """Computes a program, in whose blocks nothing is to be computed again: their equations take their place."""
+    values: dict[Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
+    read = lambda operand: values[operand] if isinstance(operand, Var) else operand.val  # noqa: E731
+    for equation in jaxpr.eqns:
+        operands = [read(operand) for operand in equation.invars]
+        is_block = REMAT_SETTING in equation.params
+        results = _inline(equation.params["jaxpr"], *operands) if is_block else _apply(equation, operands)
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(output) for output in jaxpr.outvars]
+
+
 def _compute(computation: _Computation, output: Var, inputs: dict[Var, Any], folded: Sequence[Any] | Array) -> Any:
     """Computes an output, with these numbers in the place of its own."""
     values, numbers = dict(inputs), iter(folded)
@@ -101,10 +122,7 @@ def _compute(computation: _Computation, output: Var, inputs: dict[Var, Any], fol
             next(numbers) if _is_folded(equation, i) else values[v] if isinstance(v, Var) else v.val
             for i, v in enumerate(equation.invars)
         ]
-        bound: Any = equation.primitive.get_bind_params(equation.params)
-        functions, settings = bound if isinstance(bound, tuple) else ((), bound)  # JAX 0.10 has functions beside them
-        results = equation.primitive.bind(*functions, *operands, **settings)
-        values.update(zip(equation.outvars, results if equation.primitive.multiple_results else [results], strict=True))
+        values.update(zip(equation.outvars, _apply(equation, operands), strict=True))
     return values[output]
 
 
@@ -145,7 +163,9 @@ def loop_over_alike(fn: Callable[..., Any]) -> Callable[..., Any]:
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
         jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[:2]
         given = [value for value, is_used in zip(jax.tree.leaves(args), used, strict=True) if is_used]
-        inputs = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *given], strict=True))
-        return jax.tree.unflatten(jax.tree.structure(shapes), _compute_all(jaxpr, inputs))
+        values = [*closed.consts, *given]
+        flat = jax.make_jaxpr(functools.partial(_inline, jaxpr))(*values)
+        inputs = dict(zip([*flat.jaxpr.constvars, *flat.jaxpr.invars], [*flat.consts, *values], strict=True))
+        return jax.tree.unflatten(jax.tree.structure(shapes), _compute_all(flat.jaxpr, inputs))
 
     return computed
