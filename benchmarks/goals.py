@@ -90,7 +90,7 @@ def _seconds(line: Line) -> float:
 
 
 def _rates(line: Line) -> str:
-    work, rate = line["model_flops"] / 1e9, line["gemm_flops_per_s"] / 1e9
+    work, rate = line["contraction_flops"] / 1e9, line["gemm_flops_per_s"] / 1e9
     return f"{_seconds(line):.3g} s, {work:.0f} GFLOP; matrix product {rate:.0f} GFLOP/s"
 
 

@@ -8,7 +8,9 @@ forward`; a step is then one such pass), on random images and random parameters 
 as it does in training, and has moments of real gradients after the calls that are not timed.
 
 `model_flops` is XLA's count for one step of the compiled program: the body of a loop counts once, and so does a scan of
-`n_jitted_steps` steps. `gemm_flops_per_s` is the rate of a matrix product in the same process and dtype, the median of
+`n_jitted_steps` steps. So it misses work that a CPU's program does in loops: `contraction_flops` are the operations of
+all convolutions and matrix products of a step, however they are done, and `fraction_of_gemm` is of these.
+`gemm_flops_per_s` is the rate of a matrix product in the same process and dtype, the median of
 those taken before, between and after the calls: the clock of a machine drifts by a tenth within a minute.
 `compile_seconds.cold` is the time to trace and compile into an empty persistent cache, as a first run does; `.cached`
 the same when the cache has it, None if it was not used, or with `--noread_cache`. `peak_bytes` is by how much the
@@ -22,6 +24,7 @@ seen to compute the same.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import statistics
@@ -34,7 +37,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import checkouts
+from benchmarks import checkouts, contractions
 from benchmarks import measure as measuring
 from benchmarks.process_memory import Growth
 
@@ -52,7 +55,7 @@ import distributed
 import losses
 from models.factory import told_classes
 from runtime import memory
-from runtime.experiment import Experiment, build_experiment
+from runtime.experiment import Experiment, build_experiment, map_train_steps
 
 ROOT = checkouts.chosen(sys.argv)
 WHAT = ("step", "forward")
@@ -78,24 +81,49 @@ def define_flags() -> None:
 # --- the programs ----------------------------------------------------------------------------------------------------
 
 
-def compile_forward(experiment: Experiment) -> jax.stages.Compiled:
-    """Compiles the score of a batch of `training.batch_size` images: (params, x, t, class labels or None) -> score."""
+def map_forward(experiment: Experiment) -> jax.stages.Wrapped:
+    """Maps the score over the devices: (params, x, t, class labels or None) -> score, all with a device axis."""
 
     def score(params: Any, x: Any, t: Any, class_labels: Any) -> Any:
         return experiment.score_fn(params, class_labels=class_labels)(x, t)
 
-    batch_size = experiment.config.training.batch_size // distributed.device_count()
+    return distributed.pmap(score)
+
+
+def forward_shapes(experiment: Experiment, batch_size: int) -> tuple[Any, ...]:
+    """Returns the shapes of the arguments of the score on one device, for so many images there."""
     x, vector = (batch_size, *experiment.image_shape), (batch_size,)
     labels = jax.ShapeDtypeStruct(vector, jnp.int32) if told_classes(experiment.config) else None
-    inputs = (
-        jax.eval_shape(experiment.init_state).params,
-        jax.ShapeDtypeStruct(x, jnp.float32),
-        jax.ShapeDtypeStruct(vector, jnp.float32),
-        labels,
-    )
+    params = jax.eval_shape(experiment.init_state).params
+    return params, jax.ShapeDtypeStruct(x, jnp.float32), jax.ShapeDtypeStruct(vector, jnp.float32), labels
+
+
+def compile_forward(experiment: Experiment) -> jax.stages.Compiled:
+    """Compiles the score of a batch of `training.batch_size` images."""
     devices = distributed.local_device_count()
+    inputs = forward_shapes(experiment, experiment.config.training.batch_size // distributed.device_count())
     inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape), leaf.dtype), inputs)
-    return distributed.pmap(score).lower(*inputs).compile()
+    return map_forward(experiment).lower(*inputs).compile()
+
+
+def count_contractions(experiment: Experiment, what: str) -> float:
+    """Returns the operations of all convolutions and matrix products of one step, for the whole batch.
+
+    They are those of the program as it is lowered for a GPU, where convolutions are convolutions: however the program
+    of a CPU computes them, in a loop or in more operations, the work that is done is the same.
+    """
+    settings = experiment.config.training
+    if what == "forward":
+        mapped, steps, inputs = map_forward(experiment), 1, forward_shapes(experiment, settings.batch_size)
+    else:
+        mapped, steps = map_train_steps(experiment), settings.n_jitted_steps
+        batch = (steps, settings.batch_size)
+        levels = jax.ShapeDtypeStruct((*batch, *experiment.image_shape), jnp.uint8)
+        labels = jax.ShapeDtypeStruct(batch, jnp.int32)
+        told = (levels, labels) if told_classes(experiment.config) else levels
+        inputs = experiment.keys["train"], jax.eval_shape(experiment.init_state), told
+    traced = jax.jit(inspect.unwrap(mapped)).trace(*inputs)  # without the mapping, on one device
+    return contractions.total_flops(contractions.of_program(traced, "cuda")) / steps
 
 
 def _random_labels(experiment: Experiment, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -296,7 +324,7 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step", read_cache: b
     if not math.isfinite(result):
         raise FloatingPointError(f"the result is {result}, whose time says nothing")
     rate = statistics.median(rates)
-    model_flops = measuring.flops(compiled) * distributed.device_count()
+    work = count_contractions(experiment, what)
     seconds = {"median": times.median / jitted, "min": times.min / jitted}
     return {
         "what": what,
@@ -307,11 +335,12 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step", read_cache: b
         "steps": steps,
         "seconds_per_step": seconds,
         "images_per_s": config.training.batch_size / seconds["median"],
-        "model_flops": model_flops,
+        "model_flops": measuring.flops(compiled) * distributed.device_count(),
+        "contraction_flops": work,
         "gemm_flops_per_s": rate,
         "gemm_flops_per_s_of_each": rates,
         "float32_gemm_flops_per_s": rate if dtype == jnp.float32 else measuring.gemm_flops_per_s(),
-        "fraction_of_gemm": model_flops / seconds["median"] / rate,
+        "fraction_of_gemm": work / seconds["median"] / rate,
         "compile_seconds": compile_seconds,
         "peak_bytes": peak,
         "temporaries_bytes": _temporaries_bytes(compiled),

@@ -79,7 +79,7 @@ def test_times_are_of_one_step_of_the_calls(monkeypatch):
     assert result["images_per_s"] == 8.0
     assert result["gemm_flops_per_s_of_each"] == [1e9, 2e9, 4e9, 8e9]
     assert result["gemm_flops_per_s"] == result["float32_gemm_flops_per_s"] == 3e9
-    assert result["fraction_of_gemm"] == pytest.approx(result["model_flops"] / 6e9, rel=1e-12)
+    assert result["fraction_of_gemm"] == pytest.approx(result["contraction_flops"] / 6e9, rel=1e-12)
     assert result["model_flops"] == measuring.flops(programs[0])
     assert result["compile_seconds"] == {"cold": 2.0, "cached": 1.0}
     assert result["temporaries_bytes"] == memory.of_training(build_experiment(config), programs[0]).temporaries
