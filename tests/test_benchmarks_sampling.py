@@ -103,6 +103,7 @@ def test_a_second_evaluation_shows_in_the_time(monkeypatch, evaluations):
     assert 1.6 < result["step_over_forward"] < 2.6
 
 
+@pytest.mark.exhaustive
 def test_a_second_evaluation_shows_in_the_program(monkeypatch):
     monkeypatch.setitem(samplers.PREDICTORS, "euler_maruyama", evaluate_twice)
     result = sampling.measure(
