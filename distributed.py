@@ -72,8 +72,11 @@ def example_index(num_examples: int) -> Int[Array, "B"]:
 
 
 def mean(tree: PyTree) -> PyTree:
-    """Averages arrays over the devices of a mapped function; the identity outside one."""
-    return jax.lax.pmean(tree, AXIS) if _in_mapped_function() else tree
+    """Averages arrays over the devices of a mapped function; the identity outside one, and on one device.
+
+    There XLA would copy all arrays to average each with nothing.
+    """
+    return jax.lax.pmean(tree, AXIS) if _in_mapped_function() and jax.lax.axis_size(AXIS) > 1 else tree
 
 
 def pmap(

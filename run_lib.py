@@ -23,6 +23,7 @@ from runtime import (
     restoring,
     sample_run,
     smoke,
+    startup,
     train_loop,
 )
 from runtime import memory as footprint
@@ -116,7 +117,9 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     workdirs.check_writable(workdir)
     workdirs.check_same_experiment(workdir, config)
     with locks.hold(workdir):
+        startup.mark("build")
         source = datasets.build_source(config, "train")
+        startup.mark("data")
         describe(experiment)
         state = train_loop.train(train_loop.build_trainer(experiment, workdir), source, workdir)
     logging.info("trained %d steps; checkpoints and samples are in %s", int(state.step), workdir)

@@ -23,10 +23,14 @@ class Command:
     Attributes:
       text: what comes after `python -m`.
       takes_root: whether it can measure another checkout with `--root`, and so what was before.
+      needs: file in our checkout without which it is skipped; "": none.
+      way_out: what makes that file.
     """
 
     text: str
     takes_root: bool = False
+    needs: str = ""
+    way_out: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +70,45 @@ def _train_step(config: str, *more: str, steps: int = 6) -> Command:
 
 
 VE, VP = "ve/cifar10_ncsnpp_continuous", "vp/cifar10_ddpmpp_continuous"
-STEP_VE, STEP_VP = _train_step(VE), _train_step(VP)
-STEP_BFLOAT16 = _train_step(VE, "--dtype bfloat16")
-STEPS_IN_SCAN = _train_step(VE, "--n_jitted_steps 4", steps=8)
+STEP_VE, STEP_VP = _train_step(VE), _train_step(VP, "--noread_cache")
+STEP_BFLOAT16 = _train_step(VE, "--dtype bfloat16 --noread_cache")
+STEPS_IN_SCAN = _train_step(VE, "--n_jitted_steps 4 --noread_cache", steps=8)
 FORWARD_VE, FORWARD_VP = (_train_step(config, "--what forward", steps=12) for config in (VE, VP))
-PEER = Command(f"benchmarks.peer --config configs/{VE}.py --batch_size 8")
-SAMPLING = Command(f"benchmarks.sampling --config configs/{VE}.py --batch_size 8")
+PEER_PYTHON = "peer-venv/bin/python"
+PEER = Command(
+    f"benchmarks.peer --config configs/{VE}.py --batch_size 8 --steps 8 --torch_python {PEER_PYTHON}",
+    needs=PEER_PYTHON,
+    way_out="`make peer` installs torch and diffusers there",
+)
+SAMPLING = Command(f"benchmarks.sampling --config configs/{VE}.py --batch_size 8 --methods pc", takes_root=True)
 LIKELIHOOD = Command(f"benchmarks.likelihood --config configs/{VE}.py --batch_size 8")
 STARTUP = Command(f"benchmarks.startup --config configs/{VE}.py --batch_size 8")
 
 
+def _seconds(line: Line) -> float:
+    return float(line["seconds_per_step"]["median"])
+
+
 def _rates(line: Line) -> str:
-    seconds, rate = line["seconds_per_step"]["median"], line["gemm_flops_per_s"]
-    return f"{seconds:.3g} s, {line['model_flops'] / 1e9:.0f} GFLOP; matrix product {rate / 1e9:.0f} GFLOP/s"
+    work, rate = line["model_flops"] / 1e9, line["gemm_flops_per_s"] / 1e9
+    return f"{_seconds(line):.3g} s, {work:.0f} GFLOP; matrix product {rate:.0f} GFLOP/s"
+
+
+def _two_times(first: float, second: float) -> str:
+    return f"{first:.3g} s and {second:.3g} s"
+
+
+def _sampling_times(line: Line) -> str:
+    found = line["samplers"]["pc"]
+    return _two_times(found["seconds_per_evaluation"]["median"], found["forward_seconds"]["median"])
+
+
+def _peer_times(line: Line) -> str:
+    return _two_times(line["step"]["ours_seconds"]["median"], line["step"]["torch_seconds"]["median"])
+
+
+def _phases(line: Line, kind: str) -> str:
+    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in line[f"{kind}_phases"].items())
 
 
 def _fraction(name: str, title: str, command: Command, bound: float, shortfall: str | Callable[..., str]) -> Goal:
@@ -109,24 +139,20 @@ GOALS = (
         name="scan",
         title="a training step in a scan of 4 against a single one",
         commands=(STEPS_IN_SCAN, STEP_VE),
-        value=lambda scan, single: scan["seconds_per_step"]["median"] / single["seconds_per_step"]["median"],
+        value=lambda scan, single: _seconds(scan) / _seconds(single),
         bound=1.05,
         at_most=True,
         unit="times",
-        detail=lambda scan, single: (
-            f"{scan['seconds_per_step']['median']:.3g} s, {single['seconds_per_step']['median']:.3g} s"
-        ),
+        detail=lambda scan, single: _two_times(_seconds(scan), _seconds(single)),
     ),
     Goal(
         name="bfloat16",
         title="training step in bfloat16 against float32",
         commands=(STEP_VE, STEP_BFLOAT16),
-        value=lambda single, half: single["seconds_per_step"]["median"] / half["seconds_per_step"]["median"],
+        value=lambda single, half: _seconds(single) / _seconds(half),
         bound=2.5,
         unit="times as fast",
-        detail=lambda single, half: (
-            f"{single['seconds_per_step']['median']:.3g} s, {half['seconds_per_step']['median']:.3g} s"
-        ),
+        detail=lambda single, half: _two_times(_seconds(single), _seconds(half)),
         shortfall=_without_amx,
     ),
     Goal(
@@ -149,6 +175,7 @@ GOALS = (
         value=lambda line: line["speedup_over_torch"],
         bound=1.5,
         unit="times as fast",
+        detail=_peer_times,
     ),
     Goal(
         name="sampling",
@@ -158,6 +185,7 @@ GOALS = (
         bound=1.1,
         at_most=True,
         unit="times",
+        detail=_sampling_times,
     ),
     Goal(
         name="likelihood",
@@ -167,6 +195,7 @@ GOALS = (
         bound=1.1,
         at_most=True,
         unit="times",
+        detail=lambda line: _two_times(line["seconds_per_stage"]["median"], line["parts_seconds"]["median"]),
     ),
     Goal(
         name="startup-cold",
@@ -176,6 +205,7 @@ GOALS = (
         bound=45.0,
         at_most=True,
         unit="s",
+        detail=lambda line: _phases(line, "cold"),
     ),
     Goal(
         name="startup-warm",
@@ -185,5 +215,6 @@ GOALS = (
         bound=15.0,
         at_most=True,
         unit="s",
+        detail=lambda line: _phases(line, "warm"),
     ),
 )

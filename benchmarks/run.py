@@ -59,8 +59,10 @@ def run_command(command: Command, root: Path | None = None, *, max_seconds: floa
     Args:
       command: what is run, from our own checkout.
       root: checkout that it measures; None: our own.
-      max_seconds: after which it is stopped, with all processes that it has started.
+      max_seconds: after which it is stopped, with all processes of its group.
     """
+    if command.needs and not (OWN / command.needs).exists():
+        return Outcome(0.0, {"skipped": f"there is no {command.needs}; {command.way_out}"})
     arguments = [sys.executable, "-m", *shlex.split(command.text), *(["--root", str(root)] if root else [])]
     start = time.monotonic()
     with subprocess.Popen(

@@ -8,12 +8,13 @@ forward`; a step is then one such pass), on random images and random parameters 
 as it does in training, and has moments of real gradients after the calls that are not timed.
 
 `model_flops` is XLA's count for one step of the compiled program: the body of a loop counts once, and so does a scan of
-`n_jitted_steps` steps. `gemm_flops_per_s` is the rate of a matrix product in the same process and dtype, the mean of
-one taken before the steps and one after them, since the clock of a machine drifts. `compile_seconds.cold` is the time
-to trace and compile into an empty persistent cache, as a first run does; `.cached` the same when the cache has it, None
-if the cache was not used. `peak_bytes` is by how much the process has grown, at most, while the steps are timed (Linux,
-a CPU); `temporaries_bytes` are the arrays between as XLA plans them. `result` is the loss of the last step, or the root
-mean square of the scores, by which two checkouts can be seen to compute the same.
+`n_jitted_steps` steps. `gemm_flops_per_s` is the rate of a matrix product in the same process and dtype, the median of
+those taken before, between and after the calls: the clock of a machine drifts by a tenth within a minute.
+`compile_seconds.cold` is the time to trace and compile into an empty persistent cache, as a first run does; `.cached`
+the same when the cache has it, None if it was not used, or with `--noread_cache`. `peak_bytes` is by how much the
+process has grown, at most, while the steps are timed (Linux, a CPU); `temporaries_bytes` are the arrays between as XLA
+plans them. `result` is the loss of the last step, or the root mean square of the scores, by which two checkouts can be
+seen to compute the same.
 
 `--root DIR` measures the product of another checkout, with its configurations: a worktree of an older commit, say.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -54,6 +56,7 @@ from runtime.experiment import Experiment, build_experiment
 
 ROOT = checkouts.chosen(sys.argv)
 WHAT = ("step", "forward")
+GEMM_REPETITIONS = 4  # each time it is timed
 Call = Callable[[], Any]  # runs the program once and returns (what it leaves, its result)
 
 FLAGS = flags.FLAGS
@@ -67,6 +70,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 6, "Steps that are timed, a multiple of --n_jitted_steps.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the features.")
     flags.DEFINE_integer("n_jitted_steps", 1, "Training steps in one compiled call.")
+    flags.DEFINE_boolean("read_cache", True, "Compile a second time, with the persistent cache.")
     checkouts.define_flag()
     flags.mark_flag_as_required("config")
 
@@ -186,8 +190,14 @@ def _use_cache(settings: dict[str, Any]) -> None:
     compilation_cache.reset_cache()  # JAX opens the folder once
 
 
-def compile_twice(compile_program: Callable[[], jax.stages.Compiled]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+def compile_twice(
+    compile_program: Callable[[], jax.stages.Compiled], *, read: bool = True
+) -> tuple[jax.stages.Compiled, dict[str, Any]]:
     """Compiles a program into an empty persistent cache, and again from there with nothing left in JAX's memory.
+
+    Args:
+      compile_program: does it.
+      read: whether it is done a second time.
 
     Returns:
       The program, and its `compile_seconds`: "cold" and "cached", tracing included.
@@ -202,7 +212,7 @@ def compile_twice(compile_program: Callable[[], jax.stages.Compiled]) -> tuple[j
         entries = lambda: {path.name: path.stat().st_mtime_ns for path in folder.rglob("*-cache")}  # noqa: E731
         compiled, cold = timed()
         written = entries()
-        _, cached = timed()
+        _, cached = timed() if read else (None, None)
         is_read = written and entries() == written  # a miss would have written them again
     return compiled, {"cold": cold, "cached": cached if is_read else None}
 
@@ -214,6 +224,26 @@ def _temporaries_bytes(compiled: jax.stages.Compiled) -> int | None:
         return None
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return (analysis.temp_size_in_bytes + outputs) * distributed.device_count()
+
+
+def time_next_to_gemm(call: Call, repetitions: int, dtype: Any) -> tuple[measuring.Seconds, list[float], Any]:
+    """Times calls, and a matrix product before each of them and after the last.
+
+    Returns:
+      Times of the calls; rates of the matrix product in operations/s; what the last call put out.
+    """
+    times: list[float] = []
+    last: list[Any] = []
+
+    def run() -> Any:
+        last[:] = call()
+        return last
+
+    rates = [measuring.gemm_flops_per_s(dtype, GEMM_REPETITIONS)]
+    for _ in range(repetitions):
+        times += measuring.time_calls(run, 1, warm_up=0).all
+        rates.append(measuring.gemm_flops_per_s(dtype, GEMM_REPETITIONS))
+    return measuring.Seconds(tuple(times)), rates, last[1]
 
 
 def _check(config: ConfigDict, steps: int, what: str) -> None:
@@ -233,7 +263,7 @@ def _check(config: ConfigDict, steps: int, what: str) -> None:
         )
 
 
-def measure(config: ConfigDict, *, steps: int, what: str = "step") -> dict[str, Any]:
+def measure(config: ConfigDict, *, steps: int, what: str = "step", read_cache: bool = True) -> dict[str, Any]:
     """Compiles and runs training steps or forward passes on random images.
 
     Args:
@@ -241,6 +271,7 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step") -> dict[str, 
         are those that are measured.
       steps: how many are timed; one compiled call before them is not.
       what: "step" or "forward".
+      read_cache: whether to compile a second time, with the persistent cache.
 
     Returns:
       What the module's docstring says, by name; over all devices.
@@ -254,25 +285,17 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step") -> dict[str, 
     compile_program, make_call, summarize = PROGRAMS[what]
     experiment = build_experiment(config)
     measuring.progress(f"compiling ({what}, batch {config.training.batch_size}, {dtype.name}) in {ROOT}")
-    compiled, compile_seconds = compile_twice(lambda: compile_program(experiment))
+    compiled, compile_seconds = compile_twice(lambda: compile_program(experiment), read=read_cache)
     measuring.progress(f"compiled in {compile_seconds['cold']:.1f} s; running")
-    rates = [measuring.gemm_flops_per_s(dtype)]
-    last: list[Any] = []
     growth = Growth()
     call = make_call(experiment, compiled)
-
-    def run() -> Any:
-        last[:] = call()
-        return last
-
-    jax.block_until_ready(run())
+    jax.block_until_ready(call())
     growth.forget_peak()  # what the host held to draw the parameters has gone
-    times = measuring.time_calls(run, steps // jitted, warm_up=0)
-    peak, result = growth.peak_bytes(), float(summarize(last[1]))
+    times, rates, result = time_next_to_gemm(call, steps // jitted, dtype)
+    peak, result = growth.peak_bytes(), float(summarize(result))
     if not math.isfinite(result):
         raise FloatingPointError(f"the result is {result}, whose time says nothing")
-    rates.append(measuring.gemm_flops_per_s(dtype))
-    rate = sum(rates) / len(rates)
+    rate = statistics.median(rates)
     model_flops = measuring.flops(compiled) * distributed.device_count()
     seconds = {"median": times.median / jitted, "min": times.min / jitted}
     return {
@@ -286,7 +309,7 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step") -> dict[str, 
         "images_per_s": config.training.batch_size / seconds["median"],
         "model_flops": model_flops,
         "gemm_flops_per_s": rate,
-        "gemm_flops_per_s_before_and_after": rates,
+        "gemm_flops_per_s_of_each": rates,
         "float32_gemm_flops_per_s": rate if dtype == jnp.float32 else measuring.gemm_flops_per_s(),
         "fraction_of_gemm": model_flops / seconds["median"] / rate,
         "compile_seconds": compile_seconds,
@@ -303,7 +326,7 @@ def main(argv: Sequence[str]) -> None:
     config.training.batch_size = FLAGS.batch_size or config.training.batch_size
     config.training.n_jitted_steps, config.model.dtype = FLAGS.n_jitted_steps, FLAGS.dtype
     try:
-        result = measure(config.lock(), steps=FLAGS.steps, what=FLAGS.what)
+        result = measure(config.lock(), steps=FLAGS.steps, what=FLAGS.what, read_cache=FLAGS.read_cache)
     except ValueError as error:
         sys.exit(f"benchmarks.train_step: {error}")
     measuring.report({**result, **checkouts.describe(ROOT)})

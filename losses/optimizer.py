@@ -1,13 +1,56 @@
-"""The optimizer: Adam as the 2021 code set it up, through optax."""
+"""The optimizer: Adam as the 2021 code set it up, through optax.
+
+Two parts are our own, equal to optax's but for rounding, so that a step holds no copy of the gradients or of the state:
+a value that two results are computed from is stored first (`optimization_barrier`), or cheap to compute twice.
+"""
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 import checks
 
 ADAM_BETA2 = 0.999  # the 2021 code left it at the default of its optimizer
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales gradients down to a global norm of `max_norm`; one multiplication a value, fused into what uses it."""
+
+    def update(
+        grads: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        factor = max_norm / jnp.maximum(optax.tree.norm(grads), max_norm)
+        return jax.tree.map(lambda g: g * factor, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Scales gradients as Adam does (Kingma & Ba 2015, Algorithm 1); state and numbers are optax.scale_by_adam's.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+    """
+
+    def update(
+        grads: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+        # Stored before they are used: else the update would read the old moments, too, and these be copied for it. One
+        # by one: a parameter and what belongs to it stay in the cache from the moments to the average.
+        mu, nu = (jax.tree.map(jax.lax.optimization_barrier, moments) for moments in (mu, nu))
+        count = optax.safe_increment(state.count)
+        mu_hat, nu_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
 def make_optimizer(
@@ -26,8 +69,8 @@ def make_optimizer(
     # A schedule in either case: the optimizer's state, and so a checkpoint, has one structure for all settings.
     schedule = optax.linear_schedule(0.0, lr, warmup) if warmup > 0 else optax.constant_schedule(lr)
     return optax.chain(
-        optax.clip_by_global_norm(grad_clip) if grad_clip >= 0 else optax.identity(),
-        optax.scale_by_adam(b1=beta1, b2=ADAM_BETA2, eps=eps),
+        clip_by_global_norm(grad_clip) if grad_clip >= 0 else optax.identity(),
+        scale_by_adam(beta1, ADAM_BETA2, eps),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(schedule),
     )

@@ -110,7 +110,8 @@ def make_train_step(
         gradient = accumulate(jax.value_and_grad(mean_loss), microbatches)
         loss, grads = distributed.mean(gradient(state.params, batch))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        # Stored before the average is made of them: else that would read the old ones, and these be copied for it.
+        params = jax.tree.map(jax.lax.optimization_barrier, optax.apply_updates(state.params, updates))
         params_ema = update_ema(state.params_ema, params, ema_rate)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, params_ema, opt_state), metrics
@@ -122,6 +123,9 @@ def make_train_steps(train_step: TrainStep) -> TrainStep:
     """Chains training steps over the leading axis of `batches` in one compiled loop; metrics gain that axis."""
 
     def train_steps(key: PRNGKeyArray, state: TrainState, batches: Batch) -> tuple[TrainState, Mapping[str, Array]]:
-        return jax.lax.scan(functools.partial(train_step, key), state, batches)
+        # A mapped function's arguments and results have a device axis. Unless the state is stored without it, XLA fuses
+        # the change of shape into the update, takes this for no longer in place, and copies all of the state.
+        state = jax.lax.optimization_barrier(state)
+        return jax.lax.optimization_barrier(jax.lax.scan(functools.partial(train_step, key), state, batches))
 
     return train_steps

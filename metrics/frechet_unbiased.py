@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 import scipy.linalg
-import scipy.stats
+import scipy.special
 from jaxtyping import Float, Int, Num
 
 from metrics.frechet import FeatureStatistics, covariance_factor
@@ -144,7 +144,7 @@ def frechet_distance_unbiased(
     generator = np.random.Generator(np.random.Philox(seed))
     value, resampled = _extrapolate(distances, generator), _bootstrap(distances, generator)
     stderr = float(resampled.std(ddof=1))
-    half = float(scipy.stats.t.ppf(0.5 + LEVEL / 2, len(resampled) - 1)) * stderr
+    half = float(scipy.special.stdtrit(len(resampled) - 1, 0.5 + LEVEL / 2)) * stderr
     note = (
         "Frechet distance extrapolated to 1 / n = 0 from n = N / 2, 2 N / 3 and N samples; the reference is taken as "
         f"exact; standard error of {len(resampled)} bootstrap resamples of the samples"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -138,6 +139,18 @@ class Combine(nn.Module):
 # --- residual blocks -------------------------------------------------------------------------------------------------
 
 
+Features = Array | list[Array]  # features, or several whose channels are concatenated
+
+
+def _join(x: Features) -> Array:
+    """Concatenates channels.
+
+    The cotangents of all of them are stored at one time: otherwise XLA would compute that of a skip where it is needed
+    next, on the way down, and keep in memory what it is made of.
+    """
+    return jnp.concatenate(jax.lax.optimization_barrier(x), -1) if isinstance(x, list) else x
+
+
 class _ResidualBlock(nn.Module):
     """Two normalized convolutions, the first told the noise level, and a shortcut.
 
@@ -172,9 +185,10 @@ class DDPMBlock(_ResidualBlock):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"] | None = None, train: bool = False
+        self, x: Features, embedding: Float[Array, "B E"] | None = None, train: bool = False
     ) -> Float[Array, "B H W O"]:
         """Returns the features for x at the noise level `embedding`."""
+        x = _join(x)
         h = self.options.act(self.options.norm(name="norm1")(x))
         h = self._second(self._first(h, embedding), train)
         if x.shape[-1] != self.features:
@@ -197,9 +211,10 @@ class BigGANBlock(_ResidualBlock):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"] | None = None, train: bool = False
+        self, x: Features, embedding: Float[Array, "B E"] | None = None, train: bool = False
     ) -> Float[Array, "B P Q O"]:
         """Returns the features for x at the noise level `embedding`."""
+        x = _join(x)
         h = self.options.act(self.options.norm(name="norm1")(x))
         if self.direction != "none":
             change = upsample if self.direction == "up" else downsample

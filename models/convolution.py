@@ -1,22 +1,24 @@
-"""Convolution whose gradients are ordinary forward convolutions: the one that every network here uses.
+"""Convolution whose gradients run at the speed of matrix products: the one that every network here uses.
 
-On a CPU, XLA's own gradients of a convolution run 10 to 80 times slower inside `lax.scan`, `fori_loop` and
-`while_loop` than outside, and so would training several steps in one compiled call, likelihoods and guidance. Only a
-forward convolution in the layout NHWC, HWIO -> NHWC reaches the fast kernels there. A convolution is bilinear and both
-of its gradients are convolutions again:
+On a CPU, XLA's own gradients of a convolution are slow: that of the kernel everywhere, and both of them 10 to 80 times
+more inside `lax.scan`, `fori_loop` and `while_loop`, as in several training steps of one compiled call, likelihoods and
+guidance. Only a forward convolution in the layout NHWC, HWIO -> NHWC reaches the fast kernels there. A convolution is
+bilinear and both of its gradients are convolutions again:
 
 * of the input: the cotangent, dilated by the stride, with the kernel flipped in space and transposed in channels;
-* of the kernel: the input with its channels as examples and its examples as channels, with the cotangent as kernel.
+* of the kernel: a sum over all pixels of the batch of input times cotangent, for each tap of the kernel; see
+  `_kernel_gradient_by_columns`, and `_kernel_gradient` for windows that it does not fit.
 
-`_convolve` says so explicitly, with the transpositions done on the arrays. Its gradient rule calls `_convolve` itself,
-so derivatives of every order are as fast. Other platforms have good native rules and keep them (`_has_own_gradient`,
-the one place that decides). On a CPU this costs forward-mode differentiation (`jax.jvp`, `jax.jacfwd`), which a
+`_own_gradients` says so explicitly, with the transpositions done on the arrays. It calls `_convolve` itself, so
+derivatives of every order are as fast. Other platforms have good native rules and keep them: `_backward` chooses when a
+program is lowered for a platform. The price is forward-mode differentiation (`jax.jvp`, `jax.jacfwd`), which a
 `custom_vjp` does not have; reverse mode, `vmap` and `jit` work everywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -28,9 +30,11 @@ from jaxtyping import Array, Float
 from models import initializers
 from models.initializers import BiasInitializer, Initializer
 from models.precision import add_to_channels
+from models.rematerialization import keep
 
 Pair = tuple[int, int]
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+PART_VALUES = 2**18  # of a cotangent that the second-level cache of a CPU holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,14 @@ def same_padding(size: int, num_taps: int, stride: int, dilation: int) -> Pair:
     return total // 2, total - total // 2
 
 
+def _is_pointwise(kernel: Array, window: Window) -> bool:
+    """Says whether each pixel is mapped by itself: a product with a matrix."""
+    return kernel.shape[:2] == (1, 1) and window == Window()
+
+
 def _native(x: Array, kernel: Array, window: Window) -> Array:
+    if _is_pointwise(kernel, window):
+        return jnp.tensordot(x, kernel[0, 0], 1)
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -103,24 +114,95 @@ def _kernel_window(window: Window, inputs: Pair, taps: Pair) -> Window:
     return Window(window.window_dilation, (padding[0], padding[1]), window.base_dilation, window.strides)
 
 
-def _backward(window: Window, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    # Each is used twice: stored, so that XLA does not compute what produced it twice, once in a transposed order.
-    x, cotangent = lax.optimization_barrier((residuals[0], cotangent))
-    kernel = residuals[1]
-    inputs, taps = (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1])
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    x_gradient = _convolve(cotangent, flipped, _input_window(window, inputs, taps))
+def _kernel_gradient(x: Array, cotangent: Array, window: Window, taps: Pair) -> Array:
+    """Returns the kernel's gradient as one convolution that moves the cotangent over the input, for any window."""
+    moved = _kernel_window(window, (x.shape[1], x.shape[2]), taps)
     examples_last, cotangent_kernel = x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
-    kernel_gradient = _convolve(examples_last, cotangent_kernel, _kernel_window(window, inputs, taps))
-    return x_gradient, kernel_gradient.transpose(1, 2, 0, 3)
+    return _convolve(examples_last, cotangent_kernel, moved).transpose(1, 2, 0, 3)
+
+
+def _num_parts(num_examples: int, values_per_example: int) -> int:
+    """Returns the least number of equal parts of a batch, each with PART_VALUES at the most if it can."""
+    fitting = (n for n in range(1, num_examples + 1) if num_examples % n == 0)
+    return next((n for n in fitting if num_examples // n * values_per_example <= PART_VALUES), num_examples)
+
+
+def _kernel_gradient_by_columns(x: Array, cotangent: Array, window: Window, taps: Pair) -> Array:
+    """Returns the kernel's gradient for a window that moves by single pixels, as matrix products with many rows.
+
+    In `_kernel_gradient` a product has as many rows as the kernel is wide, so few that the cotangent comes from memory
+    for each again. Here, for each column of the kernel, a convolution moves the cotangent along the image's columns
+    only: its width are the channels of x, and what it sums over are the pixels of a row of all examples. The batch is
+    taken in parts whose cotangent stays in the cache.
+    """
+    B, H, W, C = x.shape
+    P, Q, features = cotangent.shape[1:]
+    rows, before = window.padding[0], window.padding[1][0]
+    num_parts = _num_parts(B, P * W * features)
+
+    def of_part(x: Array, cotangent: Array) -> Array:
+        along_rows = x.transpose(1, 3, 0, 2).reshape(1, H, C, -1)
+        columns = []
+        for j in range(taps[1]):
+            # Pixel w of x meets output w + before - j.
+            shifts = [(0, 0, 0), (0, 0, 0), (j - before, W - Q - (j - before), 0), (0, 0, 0)]
+            shifted = lax.pad(cotangent.swapaxes(0, 1), jnp.zeros((), cotangent.dtype), shifts)
+            kernel = lax.optimization_barrier(shifted.reshape(P, 1, -1, features))
+            columns.append(_convolve(along_rows, kernel, Window(padding=(rows, (0, 0))))[0])
+        return jnp.stack(columns, 1)
+
+    if num_parts == 1:
+        return of_part(x, cotangent)
+    parts = [array.reshape(num_parts, B // num_parts, *array.shape[1:]) for array in (x, cotangent)]
+    # A zero that comes with the cotangent: made of a constant, all of these sums would be in memory from the beginning.
+    zero, _ = lax.optimization_barrier((jnp.zeros((), x.dtype), cotangent))
+    total = jnp.broadcast_to(zero, (*taps, C, features))
+    return lax.scan(lambda total, part: (total + of_part(*part), None), total, parts)[0]
+
+
+def _flip(kernel: Array) -> Array:
+    """Returns the kernel flipped in space and transposed in channels; in two steps, of which each is fast."""
+    h, w, C, features = kernel.shape
+    reversed_taps = lax.optimization_barrier(jnp.flip(kernel.reshape(h * w, C, features), 0))
+    return reversed_taps.swapaxes(1, 2).reshape(h, w, features, C)
+
+
+def _pointwise_kernel_gradient(x: Array, cotangent: Array) -> Array:
+    """Returns the kernel's gradient of a linear map of the channels, from x stored the other way round."""
+    channels_first = lax.optimization_barrier(x.reshape(-1, x.shape[3]).swapaxes(0, 1))
+    product = channels_first @ cotangent.reshape(-1, cotangent.shape[3])
+    return product.reshape(1, 1, *product.shape)
+
+
+def _own_gradients(x: Array, kernel: Array, cotangent: Array, window: Window) -> tuple[Array, Array]:
+    if _is_pointwise(kernel, window):
+        x_gradient = _convolve(cotangent, kernel.swapaxes(2, 3), window)
+        return x_gradient, _pointwise_kernel_gradient(x, cotangent)
+    inputs, taps = (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1])
+    x_gradient = _convolve(cotangent, _flip(kernel), _input_window(window, inputs, taps))
+    moves_by_pixels = window == Window(padding=window.padding)
+    of_kernel = _kernel_gradient_by_columns if moves_by_pixels else _kernel_gradient
+    return x_gradient, of_kernel(x, cotangent, window, taps)
+
+
+def _native_gradients(x: Array, kernel: Array, cotangent: Array, window: Window) -> tuple[Array, Array]:
+    return jax.vjp(lambda x, kernel: _native(x, kernel, window), x, kernel)[1](cotangent)
+
+
+def _backward(window: Window, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    # The cotangent and x are used twice: stored, so that XLA does not compute what produced them twice, once in a
+    # transposed order. The kernel: so that it is not flipped long before, and its copy kept through the forward pass.
+    arrays = lax.optimization_barrier((*residuals, cotangent))
+    gradients = lax.platform_dependent(
+        *arrays,
+        cpu=functools.partial(_own_gradients, window=window),
+        default=functools.partial(_native_gradients, window=window),
+    )
+    # Both before what follows from the first, so that x and the cotangent are not kept for the second any longer.
+    return lax.optimization_barrier(gradients)
 
 
 _convolve.defvjp(_forward, _backward)
-
-
-def _has_own_gradient() -> bool:
-    """Says whether convolutions use the gradient rule of this module; decided when a function is traced."""
-    return jax.default_backend() == "cpu"
 
 
 def convolve(
@@ -136,9 +218,7 @@ def convolve(
       window: how the kernel moves; by default one pixel at a time, without padding.
     """
     window = Window() if window is None else window
-    if kernel.shape[:2] == (1, 1) and window == Window():
-        return jnp.tensordot(x, kernel[0, 0], 1)
-    return _convolve(x, kernel, window) if _has_own_gradient() else _native(x, kernel, window)
+    return _convolve(x, kernel, window)
 
 
 class Conv(nn.Module):
@@ -173,5 +253,5 @@ class Conv(nn.Module):
         window = Window((self.stride,) * 2, padding, window_dilation=(self.dilation,) * 2)
         y = convolve(x, kernel.astype(x.dtype), window)
         if self.bias_init is None:
-            return y
-        return add_to_channels(y, self.param("bias", self.bias_init, shape))
+            return keep(y)
+        return keep(add_to_channels(y, self.param("bias", self.bias_init, shape)))

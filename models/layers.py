@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,9 +12,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import rng
 from models import initializers
+from models.convolution import convolve
 from models.initializers import Initializer
 from models.normalization import GroupNorm, NormFactory
 from models.precision import add_to_channels, at_least_float32
+from models.rematerialization import keep
 from sde_lib import VESDE, expand
 
 Activation = Callable[[Array], Array]
@@ -39,22 +40,6 @@ def residual_sum(x: Array, h: Array, rescale: bool) -> Array:
     return jax.lax.optimization_barrier((x + h) / math.sqrt(2.0) if rescale else x + h)
 
 
-def call_block(block: nn.Module, *inputs: Any, remat: bool, **options: Any) -> Array:
-    """Calls a block of a network; with `remat` its gradient computes the block again, from its inputs.
-
-    Then its features are not kept in memory from the forward pass to the gradient (Chen et al. 2016, "Training Deep
-    Nets with Sublinear Memory Cost"). Parameters, random streams and numbers are the same.
-
-    Args:
-      block: a layer that belongs to the network that calls it.
-      inputs: arrays, or lists of them, that it is called with.
-      remat: compute it again.
-      options: keywords that it is called with, which are no arrays.
-    """
-    call = lambda block, *inputs: block(*inputs, **options)  # noqa: E731
-    return (nn.remat(call) if remat else call)(block, *inputs)
-
-
 class Dense(nn.Module):
     """Linear map of the last axis, in the dtype of its input.
 
@@ -71,7 +56,10 @@ class Dense(nn.Module):
         """Returns x kernel + bias."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return add_to_channels(jnp.tensordot(x, kernel.astype(x.dtype), 1), bias)
+        # As a convolution of 1x1 taps, which has fast gradients.
+        pixels, taps = x.reshape(1, 1, -1, x.shape[-1]), kernel.astype(x.dtype).reshape(1, 1, *kernel.shape)
+        product = convolve(pixels, taps).reshape(*x.shape[:-1], self.features)
+        return keep(add_to_channels(product, bias))
 
 
 class NIN(Dense):
@@ -85,8 +73,8 @@ def drop(key: PRNGKeyArray, x: Float[Array, "B *S"], rate: float) -> Float[Array
 
     Example i draws from its own key, so that what is dropped does not depend on the number of devices.
     """
-    keep = 1.0 - rate
-    return jnp.where(rng.bernoulli(key, keep, x.shape), x / keep, 0.0)
+    kept = 1.0 - rate
+    return jnp.where(keep(rng.bernoulli(key, kept, x.shape)), x / kept, 0.0)
 
 
 class Dropout(nn.Module):

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from models.blocks import BigGANBlock, BlockOptions, Combine, DDPMBlock, Downsample, Upsample
+from models.blocks import BigGANBlock, BlockOptions, Combine, DDPMBlock, Downsample, Features, Upsample
 from models.convolution import Conv
 from models.initializers import default_init
 from models.layers import (
@@ -18,13 +18,13 @@ from models.layers import (
     Dense,
     FourierFeatures,
     LabelEmbedding,
-    call_block,
     divide_by_sigma,
     residual_sum,
     timestep_embedding,
 )
 from models.normalization import num_groups, require
 from models.precision import at_least_float32
+from models.rematerialization import call_block
 from sde_lib import VESDE
 
 BLOCKS = {"biggan": BigGANBlock, "ddpm": DDPMBlock}
@@ -153,7 +153,7 @@ class NCSNpp(nn.Module):
             h += LabelEmbedding(self.num_classes, 4 * self.nf, name="label_embedding")(class_labels, len(time_cond))
         return h  # each residual block applies its nonlinearity first
 
-    def _block(self, h: Array, features: int, embedding: Array | None, train: bool, name: str) -> Array:
+    def _block(self, h: Features, features: int, embedding: Array | None, train: bool, name: str) -> Array:
         block = BLOCKS[self.block.kind](features, self.block, name=name)
         return call_block(block, h, embedding, train=train, remat=self.block.remat)
 
@@ -196,8 +196,7 @@ class NCSNpp(nn.Module):
         pyramid = None
         for level, mult in reversed(list(enumerate(self.ch_mult))):
             for i in range(self.num_res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], -1)
-                h = self._block(h, self.nf * mult, embedding, train, f"up{level}_block{i}")
+                h = self._block([h, skips.pop()], self.nf * mult, embedding, train, f"up{level}_block{i}")
             h = self._attend_if_configured(h, f"up{level}_attention")
             h, pyramid = self._grow_output(h, pyramid, channels, f"up{level}_pyramid")
             if level > 0:

@@ -10,10 +10,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.layers import call_block, divide_by_sigma
+from models.layers import divide_by_sigma
 from models.normalization import DDPM_GROUPS, NORMS, num_groups, require
 from models.precision import at_least_float32
 from models.refinenet import RefineBlock, RefineConv, RefineOptions, ResidualBlock
+from models.rematerialization import call_block
 from models.resample import require_halvings
 from sde_lib import VESDE
 

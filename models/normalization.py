@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from models import initializers
 from models.precision import at_least_float32
+from models.rematerialization import keep
 
 NormFactory = Callable[..., nn.Module]  # (name=...) -> module of x, as the networks call it
 
@@ -81,7 +82,7 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (C,))
         bias = self.param("bias", nn.initializers.zeros, (C,))
 
-        moments = jnp.stack([x.mean((1, 2)), (x * x).mean((1, 2))])
+        moments = keep(jnp.stack([x.mean((1, 2)), (x * x).mean((1, 2))]))
         mean, mean_square = moments.reshape(2, B, groups, C // groups).mean(3)
         variance = jnp.maximum(mean_square - mean * mean, 0.0)
         inverse_std = jax.lax.rsqrt(variance + self.epsilon)

@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 
 from models import initializers, resample
 from models.convolution import Conv
-from models.layers import ACTIVATIONS, Activation, call_block
+from models.layers import ACTIVATIONS, Activation
 from models.normalization import ConditionalInstanceNormPlus, InstanceNormPlus, NormFactory
+from models.rematerialization import call_block
 
 POOL_SIZE = 5  # of chained residual pooling, in pixels
 NUM_STAGES = 2  # convolutions of a residual unit, and poolings of a chain

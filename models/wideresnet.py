@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from models import initializers, resample
 from models.convolution import Conv
-from models.layers import Dense, FourierFeatures, call_block
+from models.layers import Dense, FourierFeatures
 from models.normalization import GroupNorm
 from models.precision import add_to_channels, at_least_float32
+from models.rematerialization import call_block
 
 BASE_WIDTHS = (16, 32, 64)  # channels of the three groups, times the multiplier
 NUM_FREQUENCIES, FOURIER_SCALE = 128, 16.0

@@ -30,7 +30,9 @@ from dequantization import Dequantize, build_dequantization
 from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
 from models.factory import check_labels, told_classes
 from models.score import get_score_fn
+from runtime import ahead
 from runtime import workdir as workdirs
+from runtime.alike import loop_over_alike
 from sampling import build_sampler
 from sde_lib import SDE, VESDE, ScoreFn
 from variational_bound import VariationalBound, build_variational_bound
@@ -80,17 +82,29 @@ class Experiment:
         """Height, width and channels."""
         return datasets.image_shape(self.config)
 
+    @functools.cached_property
+    def _init(self) -> Callable[[PRNGKeyArray], losses.TrainState]:
+        """The state before the first step as a function of the key; compiled at its first call."""
+
+        def init(key: PRNGKeyArray) -> losses.TrainState:
+            x, labels = jnp.zeros((1, *self.image_shape)), jnp.ones((1,))
+            variables = self.model.init({"params": key}, x, labels, train=False)
+            return losses.init_state(variables["params"], self.optimizer)
+
+        return jax.jit(loop_over_alike(init))  # without the forward pass, which leads to no parameter
+
+    @functools.cached_property
+    def state_shapes(self) -> Any:
+        """Shapes and dtypes of the state; nothing is compiled."""
+        return jax.eval_shape(self._init, self.keys["init"])
+
     def init_state(self) -> losses.TrainState:
         """Returns the state before the first step."""
-        x, labels = jnp.zeros((1, *self.image_shape)), jnp.ones((1,))
-        init = jax.jit(functools.partial(self.model.init, train=False))  # XLA drops the forward pass
-        variables = init({"params": self.keys["init"]}, x, labels)
-        return losses.init_state(variables["params"], self.optimizer)
+        return self._init(self.keys["init"])
 
     def state_template(self) -> losses.TrainState:
         """Returns a state of zeros, for the structure that a checkpoint must have; nothing is compiled."""
-        shapes = jax.eval_shape(self.init_state)
-        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self.state_shapes)
 
     def sampler_settings(self) -> dict[str, Any]:
         """Returns what a sample depends on besides the network and the seed."""
@@ -202,9 +216,14 @@ def map_train_steps(experiment: Experiment, group: str = "training") -> jax.stag
 
 
 def build_train_program(experiment: Experiment, group: str = "training") -> Callable[..., Any]:
-    """Compiles `n_jitted_steps` training steps: (state, batches) -> (state, metrics); see `map_train_steps`."""
-    steps = map_train_steps(experiment, group)
-    return lambda state, batches: steps(experiment.keys["train"], state, batches)
+    """Compiles `n_jitted_steps` training steps: (state, batches) -> (state, metrics); see `map_train_steps`.
+
+    They are traced now and compiled in the background from then on: the first call waits for it.
+    """
+    steps, key = map_train_steps(experiment, group), experiment.keys["train"]
+    shapes = ahead.on_devices((experiment.state_shapes, ahead.training_batch(experiment.config, group)))
+    call = ahead.compile_in_background(steps, key, *shapes)
+    return lambda state, batches: call(key, state, batches)
 
 
 def build_loss_program(experiment: Experiment) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
@@ -367,6 +386,6 @@ def build_bpd_program(
 
 def describe(experiment: Experiment) -> None:
     """Logs the size of the network and the devices."""
-    sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(experiment.init_state).params)]
+    sizes = [leaf.size for leaf in jax.tree.leaves(experiment.state_shapes.params)]
     devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s) of {jax.process_count()} process(es)"
     logging.info("network %s: %s parameters; %s", experiment.config.model.name, f"{sum(sizes):,}", devices)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 import distributed
-from models.factory import told_classes
+from runtime import ahead
 from runtime.experiment import Experiment, build_experiment, map_train_steps
 
 MIB = 2**20
@@ -43,12 +43,6 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _on_devices(tree: Any) -> Any:
-    """Returns the shapes of a tree with the leading device axis of a mapped function."""
-    devices = distributed.local_device_count()
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape), leaf.dtype), tree)
-
-
 def _compile(program: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compiled:
     return program.lower(*arguments).compile()
 
@@ -61,17 +55,9 @@ def _analyze(compiled: jax.stages.Compiled) -> Any:
     return analysis
 
 
-def _training_batch(experiment: Experiment) -> Any:
-    """Returns the shapes of the batches that a device gets for one compiled call."""
-    settings = experiment.config.training
-    sizes = settings.n_jitted_steps, settings.batch_size // distributed.device_count()
-    levels = jax.ShapeDtypeStruct((*sizes, *experiment.image_shape), jnp.uint8)
-    return (levels, jax.ShapeDtypeStruct(sizes, jnp.int32)) if told_classes(experiment.config) else levels
-
-
 def compile_training(experiment: Experiment) -> jax.stages.Compiled:
     """Compiles the training steps of a run for the shapes of its arguments; they are those that the run compiles."""
-    state, batch = _on_devices((jax.eval_shape(experiment.init_state), _training_batch(experiment)))
+    state, batch = ahead.on_devices((experiment.state_shapes, ahead.training_batch(experiment.config)))
     return _compile(map_train_steps(experiment), experiment.keys["train"], state, batch)
 
 
@@ -81,7 +67,7 @@ def of_training(experiment: Experiment, compiled: jax.stages.Compiled) -> Footpr
     Raises:
       ValueError: if JAX does not tell the memory on this backend.
     """
-    state, batch, analysis = jax.eval_shape(experiment.init_state), _training_batch(experiment), _analyze(compiled)
+    state, batch, analysis = experiment.state_shapes, ahead.training_batch(experiment.config), _analyze(compiled)
     steps, images = jax.tree.leaves(batch)[0].shape[:2]
     held = {
         "parameters": _bytes(state.params),
@@ -105,7 +91,7 @@ def of_evaluation(experiment: Experiment, *, pulls_back: bool = False) -> Footpr
       ValueError: if JAX does not tell the memory on this backend.
     """
     images = distributed.round_up(experiment.config.eval.batch_size) // distributed.device_count()
-    params = jax.eval_shape(experiment.init_state).params
+    params = experiment.state_shapes.params
     x = jax.ShapeDtypeStruct((images, *experiment.image_shape), jnp.float32)
     t = jax.ShapeDtypeStruct((images,), jnp.float32)
 
@@ -116,7 +102,7 @@ def of_evaluation(experiment: Experiment, *, pulls_back: bool = False) -> Footpr
         value, pullback = jax.vjp(lambda x: score_fn(x, t), x)
         return value, pullback(x)  # x in the place of a vector of its shape
 
-    analysis = _analyze(_compile(distributed.pmap(score), *_on_devices((params, x, t))))
+    analysis = _analyze(_compile(distributed.pmap(score), *ahead.on_devices((params, x, t))))
     held = {"parameters": _bytes(params), f"batch of {images} images": _bytes((x, t))}
     return Footprint(held, analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 

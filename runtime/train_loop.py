@@ -21,7 +21,7 @@ from checkpoints import Checkpoints
 from losses import TrainState
 from models.factory import told_classes
 from ode import SolverError
-from runtime import divergence, drawing
+from runtime import divergence, drawing, startup
 from runtime import workdir as workdirs
 from runtime.divergence import LossAtTime, LossWatch, NotFiniteError
 from runtime.experiment import Experiment, SamplingProgram, build_loss_program, build_train_program
@@ -197,7 +197,7 @@ class ScoreTrainer:
 
 
 def build_trainer(experiment: Experiment, workdir: str | Path) -> ScoreTrainer:
-    """Builds the programs of a training run; each compiles at its first call."""
+    """Builds the programs of a training run; that of the steps begins to compile, the others do at their first call."""
     return ScoreTrainer(
         experiment=experiment,
         workdir=Path(workdir),
@@ -296,6 +296,7 @@ class _Loop:
         trainer, config = self.trainer, self.trainer.experiment.config
         settings, step, last = config[trainer.group], int(state.step), num_steps(config, trainer.group)
         state = distributed.replicate(state)
+        startup.mark("init")
         batches = datasets.training_batches(
             source,
             seed=config.seed,
@@ -313,7 +314,9 @@ class _Loop:
                     step += settings.n_jitted_steps
                     self.watch.add(step, metrics)
                     # Before the first call is compiled and done there is nothing to save: SIGTERM then ends at once.
-                    preemption = preemption or stack.enter_context(distributed.Preemption())
+                    if preemption is None:
+                        startup.finish(metrics, settings.n_jitted_steps)
+                        preemption = stack.enter_context(distributed.Preemption())
                     self.after_call(state, step, is_last=step == last, stop=preemption.requested())
             except NotFiniteError as error:
                 on_host = distributed.unreplicate(state)

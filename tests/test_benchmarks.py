@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ def test_operations_are_those_of_the_matrix_products_and_a_loop_counts_once():
 def test_program_is_compiled_once_and_then_read():
     """Each compilation traces anew; the user's cache stays the one that is set."""
     traced, user = [], jax.config.jax_compilation_cache_dir
+    jnp.sin(jnp.ones(3))  # the user's cache is open
 
     def program(x):
         traced.append(jax.config.jax_compilation_cache_dir)
@@ -45,18 +47,18 @@ def test_program_is_compiled_once_and_then_read():
 
 
 def set_times(monkeypatch, *seconds):
-    """Calls take these times, and a matrix product runs at 1, 3, 5, ... GFLOP/s. Returns the list of the programs."""
-    rates, programs = itertools.count(1e9, 2e9), []
+    """Calls take these times, a matrix product runs at 1, 2, 4, 8, ... GFLOP/s. Returns the list of the programs."""
+    rates, programs, times = (1e9 * 2**n for n in itertools.count()), [], iter(seconds)
 
-    def compile_twice(compile_program):
+    def compile_twice(compile_program, *, read):
+        assert read
         programs.append(compile_program())
         return programs[-1], {"cold": 2.0, "cached": 1.0}
 
     def time_calls(call, repetitions, *, warm_up):
-        assert repetitions == len(seconds)
-        for _ in range(warm_up + repetitions):
-            call()
-        return measuring.Seconds(seconds)
+        call()
+        assert (repetitions, warm_up) == (1, 0)
+        return measuring.Seconds((next(times),))
 
     monkeypatch.setattr(measuring, "gemm_flops_per_s", lambda *_: next(rates))
     monkeypatch.setattr(measuring, "time_calls", time_calls)
@@ -69,15 +71,15 @@ def tiny_config(**changes):
 
 
 def test_times_are_of_one_step_of_the_calls(monkeypatch):
-    """Three calls of two steps in 4, 2 and 6 s: 2 s a step, 1 s the fastest; 16 images; 2 GFLOP/s on average."""
+    """Three calls of two steps in 4, 2 and 6 s: 2 s a step, 1 s the fastest; 16 images; 3 GFLOP/s between 2 and 4."""
     programs = set_times(monkeypatch, 4.0, 2.0, 6.0)
     config = tiny_config()
     result = train_step.measure(config, steps=6)
     assert result["seconds_per_step"] == {"median": 2.0, "min": 1.0}
     assert result["images_per_s"] == 8.0
-    assert result["gemm_flops_per_s_before_and_after"] == [1e9, 3e9]
-    assert result["gemm_flops_per_s"] == result["float32_gemm_flops_per_s"] == 2e9
-    assert result["fraction_of_gemm"] == pytest.approx(result["model_flops"] / 4e9, rel=1e-12)
+    assert result["gemm_flops_per_s_of_each"] == [1e9, 2e9, 4e9, 8e9]
+    assert result["gemm_flops_per_s"] == result["float32_gemm_flops_per_s"] == 3e9
+    assert result["fraction_of_gemm"] == pytest.approx(result["model_flops"] / 6e9, rel=1e-12)
     assert result["model_flops"] == measuring.flops(programs[0])
     assert result["compile_seconds"] == {"cold": 2.0, "cached": 1.0}
     assert result["temporaries_bytes"] == memory.of_training(build_experiment(config), programs[0]).temporaries
@@ -211,9 +213,14 @@ def test_commands_end_in_a_line_or_in_why_there_is_none(tmp_path):
     for content in ("[3]", '{"seconds": NaN}'):
         path.write_text(content)
         assert run.run_command(Command(f"json.tool --compact {path}")).failure.startswith("printed no line of JSON")
+    assert run.run_command(Command("this", needs="nowhere", way_out="make it")).line == {
+        "skipped": "there is no nowhere; make it"
+    }
     assert run.run_command(Command("benchmarks.nothing")).failure.endswith("No module named benchmarks.nothing")
     sleep = Command("timeit -n 1 -r 1 'import time; time.sleep(60)'")
+    start = time.monotonic()
     assert run.run_command(sleep, max_seconds=0.5).failure == "took more than 0.5 s"
+    assert time.monotonic() - start < 30  # it was stopped
 
 
 def test_what_was_measured_stays_if_the_run_is_stopped(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ CASES = {
     "dilated": (Window(padding=((2, 2), (2, 2)), window_dilation=(2, 2)), (5, 6), (3, 3)),
     "transposed": (Window(padding=((2, 2), (2, 2)), base_dilation=(2, 2)), (3, 2), (3, 3)),
     "even kernel, cropped": (Window((1, 2), ((1, 0), (-1, 2))), (5, 7), (2, 4)),
+    "by pixels, cropped": (Window(padding=((2, -1), (-1, 3))), (5, 7), (2, 4)),
     "1x1": (Window(), (3, 2), (1, 1)),
     "1x1, stride 2": (Window((2, 2)), (4, 5), (1, 1)),
     "everything": (Window((3, 2), ((2, 1), (0, 3)), (2, 3), (2, 1)), (4, 5), (2, 3)),
@@ -56,8 +57,10 @@ def _written_out(x, kernel, window):
     return y
 
 
+@pytest.mark.parametrize("part_values", [convolution.PART_VALUES, 1])
 @pytest.mark.parametrize("name", CASES)
-def test_value_and_derivatives_are_exact_on_integers(name):
+def test_value_and_derivatives_are_exact_on_integers(name, part_values, monkeypatch):
+    monkeypatch.setattr(convolution, "PART_VALUES", part_values)
     # Sums of small integers are exact in float32, so that there is no tolerance to choose.
     window, size, taps = CASES[name]
     x, kernel = _integers(0, 2, *size, 3), _integers(1, *taps, 3, 2)
@@ -99,24 +102,29 @@ def test_batching_over_images_and_kernels():
     jax.tree.map(lambda many, one: np.testing.assert_array_equal(many[1], one), one_kernel, single)
 
 
-def test_gradients_are_convolutions_in_the_fast_layout():
+def test_parts_of_a_batch_are_equal_and_fit():
+    assert [convolution._num_parts(12, values) for values in (1, 2**18 // 12, 2**18 // 11, 2**17, 2**18 + 1)] == [
+        *(1, 1, 2, 6, 12)
+    ]
+
+
+def _layouts(fn, x, kernel, window, platform):
+    """Layouts of the convolutions of the value and both gradients, as they are lowered for a platform."""
+    gradient = jax.jit(jax.grad(lambda *a: (fn(*a, window) ** 2).sum(), (0, 1)))
+    text = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    return re.findall(r"dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", text)
+
+
+@pytest.mark.parametrize(("strides", "num_products"), [((1, 1), 3), ((2, 2), 1)])
+def test_gradients_are_convolutions_in_the_fast_layout_on_a_cpu_only(strides, num_products):
     # What makes them fast in loops on a CPU; benchmarks/convolution.py measures it.
-    x, kernel, window = jnp.ones((2, 6, 4, 3)), jnp.ones((3, 3, 3, 2)), Window(padding=((1, 1), (1, 1)))
-    layouts = {}
-    for name, fn in (("ours", convolve), ("native", convolution._native)):
-        gradient = jax.jit(jax.grad(lambda *a, fn=fn: (fn(*a, window) ** 2).sum(), (0, 1)))
-        layouts[name] = re.findall(r"dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", gradient.lower(x, kernel).as_text())
-    assert layouts["ours"] == ["[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"] * 3
-    assert len(set(layouts["native"])) == 3
-
-
-def test_other_platforms_keep_the_native_rule(monkeypatch):
-    x, kernel, window = _integers(0, 2, 5, 4, 3), _integers(1, 3, 3, 3, 2), Window(padding=((1, 1), (1, 1)))
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(lambda x: convolve(x, kernel, window), (x,), (x,))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    value, tangent = jax.jvp(lambda x: convolve(x, kernel, window), (x,), (x,))
-    np.testing.assert_array_equal(value, tangent)
+    x, kernel, window = jnp.ones((2, 6, 4, 3)), jnp.ones((3, 3, 3, 2)), Window(strides, ((1, 1), (1, 1)))
+    fast = "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"
+    assert _layouts(convolve, x, kernel, window, "cpu") == [fast] * (2 + num_products)
+    native = _layouts(convolution._native, x, kernel, window, "cuda")
+    assert len(set(native)) == 3
+    for platform in ("cuda", "tpu"):
+        assert _layouts(convolve, x, kernel, window, platform) == native
 
 
 @pytest.mark.parametrize(

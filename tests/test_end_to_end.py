@@ -11,6 +11,7 @@ import tiny
 from PIL import Image
 
 from checkpoints import Checkpoints
+from runtime import startup
 from runtime.experiment import build_experiment
 
 pytestmark = pytest.mark.slow
@@ -67,6 +68,7 @@ def test_the_workdir_holds_what_the_readme_says(unbroken):
         "stdout.txt",
         "tensorboard",
     ]
+    assert list(startup.parse((unbroken / "stdout.txt").read_text())) == ["total", *startup.PHASES]
     assert [record["step"] for record in losses(unbroken)] == list(range(2, 26, 2))
     assert "eval_loss" in losses(unbroken)[1]
     stored = np.load(unbroken / "samples" / "iter_12" / "sample.npz", allow_pickle=False)

@@ -55,3 +55,16 @@ def test_split_and_fold_in_act_on_one_key_and_on_each_of_many():
 def test_keys_that_do_not_match_the_batch_are_refused():
     with pytest.raises(ValueError, match=r"got 3 keys for 4 examples; pass one key, or one per example"):
         rng.normal(rng.example_keys(jax.random.key(0), 3), (4, 2))
+
+
+@pytest.mark.parametrize("probability", [0.9, 0.1234567, 2.0**-23, 1.0, 0.0])
+def test_bernoulli_draws_what_jax_does(probability):
+    shape = (3, 129, 257)
+    keys = jax.random.split(jax.random.key(7), shape[0])
+    expected = jax.vmap(lambda key: jax.random.bernoulli(key, probability, shape[1:]))(keys)
+    np.testing.assert_array_equal(rng.bernoulli(keys, probability, shape), expected)
+
+
+def test_bernoulli_leaves_other_generators_to_jax():
+    key = jax.random.key(7, impl="rbg")
+    np.testing.assert_array_equal(rng._bernoulli(key, 0.5, (100,)), jax.random.bernoulli(key, 0.5, (100,)))

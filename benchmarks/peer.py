@@ -1,0 +1,339 @@
+"""A training step and a forward pass beside those of diffusers and torch, in turn: one JSON line on stdout.
+
+  python -m benchmarks.peer --config configs/ve/cifar10_ncsnpp_continuous.py --batch_size 8 --steps 10 \
+      --torch_python peer-venv/bin/python
+
+The peer is diffusers' UNet2DModel in its NCSN++ configuration on the CPU, with Adam, clipping, warm-up and average as
+ours. It needs torch and diffusers, which the project does not: requirements-bench.txt, best in an environment of their
+own, whose Python `--torch_python` names. That side is a process of its own (benchmarks/peer_torch.py); both are warm
+before anything is timed. Then they take turns, never at the same time, with a pause in between in which the threads of
+the one that was busy go to sleep; who begins changes from pair to pair, so that a machine that slows down slows both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import select
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+import checks
+import distributed
+from benchmarks import contractions, measure, roofline
+from benchmarks.measure import Seconds
+from runtime import memory
+from runtime.experiment import Experiment, build_experiment
+
+PAUSE = 0.5  # seconds; OpenMP's threads spin for up to 0.2 s after their work
+WARM_UP = 2  # calls of each side that are not timed
+IMPORT_LIMIT, ANSWER_LIMIT = 120.0, 900.0  # seconds that the torch side may take to import, and to answer
+ATTENTION_GROUPS = 32  # groups of diffusers' attention layers, whatever the channels
+DIFFERENCES = (
+    "diffusers adds the image to each level by a 1x1 convolution of a FIR-filtered copy, and collects the output the "
+    "same way (input and output skips); ours has the growing residual input of the CIFAR-10 model and a plain output",
+    "diffusers filters by FIR as one-channel convolutions, ours as slices and adds",
+    "diffusers normalizes its attention in 32 groups; the other options are the same",
+)
+
+FLAGS = flags.FLAGS
+
+
+def torch_settings(config: ConfigDict, *, batch_size: int, compiled: bool) -> dict[str, Any]:
+    """Returns what the torch side has to build.
+
+    Args:
+      config: experiment configuration, of an NCSN++ with the VE SDE.
+      batch_size: images of a step.
+      compiled: use torch.compile.
+
+    Raises:
+      ValueError: naming the setting that diffusers' network does not have.
+    """
+    model, size = config.model, config.data.image_size
+    needed = {"model.name": "ncsnpp", "model.fir": True, "model.embedding_type": "fourier"}
+    needed |= {"model.resblock_type": "biggan", "model.scale_by_sigma": True, "training.sde": "vesde"}
+    needed |= {"model.dtype": "float32", "data.num_channels": 3, "training.reduce_mean": False}
+    for name, value in needed.items():
+        found = functools.reduce(getattr, name.split("."), config)
+        if found != value:
+            raise ValueError(f"{name}={found!r}; the peer is diffusers' NCSN++, which has {value!r}")
+    channels = [model.nf * mult for mult in model.ch_mult]
+    attention = [size >> level in model.attn_resolutions for level in range(len(channels))]
+    for width, attends in zip(channels, attention, strict=True):
+        if attends and width % ATTENTION_GROUPS:
+            raise ValueError(
+                f"{width} channels where model.attn_resolutions has attention; diffusers' attention needs a multiple "
+                f"of {ATTENTION_GROUPS}: change model.nf or model.ch_mult"
+            )
+    optim = {name: config.optim[name] for name in ("lr", "beta1", "eps", "warmup", "grad_clip")}
+    network = {name: model[name] for name in ("num_res_blocks", "dropout", "sigma_min", "sigma_max", "ema_rate")}
+    shape = {"image_size": size, "num_channels": 3, "channels": channels, "attention": attention}
+    return {**optim, **network, **shape, "batch_size": batch_size, "compile": compiled, "warm_up": WARM_UP}
+
+
+class TorchSide:
+    """The other process.
+
+    Args:
+      python: interpreter that has torch and diffusers.
+      settings: what it builds.
+
+    Attributes:
+      description: what it says of itself, once it is warm.
+
+    Raises:
+      ValueError: if there is no such interpreter, or if it lacks a package.
+      TimeoutError: if it takes too long.
+    """
+
+    def __init__(self, python: str, settings: dict[str, Any]):
+        script = Path(__file__).with_name("peer_torch.py")
+        try:
+            self._process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except OSError as error:
+            raise ValueError(f"--torch_python={python}: {error}; give a Python that has torch and diffusers") from error
+        self._unread = b""
+        try:
+            found = self._ask(settings, IMPORT_LIMIT)
+            if "missing" in found:
+                raise ValueError(
+                    f"--torch_python={python} cannot import {found['missing']}; install the packages of "
+                    "requirements-bench.txt in an environment and name its Python"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def describe(self) -> dict[str, Any]:
+        """Waits until the other side is warm, and returns what it says of itself."""
+        return self._receive(ANSWER_LIMIT)
+
+    def run(self, name: str) -> float:
+        """Runs "step" or "forward" once and returns its seconds, as the other side takes them."""
+        return float(self._ask({"run": name}, ANSWER_LIMIT)["seconds"])
+
+    def close(self) -> None:
+        """Ends the other process, which ends with its input."""
+        assert self._process.stdin  # a pipe
+        assert self._process.stdout  # a pipe
+        with contextlib.suppress(BrokenPipeError):  # of what it did not read
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=PAUSE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def _ask(self, message: dict[str, Any], limit: float) -> dict[str, Any]:
+        assert self._process.stdin  # a pipe
+        with contextlib.suppress(BrokenPipeError):  # it has ended; there will be no answer
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+        return self._receive(limit)
+
+    def _receive(self, limit: float) -> dict[str, Any]:
+        assert self._process.stdout  # a pipe
+        end = time.monotonic() + limit
+        while b"\n" not in self._unread:
+            if not select.select([self._process.stdout], [], [], max(end - time.monotonic(), 0))[0]:
+                raise TimeoutError(f"waited {limit:.0f} s for an answer of the torch side")
+            read = os.read(self._process.stdout.fileno(), 2**16)
+            if not read:
+                raise RuntimeError(f"the torch side ended with exit code {self._process.wait()}; see its message above")
+            self._unread += read
+        line, self._unread = self._unread.split(b"\n", 1)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def _random_state(experiment: Experiment) -> Any:
+    """Returns a state of random parameters, without compiling the initialization: times do not depend on them."""
+    state, generator = experiment.state_template(), np.random.default_rng(0)
+
+    def draw(leaf: np.ndarray) -> np.ndarray:
+        fan_in = math.prod(leaf.shape[:-1])
+        return (generator.standard_normal(leaf.shape, np.float32) / np.sqrt(fan_in)).astype(leaf.dtype)
+
+    params = jax.tree.map(draw, state.params)
+    return dataclasses.replace(state, params=params, params_ema=params)
+
+
+def our_side(experiment: Experiment) -> tuple[dict[str, Callable[[], float]], dict[str, Any]]:
+    """Compiles our programs.
+
+    Returns:
+      By name, what runs one of them once and returns its seconds; and what the times are of.
+    """
+    settings, start = experiment.config.training, time.perf_counter()
+    compiled = memory.compile_training(experiment)
+    on_host = _random_state(experiment)
+    state = distributed.replicate(on_host)
+    params = jax.device_put(on_host.params)
+    shape = (settings.n_jitted_steps, settings.batch_size, *experiment.image_shape)
+    levels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    batch, x = distributed.shard(levels, axis=1), jnp.asarray(levels[0], jnp.float32) / 255
+    labels = jnp.linspace(0.1, 1.0, len(x))
+    evaluate = jax.jit(lambda params, x, labels: experiment.model.apply({"params": params}, x, labels, train=False))
+    forward = evaluate.lower(params, x, labels).compile()
+    compile_seconds = time.perf_counter() - start
+
+    def train() -> Any:
+        nonlocal state
+        state, metrics = compiled(experiment.keys["train"], state, batch)
+        return metrics
+
+    programs = {"step": train, "forward": lambda: forward(params, x, labels)}
+    runs: dict[str, Callable[[], float]] = {
+        name: functools.partial(lambda call: measure.time_calls(call, 1, warm_up=0).min, call)
+        for name, call in programs.items()
+    }
+    for _ in range(WARM_UP):
+        for run in runs.values():
+            run()
+    if not jnp.isfinite(train()["loss"]).all():
+        raise RuntimeError("the loss of our side is not finite")
+    traced = {
+        "step": roofline.trace_training_step(experiment),
+        "forward": roofline.trace_forward_pass(experiment),
+    }
+    counted = {
+        name: contractions.total_flops(contractions.of_program(program, "cuda")) for name, program in traced.items()
+    }
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return runs, {"parameters": parameters, "flops": counted, "compile_seconds": compile_seconds}
+
+
+def take_turns(
+    ours: Callable[[], float], theirs: Callable[[], float], pairs: int, *, pause: float = PAUSE
+) -> tuple[Seconds, Seconds]:
+    """Runs both in turn, the one that begins changing, and returns the seconds of either, pair by pair.
+
+    Args:
+      ours: runs our side once and returns its seconds.
+      theirs: the same of the other side.
+      pairs: times that each runs.
+      pause: seconds between two runs.
+    """
+    found: dict[Callable[[], float], list[float]] = {ours: [], theirs: []}
+    for pair in range(pairs):
+        for side in (ours, theirs) if pair % 2 == 0 else (theirs, ours):
+            time.sleep(pause)
+            found[side].append(side())
+    return Seconds(tuple(found[ours])), Seconds(tuple(found[theirs]))
+
+
+def compare(ours: Seconds, theirs: Seconds) -> dict[str, Any]:
+    """Returns the times of both, and the median over the pairs of how much longer the other takes."""
+    ratios = [their / our for our, their in zip(ours.all, theirs.all, strict=True)]
+    return {
+        "ours_seconds": {"median": ours.median, "min": ours.min},
+        "torch_seconds": {"median": theirs.median, "min": theirs.min},
+        "speedup_over_torch": statistics.median(ratios),
+        "speedup_of_each_pair": ratios,
+    }
+
+
+def measure_peer(
+    config: ConfigDict, *, batch_size: int, steps: int, torch_python: str, torch_compile: bool
+) -> dict[str, Any]:
+    """Runs both sides in turn.
+
+    Args:
+      config: experiment configuration, which is changed; its data are not read.
+      batch_size: images of a step.
+      steps: that each side takes, as many as forward passes.
+      torch_python: interpreter of the torch side.
+      torch_compile: compile the torch side's network.
+
+    Returns:
+      Times and speed-ups, by name.
+
+    Raises:
+      ValueError: if a setting is wrong or the torch side cannot be had; nothing is compiled then.
+    """
+    checks.positive("--batch_size", batch_size)
+    checks.positive("--steps", steps)
+    settings = torch_settings(config, batch_size=batch_size, compiled=torch_compile)
+    if (jax.default_backend(), jax.device_count()) != ("cpu", 1):
+        raise ValueError(
+            f"{jax.device_count()} devices of platform {jax.default_backend()!r}; the torch side runs on the CPU, so "
+            "ours has to, on one device: set JAX_PLATFORMS=cpu"
+        )
+    config.training.update(batch_size=batch_size, n_jitted_steps=1)
+    experiment = build_experiment(config)
+    side = TorchSide(torch_python, settings)
+    try:
+        measure.progress("the torch side builds its network and warms up")
+        theirs = side.describe()
+        measure.progress("our side compiles and warms up")
+        runs, ours = our_side(experiment)
+        found = {}
+        for name, run in runs.items():
+            measure.progress(f"in turn: {name}")
+            found[name] = compare(*take_turns(run, functools.partial(side.run, name), steps))
+    finally:
+        side.close()
+    return {"batch_size": batch_size, "steps": steps, "ours": ours, "torch": theirs, "torch_compile": torch_compile} | {
+        **found,
+        "speedup_over_torch": found["step"]["speedup_over_torch"],
+        "note": [_sizes(ours, theirs), *DIFFERENCES],
+    }
+
+
+def _sizes(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    parameters = theirs["parameters"] / ours["parameters"]
+    flops = theirs["flops_with_padding"]["step"] / ours["flops"]["step"]
+    return (
+        f"diffusers' network has {parameters:.3f} times our parameters and {flops:.3f} times the operations of a step; "
+        "torch counts those with zeros of padding, which our count leaves out"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the JSON line."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        result = measure_peer(
+            FLAGS.config,
+            batch_size=FLAGS.batch_size,
+            steps=FLAGS.steps,
+            torch_python=FLAGS.torch_python,
+            torch_compile=FLAGS.torch_compile,
+        )
+    except ValueError as error:
+        sys.exit(str(error))
+    measure.report(result)
+
+
+def define_flags() -> None:
+    """Defines the flags."""
+    config_flags.DEFINE_config_file("config", None, "Experiment: an NCSN++ with the VE SDE; its data are not read.")
+    flags.DEFINE_integer("batch_size", 8, "Images of a step.")
+    flags.DEFINE_integer("steps", 10, "Steps, and forward passes, of each side.")
+    flags.DEFINE_string("torch_python", sys.executable, "Python that has torch and diffusers; by default this one.")
+    flags.DEFINE_bool("torch_compile", False, "Compile the network of the torch side with torch.compile.")
+    flags.mark_flag_as_required("config")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

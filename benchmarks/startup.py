@@ -1,0 +1,156 @@
+"""Time from the start of main.py to the end of its first training step: one JSON line on stdout.
+
+  python -m benchmarks.startup --config configs/ve/cifar10_ncsnpp_continuous.py --batch_size 8
+
+Runs main.py as a user does, twice, on random images in a folder of its own: cold, with an empty compilation cache, and
+warm, with the cache that the first run left. The seconds are seen from outside: from the launch of the process to the
+line of the log that tells of the first step; the seconds of the phases are what that line says. The phases follow each
+other in the main thread: "compile" is what it still had to wait for, since compiling began at the end of "trace".
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+import checks
+import datasets
+from benchmarks import measure
+from runtime import startup
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_IMAGES = {"train": 512, "test": 64}
+STARTS = ("cold", "warm")
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags."""
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment; its data are replaced by random images of their shape."
+    )
+    flags.DEFINE_integer("batch_size", 8, "Images of a step.")
+    flags.DEFINE_integer("steps_per_call", 1, "Steps of a compiled call, which all count: training.n_jitted_steps.")
+    flags.mark_flag_as_required("config")
+
+
+def write_images(folder: Path, config: ConfigDict) -> None:
+    """Writes random images of the configured shape, and labels of every configured class, for data.dataset=npz."""
+    random = np.random.default_rng(0)
+    folder.mkdir()
+    for split, count in NUM_IMAGES.items():
+        levels = random.integers(0, config.data.num_levels, (count, *datasets.image_shape(config)), np.uint8)
+        labels = {"labels": np.arange(count) % config.model.num_classes} if config.model.num_classes else {}
+        np.savez(folder / f"{split}.npz", images=levels, **labels)
+
+
+def command(overrides: Sequence[str], folder: Path, name: str, *, batch_size: int, steps_per_call: int) -> list[str]:
+    """Returns the command of a run of one call.
+
+    Args:
+      overrides: --config and its --config.a.b=v, as they were given.
+      folder: that holds the images, and where the run gets its workdir.
+      name: of the run.
+      batch_size: images of a step.
+      steps_per_call: training steps of the call.
+    """
+    settings = {
+        "data.dataset": "npz",
+        "data.path": folder / "images",
+        "training.batch_size": batch_size,
+        "training.n_jitted_steps": steps_per_call,
+        "training.n_iters": steps_per_call,
+    }
+    # What is due now and then is due at no step of a run this short.
+    settings |= {f"training.{freq}": 1000 * steps_per_call for freq in ("log_freq", "eval_freq", "snapshot_freq")}
+    settings |= {"training.snapshot_freq_for_preemption": 1000 * steps_per_call}
+    changes = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [sys.executable, "main.py", *overrides, "--mode", "train", "--workdir", str(folder / name), *changes]
+
+
+def time_start(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
+    """Runs a command to its end and times it up to the line that tells of the first step.
+
+    Args:
+      arguments: the command.
+      environment: of its process.
+
+    Returns:
+      "seconds", from the launch to that line; and what the line says, the seconds of each phase and their "total".
+
+    Raises:
+      RuntimeError: if it fails, or tells of no step, with the last lines of its log.
+    """
+    lines: list[str] = []
+    found: dict[str, float] = {}
+    start = time.perf_counter()
+    with subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stderr or ():
+            lines.append(line)
+            if not found and (phases := startup.parse(line)):
+                found = {"seconds": time.perf_counter() - start, **phases}
+                measure.progress(line.rstrip())
+    if process.returncode or not found:
+        raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}: {''.join(lines[-5:])}")
+    return found
+
+
+def run(config: ConfigDict, overrides: Sequence[str], *, batch_size: int, steps_per_call: int) -> dict[str, Any]:
+    """Starts the run cold, then warm.
+
+    Args:
+      config: experiment configuration, for the shape of its images.
+      overrides: --config and its --config.a.b=v, as they were given.
+      batch_size: images of a step.
+      steps_per_call: training steps of a compiled call.
+
+    Returns:
+      Seconds of both starts and of their phases, by name.
+
+    Raises:
+      ValueError: if a number is not positive.
+      RuntimeError: if main.py fails.
+    """
+    checks.positive("--batch_size", batch_size)
+    checks.positive("--steps_per_call", steps_per_call)
+    result: dict[str, Any] = {"batch_size": batch_size, "steps_per_call": steps_per_call}
+    with tempfile.TemporaryDirectory(prefix="startup-") as name:
+        folder = Path(name)
+        write_images(folder / "images", config)
+        caches = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "SCORE_SDE_CACHE": str(folder / "cache")}
+        for kind in STARTS:
+            measure.progress(f"{kind} start")
+            arguments = command(overrides, folder, kind, batch_size=batch_size, steps_per_call=steps_per_call)
+            phases = time_start(arguments, os.environ | caches)
+            result[f"{kind}_seconds"] = phases.pop("seconds")
+            result[f"{kind}_phases"] = phases
+    return result
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the JSON line."""
+    config = FLAGS.config.lock()
+    overrides = ["--config", config_flags.get_config_filename(FLAGS["config"])]
+    overrides += [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
+    result = run(config, overrides, batch_size=FLAGS.batch_size, steps_per_call=FLAGS.steps_per_call)
+    measure.report({"config": overrides[1], **result})
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

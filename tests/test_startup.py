@@ -1,0 +1,190 @@
+"""The start of a run: what the log tells of it, parameters drawn in loops, and compiling in the background."""
+
+import logging as standard_logging
+import sys
+import threading
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from absl import logging
+
+import distributed
+import losses
+from benchmarks import startup as benchmark
+from runtime import ahead, background, startup
+from runtime.alike import loop_over_alike
+from runtime.experiment import build_experiment
+
+
+@pytest.fixture
+def lines():
+    """What is logged, line by line."""
+    found = []
+    handler = standard_logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logging.get_absl_logger().addHandler(handler)
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.INFO)
+    yield found
+    logging.set_verbosity(before)
+    logging.get_absl_logger().removeHandler(handler)
+
+
+# --- what the log tells ----------------------------------------------------------------------------------------------
+
+
+def test_phases_follow_each_other_and_add_up_to_the_time_since_the_start(monkeypatch, lines):
+    clock = iter([110.0, 110.25, 120.25, 150.5])
+    monkeypatch.setattr(startup, "_now", clock.__next__)
+    startup.begin(100.0)
+    for phase in ("imports", "build", "compile"):
+        startup.mark(phase)
+    startup.finish(jnp.zeros(()), 5)
+    startup.finish(jnp.zeros(()), 5)  # of a later call: told once
+    startup.mark("init")
+    assert len(lines) == 1
+    assert lines[0].startswith("first 5 step(s) done 50.50 s after the start: imports 10.00 s, build 0.25 s, ")
+    found = startup.parse(f"12:00:00 step 3\n12:00:01 {lines[0]}\n12:00:02 step 4\n")
+    assert found == {"total": 50.5, "imports": 10.0, "build": 0.25, "compile": 10.0, "step": 30.25}
+    assert found["total"] == sum(seconds for phase, seconds in found.items() if phase != "total")
+
+
+def test_without_a_start_nothing_is_told(lines):
+    startup.mark("build")
+    startup.finish(None, 1)
+    assert lines == []
+    assert startup.parse("12:00:00 step 1/1: loss 2\n") is None
+
+
+def test_the_process_started_before_this_test_and_after_its_parent_did():
+    """Against the clock of the file system: /proc/self is as old as the process."""
+    age = time.monotonic() - startup.process_start()
+    assert 0 < age < 24 * 3600
+    code = "import sys; sys.path.insert(0, '.'); from runtime import startup; import time; "
+    code += "print(time.monotonic() - startup.process_start())"
+    start = time.monotonic()
+    printed = tiny.subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tiny.ROOT, env=tiny.environment()
+    ).stdout
+    took = time.monotonic() - start
+    assert 0.5 * took - 0.1 < float(printed) < took + 0.02  # its imports take most of it; the system counts in 0.01 s
+
+
+# --- parameters that are drawn alike ---------------------------------------------------------------------------------
+
+
+def bits(tree):
+    return [(leaf.shape, str(leaf.dtype), np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+
+
+def draws(key, x):
+    """Outputs that are alike in all but a number, in a constant, in a shape, in an input, or in nothing at all."""
+
+    def name(number):
+        return jax.random.fold_in(key, jnp.uint32(number))
+
+    return {
+        "drawn": [jax.random.normal(name(number), (2, 3)) for number in (3, 4_000_000_000, 5)],
+        "scaled": [2.0 * jax.random.normal(name(number), (2, 3)) for number in (3, 7)],
+        "long": [jax.random.normal(name(number), (4,)) for number in (3, 7)],
+        "twice": [jax.random.uniform(jax.random.fold_in(name(a), jnp.uint32(b)), (2,)) for a, b in ((1, 2), (2, 1))],
+        "inputs": [x["a"] + jax.random.uniform(name(3)), x["b"] + jax.random.uniform(name(3))],
+        "same": [x["a"], x["a"], jnp.zeros((3,)), jnp.zeros((3,)), 1.5],
+    }
+
+
+def test_a_loop_computes_what_each_program_for_itself_does():
+    key, x = jax.random.key(1), {"a": jnp.ones(2), "b": 3.0 * jnp.ones(2), "unused": jnp.ones(1)}
+    assert bits(jax.jit(loop_over_alike(draws))(key, x)) == bits(jax.jit(draws)(key, x))
+
+
+def test_the_state_is_that_of_the_network_and_the_optimizer_to_the_bit():
+    """Against Flax's own `init` as one program; and each way and shape of drawing is compiled once."""
+    experiment = build_experiment(tiny.make_config(model__embedding_type="fourier"))
+    x, t = jnp.zeros((1, *experiment.image_shape)), jnp.ones(1)
+    variables = jax.jit(lambda key: experiment.model.init({"params": key}, x, t, train=False))(experiment.keys["init"])
+    expected = losses.init_state(variables["params"], experiment.optimizer)
+    state = experiment.init_state()
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    assert bits(state) == bits(expected)
+    assert bits(state.params_ema) == bits(state.params)
+    kernels = [leaf.shape for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1]
+    programs = str(jax.make_jaxpr(experiment._init)(experiment.keys["init"])).count("random_fold_in")
+    assert len(set(kernels)) <= programs <= 2 * len(set(kernels)) + 1  # in two scales at most, and the frequencies
+    assert programs < len(kernels)
+
+
+# --- compiling in the background -------------------------------------------------------------------------------------
+
+
+def test_a_function_that_is_compiled_in_the_background_is_called_with_what_it_is_given():
+    mapped = distributed.pmap(lambda x: 2 * x)
+    x = jnp.arange(3.0 * jax.local_device_count()).reshape(-1, 3)
+    call = ahead.compile_in_background(mapped, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert np.array_equal(call(x), 2 * x)
+    assert np.array_equal(call(x + 1), 2 * x + 2)
+
+
+def test_an_error_of_the_background_is_the_error_of_the_call():
+    def refuse(x):
+        raise ValueError("model.nf=3 is wrong; expected more")
+
+    work = background.Background(lambda: refuse(1), "fails")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^model\.nf=3 is wrong; expected more$"):
+            work.result()
+    lowered = types.SimpleNamespace(compile=lambda: refuse(1))
+    call = ahead.compile_in_background(types.SimpleNamespace(lower=lambda *shapes: lowered), "shape")
+    with pytest.raises(ValueError, match=r"^model\.nf=3 is wrong; expected more$"):
+        call(jnp.zeros(3))
+
+
+def test_the_end_does_not_wait_for_what_nobody_wants(monkeypatch):
+    """A process whose background is busy ends at once with its code; another one ends as always."""
+    codes, gate = [], threading.Event()
+    monkeypatch.setattr(background.os, "_exit", codes.append)
+    monkeypatch.setattr(background, "_threads", [])
+    background.leave(1)
+    work = background.Background(lambda: gate.wait(60), "waits")
+    background.leave(3)
+    gate.set()
+    assert work.result() is True
+    background.leave(4)
+    assert codes == [3]
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_a_start_is_timed_up_to_the_line_that_tells_of_the_first_step():
+    line = startup.describe({"imports": 1.0, "step": 2.0}, 1)
+    code = f"import sys, time; time.sleep(0.3); print('10:00:00 {line}', file=sys.stderr, flush=True); time.sleep(0.5)"
+    start = time.perf_counter()
+    found = benchmark.time_start([sys.executable, "-c", code], tiny.environment())
+    assert {"total": 3.0, "imports": 1.0, "step": 2.0}.items() <= found.items()
+    assert 0.3 <= found["seconds"] <= time.perf_counter() - start - 0.5
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit('score_sde: no data')", "import sys; sys.stderr.write('no data')"])
+def test_a_start_that_fails_is_no_result(code):
+    with pytest.raises(RuntimeError, match="no data"):
+        benchmark.time_start([sys.executable, "-c", code], tiny.environment())
+
+
+@pytest.mark.exhaustive
+def test_the_benchmark_measures_a_cold_and_a_warm_start():
+    config = tiny.make_config()
+    overrides = ["--config", "configs/vp/digits_ddpmpp_continuous.py"]
+    overrides += [f"--config.{name}={value}" for name, value in tiny.SETTINGS.items()]
+    result = benchmark.run(config, overrides, batch_size=8, steps_per_call=2)
+    for kind in benchmark.STARTS:
+        phases = result[f"{kind}_phases"]
+        assert list(phases) == ["total", *startup.PHASES]
+        assert phases["total"] == pytest.approx(sum(phases[phase] for phase in startup.PHASES), abs=0.05)
+        assert 0 <= result[f"{kind}_seconds"] - phases["total"] < 1.0
+    assert result["warm_phases"]["compile"] < result["cold_phases"]["compile"]
