@@ -52,6 +52,8 @@ class Likelihood(Protocol):
 def _probed_trace(vjp: VJP, probes: Float[Array, "B K ..."]) -> Float[Array, "B K"]:
     """Returns e^T J e for each probe e (Skilling-Hutchinson)."""
     estimate = lambda e: jnp.sum(e * vjp(e)[0], axis=tuple(range(1, e.ndim)))  # noqa: E731
+    if probes.shape[1] == 1:  # without vmap, whose axis of one would lead through the whole network
+        return estimate(probes[:, 0])[:, None]
     return jax.vmap(estimate, in_axes=1, out_axes=1)(probes)
 
 
@@ -79,6 +81,7 @@ def _log_likelihood(
     eps: float,
     rtol: float,
     atol: float,
+    max_steps: int,
 ) -> LikelihoodResult:
     """Integrates (x, ∫ div f) from eps to T; `draw_probes` None stands for the exact trace."""
     B, num_dims = x.shape[0], math.prod(x.shape[1:])
@@ -91,7 +94,7 @@ def _log_likelihood(
         return jnp.concatenate([drift.reshape(B, num_dims), divergence], axis=1)
 
     start = jnp.concatenate([x.reshape(B, num_dims), jnp.zeros((B, num_probes))], axis=1)
-    solution = ode.integrate(dynamics, start, t0=eps, t1=sde.T, rtol=rtol, atol=atol)
+    solution = ode.integrate(dynamics, start, t0=eps, t1=sde.T, rtol=rtol, atol=atol, max_steps=max_steps)
     latent = solution.y[:, :num_dims].reshape(x.shape)
     nats = sde.prior_logp(latent)[:, None] + solution.y[:, num_dims:]
     in_bits = 1 / (math.log(2) * num_dims)
@@ -109,7 +112,9 @@ def _log_likelihood(
 TRACES: dict[str, DrawProbes | None] = {"exact": None, "gaussian": rng.normal, "rademacher": rng.rademacher}
 
 
-def build_likelihood(config: ConfigDict, sde: SDE, *, eps: float = LIKELIHOOD_EPS) -> Likelihood:
+def build_likelihood(
+    config: ConfigDict, sde: SDE, *, eps: float = LIKELIHOOD_EPS, max_steps: int = ode.MAX_STEPS
+) -> Likelihood:
     """Builds f(key, score_fn, x) -> LikelihoodResult, to be run under `jax.jit` or inside `distributed.pmap`.
 
     log p(x) = log p_T(x(T)) + ∫ div f dt along the probability-flow ODE dx = f dt (Eq. 13 and Appendix D.2), in one
@@ -123,6 +128,7 @@ def build_likelihood(config: ConfigDict, sde: SDE, *, eps: float = LIKELIHOOD_EP
       config: read here: `likelihood`, `data.num_levels`, `data.centered`.
       sde: forward SDE.
       eps: time at which the integration starts.
+      max_steps: attempted steps after which an example is given up.
 
     Returns:
       f, of `key`, one key or one for each example; `score_fn`, any function; `x`, float[B, ...] in the network's range;
@@ -146,4 +152,5 @@ def build_likelihood(config: ConfigDict, sde: SDE, *, eps: float = LIKELIHOOD_EP
         eps=eps,
         rtol=settings.rtol,
         atol=settings.atol,
+        max_steps=max_steps,
     )

@@ -12,7 +12,6 @@ add nothing to the first: `anonymous_mib_before` is its value before the data se
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -30,6 +29,7 @@ from ml_collections import ConfigDict, config_flags
 import checks
 import datasets
 import distributed
+from benchmarks import measure as measuring
 
 MIB = 2**20
 WARM_UP = 3  # calls that are not timed: two are read ahead
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
     jax.devices()  # what JAX itself takes is there before the data
     config = FLAGS.config.lock()
     result = measure(config, batch_size=FLAGS.batch_size or config.training.batch_size, seconds=FLAGS.seconds)
-    print(json.dumps(result))
+    measuring.report(result)
 
 
 if __name__ == "__main__":

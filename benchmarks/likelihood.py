@@ -1,174 +1,177 @@
-"""A likelihood pass on the device beside the same integration on the host by scipy's solve_ivp, at equal tolerance.
+"""What a stage of the likelihood's solver costs, next to the parts that it is made of: one JSON line on stdout.
 
-  python benchmarks/likelihood.py --config configs/vp/digits_ddpmpp_continuous.py --workdir runs/digits
+  python -m benchmarks.likelihood --config configs/ve/cifar10_ncsnpp_continuous.py --batch_size 8
 
-log p of the test images by the probability-flow ODE with one probe each, from the same dequantized images and the same
-probes, by three programs in one process:
+A stage needs the score of a batch and one product of a vector with its Jacobian, and nothing else that takes time.
+`parts_seconds` are those of a jitted `jax.vjp` of the score with one product, outside of any loop. `seconds_per_stage`
+is the whole likelihood, mapped over the devices as bits/dim are, by its number of evaluations; both take turns.
+`step_over_parts` is the one over the other. More probes than one are refused, as is the exact trace.
 
-  device           `likelihood.build_likelihood`: one compiled call, each image with its own steps; drift and divergence
-                   from one evaluation of the network and one product with its Jacobian.
-  host, by image   solve_ivp (RK45) for each image: its own steps, as on the device. Two calls of compiled programs for
-                   each evaluation, one for the drift and one for the divergence, as the 2021 code has them.
-  host, by batch   solve_ivp (RK45) over all images at once, with one norm for all of them, as the 2021 code ran it: an
-                   image's number then depends on the others.
+The integration ends after `--num_steps` attempted steps, each of six stages, wherever it is then: time is all that is
+measured. `--num_steps 0` lets it go on to its end.
 
-Programs are called once before they are timed, so that compiling is left out. `--host_images` images go through
-"host, by image"; its seconds are scaled to all of them, and the line says so.
+`stages_in_loop` does not rest on the program's own count: convolutions in the loop of the compiled likelihood, over
+those of the parts. 1: each stage evaluates the network once and pulls back once. `convolutions` has these numbers, and
+those of a forward pass alone.
+
+The comparison with SciPy on the host is benchmarks/likelihood_on_host.py.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import scipy.integrate
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-import datasets
-import rng
-from dequantization import build_dequantization
-from likelihood import LIKELIHOOD_EPS, build_likelihood
+import checks
+import distributed
+import ode
+from benchmarks import loops, train_step
+from benchmarks import measure as measuring
+from benchmarks.measure import Seconds
+from likelihood import LikelihoodResult, build_likelihood
 from runtime import drawing
 from runtime.experiment import Experiment, build_experiment
 
+PASSES = 4  # evaluations of the parts, before each call of the likelihood and after the last
+
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Experiment that the workdir was trained with.")
-flags.DEFINE_string("workdir", None, "Folder of a trained run.")
-flags.DEFINE_integer("snapshot", 0, "Number of the checkpoint; 0: the newest.")
-flags.DEFINE_integer("host_images", 16, "Images that are integrated one by one on the host.", lower_bound=1)
-flags.mark_flags_as_required(["config", "workdir"])
 
 
-class Measured(NamedTuple):
-    """What one of the programs took."""
-
-    seconds: float  # of all images
-    nfe: float  # evaluations of the right-hand side: of the batch, or the mean over images
-    nats: np.ndarray  # log p(x) of each image
-
-
-class Problem(NamedTuple):
-    """What all programs are given."""
-
-    experiment: Experiment
-    params: Any
-    x: jax.Array  # dequantized images, float32[N, H, W, C]
-    probes: jax.Array  # of the same shape
+def define_flags() -> None:
+    """Defines the flags."""
+    config_flags.DEFINE_config_file("config", None, "Experiment; its data are not read.")
+    flags.DEFINE_integer("batch_size", 8, "Images of a call.")
+    flags.DEFINE_integer("num_steps", 2, "Steps that the solver attempts; 0: to the end.")
+    flags.DEFINE_integer("repetitions", 2, "Calls of the likelihood that are timed.")
+    flags.DEFINE_string("workdir", None, "Folder of a trained run; default: random parameters.")
+    flags.mark_flag_as_required("config")
 
 
-def timed(fn: Callable[[], Any]) -> tuple[float, Any]:
-    """Returns the seconds of a call and its result."""
-    start = time.monotonic()
-    result = fn()
-    return time.monotonic() - start, result
+def compile_likelihood(experiment: Experiment, inputs: tuple[Any, ...], num_steps: int) -> jax.stages.Compiled:
+    """Compiles the likelihood of a batch, mapped over the devices: (params, x) -> result, all with a device axis."""
+    likelihood = build_likelihood(experiment.config, experiment.sde, max_steps=num_steps or ode.MAX_STEPS)
+    key = experiment.keys["bpd"]
+
+    def run(params: Any, x: Any) -> LikelihoodResult:
+        return likelihood(key, experiment.score_fn(params, smooth=True), x)
+
+    return distributed.pmap(run).lower(*inputs).compile()
 
 
-def on_device(problem: Problem, key: jax.Array) -> Measured:
-    """Measures our own program."""
-    experiment = problem.experiment
-    likelihood = build_likelihood(experiment.config, experiment.sde)
-    run = jax.jit(lambda params, x: likelihood(key, experiment.score_fn(params, smooth=True), x))
-    jax.block_until_ready(run(problem.params, problem.x))
-    seconds, result = timed(lambda: jax.block_until_ready(run(problem.params, problem.x)))
-    return Measured(seconds, int(result.nfe), np.asarray(result.nats))
+def compile_parts(experiment: Experiment, inputs: tuple[Any, ...], *, pulls_back: bool = True) -> jax.stages.Compiled:
+    """Compiles the score of a batch, with its product with a vector if it `pulls_back`: (params, x, t) -> arrays."""
+
+    def parts(params: Any, x: Any, t: Any) -> Any:
+        score_fn = experiment.score_fn(params, smooth=True)
+        if not pulls_back:
+            return score_fn(x, t)
+        score, pullback = jax.vjp(lambda x: score_fn(x, t), x)
+        return score, pullback(x)[0]  # x in the place of a vector of its shape
+
+    return jax.jit(parts).lower(*inputs).compile()
 
 
-def build_right_hand_side(problem: Problem) -> Callable[[Problem, float, np.ndarray], np.ndarray]:
-    """Returns d/dt of (x, log p) on the host, by two compiled programs: drift, and divergence along the probes."""
-    experiment = problem.experiment
-
-    def drift(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
-        return experiment.sde.reverse(experiment.score_fn(params, smooth=True), probability_flow=True).sde(x, t)[0]
-
-    def divergence(params: Any, x: jax.Array, t: jax.Array, probes: jax.Array) -> jax.Array:
-        gradient = jax.grad(lambda x: jnp.sum(drift(params, x, t) * probes))(x)
-        return jnp.sum(gradient * probes, axis=(1, 2, 3))
-
-    drift_program, divergence_program = jax.jit(drift), jax.jit(divergence)
-
-    def right_hand_side(of: Problem, t: float, y: np.ndarray) -> np.ndarray:
-        num = len(of.x)
-        x, time_of_all = jnp.asarray(y[:-num].reshape(of.x.shape), jnp.float32), jnp.full(num, t, jnp.float32)
-        slope = np.asarray(drift_program(of.params, x, time_of_all), np.float64).ravel()
-        return np.concatenate([slope, np.asarray(divergence_program(of.params, x, time_of_all, of.probes), np.float64)])
-
-    return right_hand_side
+def _alternate(call: Callable[[], Any], parts: Callable[[], Any], repetitions: int) -> tuple[Seconds, Seconds]:
+    """Times calls of the likelihood, and evaluations of its parts before each and after the last."""
+    times: list[float] = []
+    alone = list(measuring.time_calls(parts, PASSES).all)
+    for i in range(repetitions):
+        times += measuring.time_calls(call, 1, warm_up=int(i == 0)).all
+        alone += measuring.time_calls(parts, PASSES, warm_up=0).all
+    return Seconds(tuple(times)), Seconds(tuple(alone))
 
 
-def on_host(problem: Problem, right_hand_side: Callable[[Problem, float, np.ndarray], np.ndarray]) -> Measured:
-    """Measures solve_ivp over all images of a problem at once."""
-    sde, settings, num = problem.experiment.sde, problem.experiment.config.likelihood, len(problem.x)
-    start = np.concatenate([np.asarray(problem.x, np.float64).ravel(), np.zeros(num)])
-    right_hand_side(problem, 0.5, start)
-    seconds, solution = timed(
-        lambda: scipy.integrate.solve_ivp(
-            lambda t, y: right_hand_side(problem, t, y),
-            (LIKELIHOOD_EPS, sde.T),
-            start,
-            method="RK45",
-            rtol=settings.rtol,
-            atol=settings.atol,
+def measure(
+    config: ConfigDict, *, num_steps: int = 2, repetitions: int = 2, workdir: str | None = None
+) -> dict[str, Any]:
+    """Measures the likelihood next to the score and its vector-Jacobian product.
+
+    Args:
+      config: experiment configuration; its data are not read. `training.batch_size` is the batch.
+      num_steps: that the solver attempts; 0: to the end of the interval.
+      repetitions: calls of the likelihood that are timed.
+      workdir: of a trained run, or None for random parameters.
+
+    Returns:
+      What the module's docstring says, by name.
+
+    Raises:
+      ValueError: if a setting is wrong, or asks for more than one product with the Jacobian in a stage.
+    """
+    checks.not_negative("--num_steps", num_steps)
+    checks.positive("--repetitions", repetitions)
+    distributed.check_batch_size("--batch_size", config.training.batch_size)
+    settings = config.likelihood
+    if settings.trace == "exact" or settings.num_probes != 1:
+        raise ValueError(
+            f"likelihood.trace={settings.trace!r}, likelihood.num_probes={settings.num_probes}; expected one random "
+            "probe, with which a stage has one product with the Jacobian: set likelihood.num_probes=1, and "
+            "likelihood.trace=rademacher"
         )
-    )
-    end = solution.y[:, -1]
-    latent = jnp.asarray(end[:-num].reshape(problem.x.shape), jnp.float32)
-    return Measured(seconds, solution.nfev, np.asarray(sde.prior_logp(latent)) + end[-num:])
+    experiment = build_experiment(config)
+    params = drawing.restore(experiment, Path(workdir)).params if workdir else train_step.random_params(experiment)
+    x, t, _ = train_step.forward_inputs(experiment)
+    mapped = distributed.replicate(params), distributed.shard(x)
+    placed = distributed.place_copies(params), distributed.place_batch(x), distributed.place_batch(t)
+    measuring.progress("compiling the likelihood")
+    likelihood = compile_likelihood(experiment, mapped, num_steps)
+    measuring.progress("compiling its parts")
+    parts, forward = compile_parts(experiment, placed), compile_parts(experiment, placed, pulls_back=False)
+    measuring.progress("running")
+    last: list[LikelihoodResult] = []
 
+    def call() -> LikelihoodResult:
+        last[:] = [likelihood(*mapped)]
+        return last[0]
 
-def by_image(problem: Problem, num_images: int) -> Measured:
-    """Measures solve_ivp for each of the first images alone, the seconds scaled to all of them."""
-    right_hand_side = build_right_hand_side(problem)
-    parts = [problem._replace(x=problem.x[i : i + 1], probes=problem.probes[i : i + 1]) for i in range(num_images)]
-    results = [on_host(part, right_hand_side) for part in parts]
-    seconds = sum(result.seconds for result in results) * len(problem.x) / num_images
-    return Measured(seconds, float(np.mean([r.nfe for r in results])), np.concatenate([r.nats for r in results]))
-
-
-def build_problem(key: jax.Array) -> Problem:
-    """Restores the checkpoint, dequantizes the test images and draws the probes that `on_device` draws from `key`."""
-    experiment = build_experiment(FLAGS.config.lock())
-    config = experiment.config
-    if config.likelihood.trace != "rademacher" or config.likelihood.num_probes != 1:
-        raise app.UsageError("the comparison is of one Rademacher probe; leave likelihood.trace and num_probes alone")
-    params = jax.device_put(drawing.restore(experiment, Path(FLAGS.workdir), FLAGS.snapshot).params)
-    source = datasets.build_source(config, "test")
-    levels = jnp.asarray(source.images(np.arange(len(source))))
-    dequantize = build_dequantization(config, experiment.scaler, experiment.sde, eps=LIKELIHOOD_EPS)
-    x = dequantize(jax.random.fold_in(experiment.keys["bpd"], 0), levels)[0]
-    return Problem(experiment, params, x, rng.rademacher(key, (len(x), 1, *x.shape[1:]))[:, 0])
+    times, alone = _alternate(call, lambda: parts(*placed), repetitions)
+    nfe = int(last[0].nfe.max())
+    per_stage = {"median": times.median / nfe, "min": times.min / nfe}
+    in_likelihood = loops.count_convolutions(likelihood)
+    convolutions = {
+        "likelihood_in_loop": in_likelihood.in_loops,
+        "likelihood_elsewhere": in_likelihood.elsewhere,
+        "parts": loops.count_convolutions(parts).elsewhere,
+        "forward": loops.count_convolutions(forward).elsewhere,
+    }
+    return {
+        "network": config.model.name,
+        "dtype": config.model.dtype,
+        "batch_size": config.training.batch_size,
+        "parameters": workdir or "random",
+        "num_steps": num_steps,
+        "nfe": nfe,
+        "calls": len(times.all),
+        "seconds_per_stage": per_stage,
+        "parts_calls": len(alone.all),
+        "parts_seconds": {"median": alone.median, "min": alone.min},
+        "step_over_parts": per_stage["median"] / alone.median,
+        "convolutions": convolutions,
+        "stages_in_loop": convolutions["likelihood_in_loop"] / convolutions["parts"] if convolutions["parts"] else None,
+    }
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the table."""
+    """Prints the JSON line."""
     logging.set_verbosity(logging.WARNING)
-    key = jax.random.key(1)
-    problem = build_problem(key)
-    num_host = min(FLAGS.host_images, len(problem.x))
-    device = on_device(problem, key)
-    rows = {
-        "device": device,
-        f"host, by image (from {num_host})": by_image(problem, num_host),
-        "host, by batch": on_host(problem, build_right_hand_side(problem)),
-    }
-    settings, num_dims = problem.experiment.config.likelihood, math.prod(problem.x.shape[1:])
-    print(
-        f"{len(problem.x)} test images, rtol {settings.rtol:g}, atol {settings.atol:g}, {jax.devices()[0].device_kind}"
-    )
-    print(f"{'':<28} {'seconds':>9} {'times the device':>17} {'evaluations':>12} {'|difference|':>13} nats/dim")
-    for name, row in rows.items():
-        difference = np.abs(row.nats - device.nats[: len(row.nats)]).mean() / num_dims
-        print(f"{name:<28} {row.seconds:9.2f} {row.seconds / device.seconds:17.2f} {row.nfe:12.0f} {difference:13.2g}")
+    config = FLAGS.config
+    config.training.batch_size = FLAGS.batch_size
+    numbers: dict[str, Any] = {name: FLAGS[name].value for name in ("num_steps", "repetitions", "workdir")}
+    try:
+        result = measure(config.lock(), **numbers)
+    except ValueError as error:
+        sys.exit(f"benchmarks.likelihood: {error}")
+    measuring.report(result)
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

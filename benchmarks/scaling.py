@@ -1,0 +1,190 @@
+"""How the cost of a training step grows: devices, image size, channels and batch, one axis at a time: one JSON line.
+
+  python -m benchmarks.scaling --config configs/vp/digits_ddpmpp_continuous.py
+
+Every point is a process of its own, which compiles the step that `--mode train` runs, one in a call, and times it on
+random images and parameters. The axes:
+
+  devices      1, 2, 4, 8 CPU devices (--xla_force_host_platform_device_count) at the same global batch. They share the
+               cores of the machine: with fewer cores than devices this shows what dividing the work costs, and no
+               speed-up is to be expected. `cores` of the machine stands beside it.
+  image_size   --image_sizes, the batch and the network as they are.
+  nf           --channels: `model.nf`, the features of the first level.
+  batch_size   --batch_sizes.
+
+The points of an axis differ from the configuration in that axis alone. `exponent` is the slope of log seconds over log
+size between the first and the last point of an axis: 1 if the cost is proportional. Of `devices` it is 0 if the work of
+a batch costs the same however it is divided.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+import checks
+import distributed
+from benchmarks import measure as measuring
+from benchmarks import train_step
+from runtime import memory
+from runtime.experiment import build_experiment
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTING = {"image_size": "data.image_size", "nf": "model.nf", "batch_size": "training.batch_size"}
+MAX_SECONDS = 300.0  # of one point
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags."""
+    config_flags.DEFINE_config_file("config", None, "Experiment; its data are not read.")
+    flags.DEFINE_integer("batch_size", 64, "Images of a step, where the batch is not the axis.")
+    flags.DEFINE_integer("steps", 5, "Steps of each point that are timed.")
+    flags.DEFINE_list("devices", ["1", "2", "4", "8"], "Numbers of CPU devices.")
+    flags.DEFINE_list("image_sizes", ["8", "16", "32"], "Heights and widths.")
+    flags.DEFINE_list("channels", ["16", "32", "64"], "Features of the first level.")
+    flags.DEFINE_list("batch_sizes", ["16", "64", "256"], "Images of a step.")
+    flags.DEFINE_boolean("alone", False, "Measure the configuration itself, in this process: one point.")
+    flags.mark_flag_as_required("config")
+
+
+def measure_point(config: ConfigDict, steps: int) -> dict[str, Any]:
+    """Compiles a training step and times it on random images, on all devices of this process.
+
+    Args:
+      config: experiment configuration; its data are not read.
+      steps: how many are timed; one call before them is not.
+
+    Returns:
+      Seconds of a step, images/s, and devices.
+
+    Raises:
+      ValueError: if a setting is wrong.
+    """
+    batch_size, jitted = config.training.batch_size, config.training.n_jitted_steps
+    checks.positive("--steps", steps)
+    distributed.check_batch_size("training.batch_size", batch_size)
+    experiment = build_experiment(config)
+    call = train_step.training_call(experiment, memory.compile_training(experiment))
+    times = measuring.time_calls(call, steps)
+    seconds = {"median": times.median / jitted, "min": times.min / jitted}
+    return {
+        "devices": distributed.device_count(),
+        "seconds_per_step": seconds,
+        "images_per_s": batch_size / seconds["median"],
+    }
+
+
+def run_point(arguments: Sequence[str], devices: int) -> dict[str, Any]:
+    """Measures a point in a process of its own with that many CPU devices.
+
+    Args:
+      arguments: of the command line, after `python -m benchmarks.scaling`.
+      devices: of the process.
+
+    Raises:
+      RuntimeError: with what the process wrote last, if it failed.
+    """
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip(),
+    }
+    command = [sys.executable, "-m", "benchmarks.scaling", *arguments, "--alone"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
+    point: dict[str, Any] = json.loads(done.stdout)
+    if point["devices"] != devices:
+        raise RuntimeError(f"{devices} devices were asked for and {point['devices']} measured")
+    return {name: point[name] for name in ("devices", "seconds_per_step", "images_per_s")}
+
+
+def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float | None:
+    """Returns the slope of log seconds over log size from the first to the last point; None of a single point."""
+    if len(sizes) < 2 or sizes[0] == sizes[-1]:
+        return None
+    return math.log(seconds[-1] / seconds[0]) / math.log(sizes[-1] / sizes[0])
+
+
+def measure(arguments: Sequence[str], axes: dict[str, Sequence[int]], batch_size: int) -> dict[str, Any]:
+    """Measures all points, each once.
+
+    Args:
+      arguments: of the command line, without those of a point.
+      axes: sizes by the name of the axis: "devices" and those of SETTING.
+      batch_size: where the batch is not the axis.
+
+    Returns:
+      For each axis its points and their `exponent`.
+
+    Raises:
+      ValueError: if a size is not positive.
+      RuntimeError: if a point could not be measured.
+    """
+    for axis, sizes in axes.items():
+        for size in sizes:
+            checks.positive(axis, size)
+    known: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
+    results = {}
+    for axis, sizes in axes.items():
+        points = []
+        for size in sizes:
+            batch = size if axis == "batch_size" else batch_size
+            settings = [f"--config.{SETTING['batch_size']}={batch}", "--config.training.n_jitted_steps=1"]
+            if axis in ("image_size", "nf"):
+                settings.append(f"--config.{SETTING[axis]}={size}")
+            devices = size if axis == "devices" else 1
+            point = (devices, tuple(settings))
+            if point not in known:  # axes meet where they have the configuration's own size
+                known[point] = run_point([*arguments, *settings], devices)
+            points.append({axis: size, **known[point]})
+            measuring.progress(f"{axis} {size}: {points[-1]['seconds_per_step']['median']:.4f} s a step")
+        seconds = [point["seconds_per_step"]["median"] for point in points]
+        results[axis] = {"points": points, "exponent": exponent(sizes, seconds)}
+    return results
+
+
+def _sizes(flag: str) -> list[int]:
+    try:
+        return [int(size) for size in FLAGS[flag].value]
+    except ValueError:
+        raise ValueError(f"--{flag}={','.join(FLAGS[flag].value)}; expected whole numbers with commas") from None
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the JSON line, of all points or of one."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        if FLAGS.alone:
+            measuring.report(measure_point(FLAGS.config.lock(), FLAGS.steps))
+            return
+        axes = {
+            "devices": _sizes("devices"),
+            "image_size": _sizes("image_sizes"),
+            "nf": _sizes("channels"),
+            "batch_size": _sizes("batch_sizes"),
+        }
+        result = measure(sys.argv[1:], axes, FLAGS.batch_size)
+    except ValueError as error:
+        sys.exit(f"benchmarks.scaling: {error}")
+    measuring.report({"network": FLAGS.config.model.name, "batch_size": FLAGS.batch_size, **result})
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
