@@ -13,7 +13,6 @@ the one that was busy go to sleep; who begins changes from pair to pair, so that
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -30,16 +29,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import checks
-import distributed
-from benchmarks import contractions, measure, roofline
+from benchmarks import contractions, measure, roofline, train_step
 from benchmarks.measure import Seconds
-from runtime import memory
 from runtime.experiment import Experiment, build_experiment
 
 PAUSE = 0.5  # seconds; OpenMP's threads spin for up to 0.2 s after their work
@@ -165,52 +160,26 @@ class TorchSide:
         return answer
 
 
-def _random_state(experiment: Experiment) -> Any:
-    """Returns a state of random parameters, without compiling the initialization: times do not depend on them."""
-    state, generator = experiment.state_template(), np.random.default_rng(0)
-
-    def draw(leaf: np.ndarray) -> np.ndarray:
-        fan_in = math.prod(leaf.shape[:-1])
-        return (generator.standard_normal(leaf.shape, np.float32) / np.sqrt(fan_in)).astype(leaf.dtype)
-
-    params = jax.tree.map(draw, state.params)
-    return dataclasses.replace(state, params=params, params_ema=params)
-
-
 def our_side(experiment: Experiment) -> tuple[dict[str, Callable[[], float]], dict[str, Any]]:
     """Compiles our programs.
 
     Returns:
       By name, what runs one of them once and returns its seconds; and what the times are of.
     """
-    settings, start = experiment.config.training, time.perf_counter()
-    compiled = memory.compile_training(experiment)
-    on_host = _random_state(experiment)
-    state = distributed.replicate(on_host)
-    params = jax.device_put(on_host.params)
-    shape = (settings.n_jitted_steps, settings.batch_size, *experiment.image_shape)
-    levels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    batch, x = distributed.shard(levels, axis=1), jnp.asarray(levels[0], jnp.float32) / 255
-    labels = jnp.linspace(0.1, 1.0, len(x))
-    evaluate = jax.jit(lambda params, x, labels: experiment.model.apply({"params": params}, x, labels, train=False))
-    forward = evaluate.lower(params, x, labels).compile()
+    start = time.perf_counter()
+    compiled = {name: program[0](experiment) for name, program in train_step.PROGRAMS.items()}
     compile_seconds = time.perf_counter() - start
-
-    def train() -> Any:
-        nonlocal state
-        state, metrics = compiled(experiment.keys["train"], state, batch)
-        return metrics
-
-    programs = {"step": train, "forward": lambda: forward(params, x, labels)}
+    calls = {name: program[1](experiment, compiled[name]) for name, program in train_step.PROGRAMS.items()}
     runs: dict[str, Callable[[], float]] = {
         name: functools.partial(lambda call: measure.time_calls(call, 1, warm_up=0).min, call)
-        for name, call in programs.items()
+        for name, call in calls.items()
     }
     for _ in range(WARM_UP):
         for run in runs.values():
             run()
-    if not jnp.isfinite(train()["loss"]).all():
-        raise RuntimeError("the loss of our side is not finite")
+    for name, (_, _, summarize) in train_step.PROGRAMS.items():
+        if not math.isfinite(summarize(calls[name]()[1])):
+            raise FloatingPointError(f"our {name} does not give finite numbers; its time would say nothing")
     traced = {
         "step": roofline.trace_training_step(experiment),
         "forward": roofline.trace_forward_pass(experiment),
@@ -218,7 +187,7 @@ def our_side(experiment: Experiment) -> tuple[dict[str, Callable[[], float]], di
     counted = {
         name: contractions.total_flops(contractions.of_program(program, "cuda")) for name, program in traced.items()
     }
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shapes.params))
     return runs, {"parameters": parameters, "flops": counted, "compile_seconds": compile_seconds}
 
 

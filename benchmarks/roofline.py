@@ -105,7 +105,7 @@ def _bytes(tree: Any) -> int:
 
 def trace_training_step(experiment: Experiment) -> jax.stages.Traced:
     """Traces the training steps of one call, with all images of the batch on one device."""
-    settings, state = experiment.config.training, jax.eval_shape(experiment.init_state)
+    settings, state = experiment.config.training, experiment.state_shapes
     batch = jax.ShapeDtypeStruct((settings.n_jitted_steps, settings.batch_size, *experiment.image_shape), jnp.uint8)
     steps = jax.jit(inspect.unwrap(map_train_steps(experiment)))  # without the mapping over devices: one of them
     return steps.trace(experiment.keys["train"], state, batch)
@@ -113,7 +113,7 @@ def trace_training_step(experiment: Experiment) -> jax.stages.Traced:
 
 def trace_forward_pass(experiment: Experiment) -> jax.stages.Traced:
     """Traces one evaluation of the network for a batch, without dropout."""
-    params = jax.eval_shape(experiment.init_state).params
+    params = experiment.state_shapes.params
     batch_size = experiment.config.training.batch_size
     x = jax.ShapeDtypeStruct((batch_size, *experiment.image_shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
@@ -172,7 +172,7 @@ def measure_config(config: ConfigDict, *, batch_size: int, dtype: str) -> dict[s
     config.training.update(batch_size=batch_size, n_jitted_steps=1)
     config.model.dtype = dtype
     experiment = build_experiment(config)
-    state = jax.eval_shape(experiment.init_state)
+    state = experiment.state_shapes
     return {
         "batch_size": batch_size,
         "dtype": dtype,
