@@ -187,7 +187,7 @@ def main(argv: Sequence[str]) -> None:
         result = measure(sys.argv[1:], axes, FLAGS.batch_size, own)
     except ValueError as error:
         sys.exit(f"benchmarks.scaling: {error}")
-    measuring.report({"network": FLAGS.config.model.name, "batch_size": FLAGS.batch_size, **result})
+    measuring.report({"network": FLAGS.config.model.name, "global_batch_size": FLAGS.batch_size, **result})
 
 
 if __name__ == "__main__":
