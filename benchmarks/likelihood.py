@@ -40,7 +40,7 @@ from likelihood import LikelihoodResult, build_likelihood
 from runtime import drawing
 from runtime.experiment import Experiment, build_experiment
 
-PASSES = 4  # evaluations of the parts, before each call of the likelihood and after the last
+PASSES = 3  # evaluations of the parts, before each call of the likelihood and after the last
 
 FLAGS = flags.FLAGS
 
@@ -49,7 +49,7 @@ def define_flags() -> None:
     """Defines the flags."""
     config_flags.DEFINE_config_file("config", None, "Experiment; its data are not read.")
     flags.DEFINE_integer("batch_size", 8, "Images of a call.")
-    flags.DEFINE_integer("num_steps", 2, "Steps that the solver attempts; 0: to the end.")
+    flags.DEFINE_integer("num_steps", 1, "Steps that the solver attempts; 0: to the end.")
     flags.DEFINE_integer("repetitions", 2, "Calls of the likelihood that are timed.")
     flags.DEFINE_string("workdir", None, "Folder of a trained run; default: random parameters.")
     flags.mark_flag_as_required("config")
@@ -90,7 +90,7 @@ def _alternate(call: Callable[[], Any], parts: Callable[[], Any], repetitions: i
 
 
 def measure(
-    config: ConfigDict, *, num_steps: int = 2, repetitions: int = 2, workdir: str | None = None
+    config: ConfigDict, *, num_steps: int = 1, repetitions: int = 2, workdir: str | None = None
 ) -> dict[str, Any]:
     """Measures the likelihood next to the score and its vector-Jacobian product.
 

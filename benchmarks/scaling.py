@@ -24,7 +24,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 5, "Steps of each point that are timed.")
     flags.DEFINE_list("devices", ["1", "2", "4", "8"], "Numbers of CPU devices.")
     flags.DEFINE_list("image_sizes", ["8", "16", "32"], "Heights and widths.")
-    flags.DEFINE_list("channels", ["16", "32", "64"], "Features of the first level.")
+    flags.DEFINE_list("channels", ["16", "32"], "Features of the first level.")
     flags.DEFINE_list("batch_sizes", ["16", "64", "256"], "Images of a step.")
     flags.DEFINE_boolean("alone", False, "Measure the configuration itself, in this process: one point.")
     flags.mark_flag_as_required("config")
@@ -121,13 +121,16 @@ def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float | None:
     return math.log(seconds[-1] / seconds[0]) / math.log(sizes[-1] / sizes[0])
 
 
-def measure(arguments: Sequence[str], axes: dict[str, Sequence[int]], batch_size: int) -> dict[str, Any]:
+def measure(
+    arguments: Sequence[str], axes: Mapping[str, Sequence[int]], batch_size: int, own: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Measures all points, each once.
 
     Args:
       arguments: of the command line, without those of a point.
       axes: sizes by the name of the axis: "devices" and those of SETTING.
       batch_size: where the batch is not the axis.
+      own: sizes of the configuration, which need no setting: axes meet there.
 
     Returns:
       For each axis its points and their `exponent`.
@@ -146,11 +149,11 @@ def measure(arguments: Sequence[str], axes: dict[str, Sequence[int]], batch_size
         for size in sizes:
             batch = size if axis == "batch_size" else batch_size
             settings = [f"--config.{SETTING['batch_size']}={batch}", "--config.training.n_jitted_steps=1"]
-            if axis in ("image_size", "nf"):
+            if axis in ("image_size", "nf") and size != (own or {}).get(axis):
                 settings.append(f"--config.{SETTING[axis]}={size}")
             devices = size if axis == "devices" else 1
             point = (devices, tuple(settings))
-            if point not in known:  # axes meet where they have the configuration's own size
+            if point not in known:
                 known[point] = run_point([*arguments, *settings], devices)
             points.append({axis: size, **known[point]})
             measuring.progress(f"{axis} {size}: {points[-1]['seconds_per_step']['median']:.4f} s a step")
@@ -160,10 +163,11 @@ def measure(arguments: Sequence[str], axes: dict[str, Sequence[int]], batch_size
 
 
 def _sizes(flag: str) -> list[int]:
+    given: list[str] = FLAGS[flag].value or []
     try:
-        return [int(size) for size in FLAGS[flag].value]
+        return [int(size) for size in given]
     except ValueError:
-        raise ValueError(f"--{flag}={','.join(FLAGS[flag].value)}; expected whole numbers with commas") from None
+        raise ValueError(f"--{flag}={','.join(given)}; expected whole numbers with commas") from None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -179,10 +183,11 @@ def main(argv: Sequence[str]) -> None:
             "nf": _sizes("channels"),
             "batch_size": _sizes("batch_sizes"),
         }
-        result = measure(sys.argv[1:], axes, FLAGS.batch_size)
+        own = {"image_size": FLAGS.config.data.image_size, "nf": FLAGS.config.model.nf}
+        result = measure(sys.argv[1:], axes, FLAGS.batch_size, own)
     except ValueError as error:
         sys.exit(f"benchmarks.scaling: {error}")
-    measuring.report({"network": FLAGS.config.model.name, "batch_size": FLAGS.batch_size, **result})
+    measuring.report({"network": FLAGS.config.model.name, "global_batch_size": FLAGS.batch_size, **result})
 
 
 if __name__ == "__main__":

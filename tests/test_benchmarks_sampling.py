@@ -153,12 +153,12 @@ def test_exponents_and_points_of_an_axis(monkeypatch):
 
     monkeypatch.setattr(scaling, "run_point", run_point)
     axes = {"devices": [1, 2], "image_size": [4, 8, 32], "nf": [16, 64], "batch_size": [8, 32, 64]}
-    result = scaling.measure(["--config.seed=1"], axes, 8)
+    result = scaling.measure(["--config.seed=1"], axes, 8, {"image_size": 4, "nf": 16})
     exponents = {axis: line["exponent"] for axis, line in result.items()}
     assert exponents == pytest.approx({"devices": 0, "image_size": 2, "nf": 1.5, "batch_size": 1})
     assert [point["batch_size"] for point in result["batch_size"]["points"]] == [8, 32, 64]
     assert [devices for _, devices in runs].count(2) == 1
-    assert len(runs) == len(set(runs)) == 9  # the batch of 8 is that of one device
+    assert len(runs) == len(set(runs)) == 7  # the axes meet at the configuration's own sizes
     assert all("--config.seed=1" in arguments for arguments, _ in runs)
 
 
