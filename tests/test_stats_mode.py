@@ -116,7 +116,7 @@ def test_the_overrides_are_keys_of_the_configuration(tmp_path, extractor):
 def test_a_distance_that_may_not_be_the_largest_says_so(tmp_path, extractor, monkeypatch, caplog):
     few = data_stats.farthest_pair
     monkeypatch.setattr(data_stats, "farthest_pair", lambda *args: few(*args, compared=5))
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         largest = stats(tmp_path / "r.npz")[1]["pixels"]["largest_distance"]
     assert not largest["is_exact"]
     truth = pdist(SOURCE.levels.reshape(60, -1) / 128).max()
