@@ -170,7 +170,7 @@ def test_the_newest_snapshot_is_the_default_and_results_of_the_same_settings_are
     folder = workdir / "replaced"
     folder.mkdir()
     (folder / "interpolation.png").write_bytes(b"of an older run")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         arrays, summary = encode(workdir, "replaced", num_images=1)
     assert summary["checkpoint"]["number"] == 2
     z = closed_form(MEANS[2], middle(arrays["levels"]), EPS, 1.0)

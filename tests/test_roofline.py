@@ -82,6 +82,7 @@ def flops(program, platform="cuda"):
     return contractions.total_flops(contractions.of_program(program, platform))
 
 
+@pytest.mark.exhaustive
 def test_a_training_step_multiplies_what_xla_counts_and_the_same_in_parts():
     """XLA counts in addition what is done element by element: at 64 channels 3.3 % of it all."""
     program = make_program()
