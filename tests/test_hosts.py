@@ -193,8 +193,9 @@ def test_an_error_of_one_process_ends_both_with_its_message(alone, tmp_path, env
     started_by = {"flags": False, "environ": environ} if environ else {}
     with Processes(command, tmp_path, **started_by) as run:
         assert run.codes() == [1, 1]
-        assert run.text(0).splitlines()[-1].startswith("score_sde: checkpoint 3 is not in")
-        assert "checkpoint 3 is not in" in run.text(1).splitlines()[-1]
+        # JAX's own threads may end with an empty line.
+        assert run.text(0).strip().splitlines()[-1].startswith("score_sde: checkpoint 3 is not in")
+        assert "checkpoint 3 is not in" in run.text(1).strip().splitlines()[-1]
         assert "process 0 stopped" in run.text(1)
         assert "has ended in the middle" not in run.text(0) + run.text(1)
 
