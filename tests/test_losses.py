@@ -271,6 +271,7 @@ def test_update_is_that_of_optax():
         )
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the XLA of JAX 0.10 drops barriers, and copies the state")
 def test_state_is_updated_in_place():
     """A copy of each parameter, moment and average is what XLA makes if one of them is read again after its update."""
     shape = (3, 3, 16, 16)
