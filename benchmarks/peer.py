@@ -33,7 +33,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import checks
-from benchmarks import contractions, measure, roofline, train_step
+from benchmarks import measure, train_step
 from benchmarks.measure import Seconds
 from runtime.experiment import Experiment, build_experiment
 
@@ -180,13 +180,7 @@ def our_side(experiment: Experiment) -> tuple[dict[str, Callable[[], float]], di
     for name, (_, _, summarize) in train_step.PROGRAMS.items():
         if not math.isfinite(summarize(calls[name]()[1])):
             raise FloatingPointError(f"our {name} does not give finite numbers; its time would say nothing")
-    traced = {
-        "step": roofline.trace_training_step(experiment),
-        "forward": roofline.trace_forward_pass(experiment),
-    }
-    counted = {
-        name: contractions.total_flops(contractions.of_program(program, "cuda")) for name, program in traced.items()
-    }
+    counted = {name: train_step.count_contractions(experiment, name) for name in train_step.PROGRAMS}
     parameters = sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shapes.params))
     return runs, {"parameters": parameters, "flops": counted, "compile_seconds": compile_seconds}
 

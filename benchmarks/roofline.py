@@ -16,7 +16,6 @@ measured time is longer; how much longer says how far it is from what the machin
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,15 +25,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import checks
-from benchmarks import contractions, measure
+from benchmarks import contractions, measure, train_step
 from benchmarks.contractions import Contraction
 from models.precision import DTYPES
-from runtime.experiment import Experiment, build_experiment, map_train_steps
+from runtime.experiment import build_experiment
 
 FLAGS = flags.FLAGS
 
@@ -103,24 +101,6 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def trace_training_step(experiment: Experiment) -> jax.stages.Traced:
-    """Traces the training steps of one call, with all images of the batch on one device."""
-    settings, state = experiment.config.training, experiment.state_shapes
-    batch = jax.ShapeDtypeStruct((settings.n_jitted_steps, settings.batch_size, *experiment.image_shape), jnp.uint8)
-    steps = jax.jit(inspect.unwrap(map_train_steps(experiment)))  # without the mapping over devices: one of them
-    return steps.trace(experiment.keys["train"], state, batch)
-
-
-def trace_forward_pass(experiment: Experiment) -> jax.stages.Traced:
-    """Traces one evaluation of the network for a batch, without dropout."""
-    params = experiment.state_shapes.params
-    batch_size = experiment.config.training.batch_size
-    x = jax.ShapeDtypeStruct((batch_size, *experiment.image_shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
-    forward = jax.jit(lambda params, x, labels: experiment.model.apply({"params": params}, x, labels, train=False))
-    return forward.trace(params, x, labels)
-
-
 def least_time(work: Work, accelerator: Accelerator) -> dict[str, Any]:
     """Returns the least seconds of a program, and whether operations or bytes are what takes it longer."""
     computing = [each.count * each.flops / accelerator.peak[each.element] for each in work.contractions]
@@ -178,8 +158,8 @@ def measure_config(config: ConfigDict, *, batch_size: int, dtype: str) -> dict[s
         "dtype": dtype,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
         "programs": {
-            "training step": measure_program(trace_training_step(experiment), _bytes(state)),
-            "forward pass": measure_program(trace_forward_pass(experiment)),
+            "training step": measure_program(train_step.trace_program(experiment, "step"), _bytes(state)),
+            "forward pass": measure_program(train_step.trace_program(experiment, "forward")),
         },
     }
 

@@ -106,24 +106,28 @@ def compile_forward(experiment: Experiment) -> jax.stages.Compiled:
     return map_forward(experiment).lower(*inputs).compile()
 
 
+def trace_program(experiment: Experiment, what: str) -> jax.stages.Traced:
+    """Traces all training steps of a call, or a forward pass, with all images of the batch on one device."""
+    settings = experiment.config.training
+    if what == "forward":
+        mapped, inputs = map_forward(experiment), forward_shapes(experiment, settings.batch_size)
+    else:
+        mapped, batch = map_train_steps(experiment), (settings.n_jitted_steps, settings.batch_size)
+        levels = jax.ShapeDtypeStruct((*batch, *experiment.image_shape), jnp.uint8)
+        labels = jax.ShapeDtypeStruct(batch, jnp.int32)
+        told = (levels, labels) if told_classes(experiment.config) else levels
+        inputs = experiment.keys["train"], jax.eval_shape(experiment.init_state), told
+    return jax.jit(inspect.unwrap(mapped)).trace(*inputs)  # without the mapping over devices
+
+
 def count_contractions(experiment: Experiment, what: str) -> float:
     """Returns the operations of all convolutions and matrix products of one step, for the whole batch.
 
     They are those of the program as it is lowered for a GPU, where convolutions are convolutions: however the program
     of a CPU computes them, in a loop or in more operations, the work that is done is the same.
     """
-    settings = experiment.config.training
-    if what == "forward":
-        mapped, steps, inputs = map_forward(experiment), 1, forward_shapes(experiment, settings.batch_size)
-    else:
-        mapped, steps = map_train_steps(experiment), settings.n_jitted_steps
-        batch = (steps, settings.batch_size)
-        levels = jax.ShapeDtypeStruct((*batch, *experiment.image_shape), jnp.uint8)
-        labels = jax.ShapeDtypeStruct(batch, jnp.int32)
-        told = (levels, labels) if told_classes(experiment.config) else levels
-        inputs = experiment.keys["train"], jax.eval_shape(experiment.init_state), told
-    traced = jax.jit(inspect.unwrap(mapped)).trace(*inputs)  # without the mapping, on one device
-    return contractions.total_flops(contractions.of_program(traced, "cuda")) / steps
+    steps = 1 if what == "forward" else experiment.config.training.n_jitted_steps
+    return contractions.total_flops(contractions.of_program(trace_program(experiment, what), "cuda")) / steps
 
 
 def _random_labels(experiment: Experiment, shape: tuple[int, ...]) -> np.ndarray | None:

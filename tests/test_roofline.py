@@ -6,7 +6,7 @@ import pytest
 import tiny
 from jax import lax
 
-from benchmarks import contractions, measure, roofline
+from benchmarks import contractions, measure, roofline, train_step
 from benchmarks.roofline import Accelerator, Work
 from runtime.experiment import build_experiment
 
@@ -73,9 +73,9 @@ def test_loops_and_conditions():
 # --- of the product --------------------------------------------------------------------------------------------------
 
 
-def make_program(trace=roofline.trace_training_step, **changes):
+def make_program(what="step", **changes):
     settings = {"training__batch_size": 4, "training__n_jitted_steps": 1, "model__nf": 64} | changes
-    return trace(build_experiment(tiny.make_config(**settings)))
+    return train_step.trace_program(build_experiment(tiny.make_config(**settings)), what)
 
 
 def flops(program, platform="cuda"):
