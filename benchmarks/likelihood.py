@@ -134,7 +134,7 @@ def measure(
 
     times, alone = _alternate(call, lambda: parts(*placed), repetitions)
     nfe = int(last[0].nfe.max())
-    per_stage = {"median": times.median / nfe, "min": times.min / nfe}
+    per_stage = times.summary(nfe)
     in_likelihood = loops.count_convolutions(likelihood)
     convolutions = {
         "likelihood_in_loop": in_likelihood.in_loops,
@@ -152,7 +152,7 @@ def measure(
         "calls": len(times.all),
         "seconds_per_stage": per_stage,
         "parts_calls": len(alone.all),
-        "parts_seconds": {"median": alone.median, "min": alone.min},
+        "parts_seconds": alone.summary(),
         "step_over_parts": per_stage["median"] / alone.median,
         "convolutions": convolutions,
         "stages_in_loop": convolutions["likelihood_in_loop"] / convolutions["parts"] if convolutions["parts"] else None,

@@ -43,6 +43,10 @@ class Seconds:
         """Time of the fastest call."""
         return min(self.all)
 
+    def summary(self, parts: int = 1) -> dict[str, float]:
+        """Returns what reports say of the times: "median" and "min", of one of the `parts` of a call."""
+        return {"median": self.median / parts, "min": self.min / parts}
+
 
 def time_calls(call: Callable[[], Any], repetitions: int, *, warm_up: int = 1) -> Seconds:
     """Times calls, each until its result is there.

@@ -208,8 +208,8 @@ def compare(ours: Seconds, theirs: Seconds) -> dict[str, Any]:
     """Returns the times of both, and the median over the pairs of how much longer the other takes."""
     ratios = [their / our for our, their in zip(ours.all, theirs.all, strict=True)]
     return {
-        "ours_seconds": {"median": ours.median, "min": ours.min},
-        "torch_seconds": {"median": theirs.median, "min": theirs.min},
+        "ours_seconds": ours.summary(),
+        "torch_seconds": theirs.summary(),
         "speedup_over_torch": statistics.median(ratios),
         "speedup_of_each_pair": ratios,
     }

@@ -165,7 +165,7 @@ def measure_method(
     times, alone = _alternate(call, forward, passes, repetitions)
     (nfe,) = evaluations  # the same samples each time
     convolutions = loops.count_convolutions(compiled) if isinstance(compiled, jax.stages.Compiled) else None
-    per_evaluation = {"median": times.median / nfe, "min": times.min / nfe}
+    per_evaluation = times.summary(nfe)
     result = {
         "num_steps": None if is_adaptive else num_steps,
         "nfe": nfe,
@@ -173,7 +173,7 @@ def measure_method(
         "compile_seconds": program.compile_seconds,
         "seconds_per_evaluation": per_evaluation,
         "forward_passes": len(alone.all),
-        "forward_seconds": {"median": alone.median, "min": alone.min},
+        "forward_seconds": alone.summary(),
         "evaluation_over_forward": per_evaluation["median"] / alone.median,
         "evaluations_in_loop": convolutions.in_loops / forward.num_convolutions
         if convolutions and forward.num_convolutions

@@ -79,7 +79,7 @@ def measure_point(config: ConfigDict, steps: int) -> dict[str, Any]:
     experiment = build_experiment(config)
     call = train_step.training_call(experiment, memory.compile_training(experiment))
     times = measuring.time_calls(call, steps)
-    seconds = {"median": times.median / jitted, "min": times.min / jitted}
+    seconds = times.summary(jitted)
     return {
         "devices": distributed.device_count(),
         "seconds_per_step": seconds,

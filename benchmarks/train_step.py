@@ -329,7 +329,7 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step", read_cache: b
         raise FloatingPointError(f"the result is {result}, whose time says nothing")
     rate = statistics.median(rates)
     work = count_contractions(experiment, what)
-    seconds = {"median": times.median / jitted, "min": times.min / jitted}
+    seconds = times.summary(jitted)
     return {
         "what": what,
         "network": config.model.name,
