@@ -9,6 +9,8 @@ bilinear and both of its gradients are convolutions again:
 * of the kernel: a sum over all pixels of the batch of input times cotangent, for each tap of the kernel; see
   `_kernel_gradient_by_columns`, and `_kernel_gradient` for windows that it does not fit.
 
+Where it pays, a CPU convolves with 3x3 taps by fewer multiplications: see `models.winograd`.
+
 `_own_gradients` says so explicitly, with the transpositions done on the arrays. It calls `_convolve` itself, so
 derivatives of every order are as fast. Other platforms have good native rules and keep them: `_backward` chooses when a
 program is lowered for a platform. The price is forward-mode differentiation (`jax.jvp`, `jax.jacfwd`), which a
@@ -20,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from models import initializers
+from models import initializers, parts, winograd
 from models.initializers import BiasInitializer, Initializer
 from models.precision import add_to_channels
 from models.rematerialization import keep
@@ -60,6 +61,10 @@ class Window:
         span = (num_inputs - 1) * self.base_dilation[axis] + 1 + sum(self.padding[axis])
         return (span - (num_taps - 1) * self.window_dilation[axis] - 1) // self.strides[axis] + 1
 
+    def output_sizes(self, x: Array, taps: tuple[int, ...]) -> Pair:
+        """Returns the numbers of outputs along rows and columns of images x, for a kernel of this shape."""
+        return self.output_size(0, x.shape[1], taps[0]), self.output_size(1, x.shape[2], taps[1])
+
 
 def same_padding(size: int, num_taps: int, stride: int, dilation: int) -> Pair:
     """Returns the (before, after) zeros of "SAME": ceil(size / stride) outputs, the odd zero after."""
@@ -88,28 +93,6 @@ def _native(x: Array, kernel: Array, window: Window) -> Array:
 
 def _moves_by_pixels(window: Window) -> bool:
     return window == Window(padding=window.padding)
-
-
-def _num_parts(num_examples: int, values_per_example: int, limit: int) -> int:
-    """Returns the least number of equal parts of a batch, each with `limit` values at the most if it can."""
-    fitting = (n for n in range(1, num_examples + 1) if num_examples % n == 0)
-    return next((n for n in fitting if num_examples // n * values_per_example <= limit), num_examples)
-
-
-def _in_parts(num_parts: int, *arrays: Array) -> tuple[Array, ...]:
-    return tuple(array.reshape(num_parts, -1, *array.shape[1:]) for array in arrays)
-
-
-def _sum_over_parts(of_part: Callable[..., Array], num_parts: int, x: Array, cotangent: Array) -> Array:
-    """Returns of_part(x, cotangent), a sum over examples, computed of one part of them after the other."""
-    if num_parts == 1:
-        return of_part(x, cotangent)
-    parts = _in_parts(num_parts, x, cotangent)
-    shape = jax.eval_shape(of_part, *(array[0] for array in parts))
-    # A zero that comes with the cotangent: made of a constant, all of these sums would be in memory from the beginning.
-    zero, _ = lax.optimization_barrier((jnp.zeros((), shape.dtype), cotangent))
-    total = jnp.broadcast_to(zero, shape.shape)
-    return lax.scan(lambda total, part: (total + of_part(*part), None), total, parts)[0]
 
 
 # --- bfloat16 on a CPU -----------------------------------------------------------------------------------------------
@@ -149,11 +132,7 @@ def _narrow(x: Array, kernel: Array, window: Window) -> Array:
         ]
         return functools.reduce(jnp.add, products).astype(x.dtype)
 
-    num_parts = _num_parts(len(x), x[0].size * w, NARROW_PART_VALUES)
-    if num_parts == 1:
-        return of_part(x)
-    y = lax.map(of_part, *_in_parts(num_parts, x))
-    return y.reshape(-1, *y.shape[2:])
+    return parts.map_parts(of_part, parts.num_parts(len(x), x[0].size * w, NARROW_PART_VALUES), x)
 
 
 def _narrow_kernel_gradient(x: Array, cotangent: Array, window: Window, taps: Pair) -> Array:
@@ -169,22 +148,31 @@ def _narrow_kernel_gradient(x: Array, cotangent: Array, window: Window, taps: Pa
         ]
         return jnp.stack(products)
 
-    num_parts = _num_parts(len(x), x[0].size * w, NARROW_PART_VALUES)
-    total = _sum_over_parts(of_part, num_parts, x, cotangent)
+    num_parts = parts.num_parts(len(x), x[0].size * w, NARROW_PART_VALUES)
+    total = parts.sum_over_parts(of_part, num_parts, x, cotangent)
     return total.reshape(h, w, C, features).astype(x.dtype)
 
 
 # --- the value and its derivatives -----------------------------------------------------------------------------------
 
 
+# Compiled functions within the program: JAX traces each once for all layers of the same shapes.
+
+
+@functools.partial(jax.jit, static_argnames="window")
 def _value(x: Array, kernel: Array, window: Window) -> Array:
-    if x.dtype != jnp.bfloat16 or _is_pointwise(kernel, window) or not _moves_by_pixels(window):
-        return _native(x, kernel, window)
     native = functools.partial(_native, window=window)
-    return lax.platform_dependent(x, kernel, cpu=functools.partial(_narrow, window=window), default=native)
+    if _is_pointwise(kernel, window) or not _moves_by_pixels(window):
+        return native(x, kernel)
+    if x.dtype == jnp.bfloat16:
+        return lax.platform_dependent(x, kernel, cpu=functools.partial(_narrow, window=window), default=native)
+    if winograd.is_faster(x, kernel.shape, window.output_sizes(x, kernel.shape)):
+        fast = functools.partial(winograd.convolve, padding=window.padding)
+        return lax.platform_dependent(x, kernel, cpu=fast, default=native)
+    return native(x, kernel)
 
 
-_convolve = jax.custom_vjp(_value, nondiff_argnums=(2,))
+_convolve = jax.custom_vjp(lambda x, kernel, window: _value(x, kernel, window=window), nondiff_argnums=(2,))
 
 
 def _forward(x: Array, kernel: Array, window: Window) -> tuple[Array, tuple[Array, Array]]:
@@ -232,7 +220,7 @@ def _kernel_gradient_by_columns(x: Array, cotangent: Array, window: Window, taps
     B, H, W, C = x.shape
     P, Q, features = cotangent.shape[1:]
     rows, before = window.padding[0], window.padding[1][0]
-    num_parts = _num_parts(B, P * W * features, PART_VALUES)
+    num_parts = parts.num_parts(B, P * W * features, PART_VALUES)
 
     def of_part(x: Array, cotangent: Array) -> Array:
         along_rows = x.transpose(1, 3, 0, 2).reshape(1, H, C, -1)
@@ -245,7 +233,7 @@ def _kernel_gradient_by_columns(x: Array, cotangent: Array, window: Window, taps
             columns.append(_convolve(along_rows, kernel, Window(padding=(rows, (0, 0))))[0])
         return jnp.stack(columns, 1)
 
-    return _sum_over_parts(of_part, num_parts, x, cotangent)
+    return parts.sum_over_parts(of_part, num_parts, x, cotangent)
 
 
 def _flip(kernel: Array) -> Array:
@@ -268,20 +256,24 @@ def _own_gradients(x: Array, kernel: Array, cotangent: Array, window: Window) ->
         return x_gradient, _pointwise_kernel_gradient(x, cotangent)
     inputs, taps = (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1])
     x_gradient = _convolve(cotangent, _flip(kernel), _input_window(window, inputs, taps))
-    of_kernel = _kernel_gradient
-    if _moves_by_pixels(window):
-        of_kernel = _narrow_kernel_gradient if x.dtype == jnp.bfloat16 else _kernel_gradient_by_columns
-    return x_gradient, of_kernel(x, cotangent, window, taps)
+    if not _moves_by_pixels(window):
+        return x_gradient, _kernel_gradient(x, cotangent, window, taps)
+    if x.dtype == jnp.bfloat16:
+        return x_gradient, _narrow_kernel_gradient(x, cotangent, window, taps)
+    if winograd.is_faster(x, kernel.shape, window.output_sizes(x, kernel.shape)):
+        return x_gradient, winograd.kernel_gradient(x, cotangent, window.padding)
+    return x_gradient, _kernel_gradient_by_columns(x, cotangent, window, taps)
 
 
 def _native_gradients(x: Array, kernel: Array, cotangent: Array, window: Window) -> tuple[Array, Array]:
     return jax.vjp(lambda x, kernel: _native(x, kernel, window), x, kernel)[1](cotangent)
 
 
-def _backward(window: Window, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames="window")
+def _gradients(x: Array, kernel: Array, cotangent: Array, window: Window) -> tuple[Array, Array]:
     # The cotangent and x are used twice: stored, so that XLA does not compute what produced them twice, once in a
     # transposed order. The kernel: so that it is not flipped long before, and its copy kept through the forward pass.
-    arrays = lax.optimization_barrier((*residuals, cotangent))
+    arrays = lax.optimization_barrier((x, kernel, cotangent))
     gradients = lax.platform_dependent(
         *arrays,
         cpu=functools.partial(_own_gradients, window=window),
@@ -289,6 +281,10 @@ def _backward(window: Window, residuals: tuple[Array, Array], cotangent: Array) 
     )
     # Both before what follows from the first, so that x and the cotangent are not kept for the second any longer.
     return lax.optimization_barrier(gradients)
+
+
+def _backward(window: Window, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    return _gradients(*residuals, cotangent, window=window)
 
 
 _convolve.defvjp(_forward, _backward)
