@@ -25,7 +25,7 @@ import run_lib
 from checkpoints import CheckpointError
 from files import cache_folder, explain
 from ode import SolverError
-from runtime import background, command_line, logs, startup
+from runtime import background, command_line, logs, startup, stored_programs
 from runtime import workdir as workdirs
 from runtime.command_line import FLAGS, Mode
 from runtime.divergence import DivergedError
@@ -74,10 +74,12 @@ command_line.define_flags(MODES)
 
 
 def set_up_jax() -> None:
-    """Turns on the persistent compilation cache, so that a program is compiled once a machine and not once a run."""
+    """Turns on the caches of compiled programs, so that a program is made once a machine and not once a run."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder("xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    if os.environ.get(stored_programs.SWITCH) != "0":
+        stored_programs.keep_in(Path(cache))
 
 
 def spare_garbage_collection() -> None:

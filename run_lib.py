@@ -120,8 +120,9 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         startup.mark("build")
         source = datasets.build_source(config, "train")
         startup.mark("data")
+        trainer = train_loop.build_trainer(experiment, workdir)
         describe(experiment)
-        state = train_loop.train(train_loop.build_trainer(experiment, workdir), source, workdir)
+        state = train_loop.train(trainer, source, workdir)
     logging.info("trained %d steps; checkpoints and samples are in %s", int(state.step), workdir)
 
 

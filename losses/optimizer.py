@@ -9,11 +9,24 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 import checks
 
+SMALL = 4096  # values of an array
 ADAM_BETA2 = 0.999  # the 2021 code left it at the default of its optimizer
+
+
+def global_norm(tree: optax.Params) -> Float[Array, ""]:
+    """Returns the root of the sum of the squares of all values.
+
+    Small arrays, biases and scales by the hundred, are summed as one: XLA plans and loads a program for each sum.
+    """
+    leaves = jax.tree.leaves(tree)
+    small = [leaf.ravel() for leaf in leaves if leaf.size <= SMALL]
+    arrays = [leaf for leaf in leaves if leaf.size > SMALL] + ([jnp.concatenate(small)] if small else [])
+    return jnp.sqrt(sum((jnp.sum(array * array) for array in arrays), jnp.zeros(())))
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -22,7 +35,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     def update(
         grads: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        factor = max_norm / jnp.maximum(optax.tree.norm(grads), max_norm)
+        factor = max_norm / jnp.maximum(global_norm(grads), max_norm)
         return jax.tree.map(lambda g: g * factor, grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -46,8 +59,9 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         # by one: a parameter and what belongs to it stay in the cache from the moments to the average.
         mu, nu = (jax.tree.map(jax.lax.optimization_barrier, moments) for moments in (mu, nu))
         count = optax.safe_increment(state.count)
-        mu_hat, nu_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
-        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
+        # One number for all parameters: else XLA computes it for each again.
+        seen1, seen2 = jax.lax.optimization_barrier((1 - b1**count, 1 - b2**count))
+        updates = jax.tree.map(lambda m, v: m / seen1 / (jnp.sqrt(v / seen2) + eps), mu, nu)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
@@ -68,11 +82,13 @@ def make_optimizer(
     """
     # A schedule in either case: the optimizer's state, and so a checkpoint, has one structure for all settings.
     schedule = optax.linear_schedule(0.0, lr, warmup) if warmup > 0 else optax.constant_schedule(lr)
+    # Stored, as one number for all parameters: else XLA computes it for each again.
+    learning_rate = lambda count: jax.lax.optimization_barrier(jnp.asarray(schedule(count)))  # noqa: E731
     return optax.chain(
         clip_by_global_norm(grad_clip) if grad_clip >= 0 else optax.identity(),
         scale_by_adam(beta1, ADAM_BETA2, eps),
         optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(schedule),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 import distributed
 from losses.objectives import LossFn, Params
+from losses.optimizer import global_norm
 
 Batch = Array | tuple[Array, Array]  # levels, or levels and the labels of their classes
 
@@ -113,7 +114,7 @@ def make_train_step(
         # Stored before the average is made of them: else that would read the old ones, and these be copied for it.
         params = jax.tree.map(jax.lax.optimization_barrier, optax.apply_updates(state.params, updates))
         params_ema = update_ema(state.params_ema, params, ema_rate)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": loss, "grad_norm": global_norm(grads)}
         return TrainState(state.step + 1, params, params_ema, opt_state), metrics
 
     return train_step

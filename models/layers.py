@@ -74,7 +74,9 @@ def drop(key: PRNGKeyArray, x: Float[Array, "B *S"], rate: float) -> Float[Array
     Example i draws from its own key, so that what is dropped does not depend on the number of devices.
     """
     kept = 1.0 - rate
-    return jnp.where(keep(rng.bernoulli(key, kept, x.shape)), x / kept, 0.0)
+    # Stored before it is used: else it would be drawn once to be kept and once more to be used.
+    mask = jax.lax.optimization_barrier(rng.bernoulli(key, kept, x.shape))
+    return jnp.where(keep(mask), x / kept, 0.0)
 
 
 class Dropout(nn.Module):

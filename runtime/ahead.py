@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from ml_collections import ConfigDict
 import datasets
 import distributed
 from models.factory import told_classes
-from runtime import startup
+from runtime import startup, stored_programs
 from runtime.background import Background
 
 
@@ -35,23 +37,47 @@ def training_batch(config: ConfigDict, group: str = "training") -> Any:
     return (levels, labels) if group == "classifier" or told_classes(config) else levels
 
 
-def compile_in_background(mapped: jax.stages.Wrapped, *shapes: Any) -> Callable[..., Any]:
+def compile_in_background(
+    mapped: jax.stages.Wrapped, shapes: Callable[[], Sequence[Any]], *, made_of: str | None = None
+) -> Callable[..., Any]:
     """Traces a mapped function for arguments of these shapes, and compiles it while the program goes on.
 
     With several processes both are left to the first call, to which they all come.
+
+    Args:
+      mapped: the function.
+      shapes: returns those of its arguments; only called if they are needed.
+      made_of: all that the function and the shapes follow from, besides the sources, see `stored_programs`: where an
+        earlier process has left its program, that is loaded, and nothing traced. None: do not look for it.
 
     Returns:
       The function: its first call waits until it is compiled, and raises the error if it cannot be.
     """
     if not distributed.is_alone():
         return mapped
-    # Traced here, since two threads of Python take turns: beside it nothing else would get on.
-    compiling = Background(mapped.lower(*shapes).compile, "compile the training steps")
+    place = stored_programs.find_place(made_of) if made_of is not None else None
+    to_keep: list[jax.stages.Compiled] = []
+
+    def make(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        start = time.monotonic()
+        compiled = lowered.compile()
+        if place is not None and time.monotonic() - start >= stored_programs.LEAST_SECONDS:
+            to_keep.append(compiled)
+        return compiled
+
+    if place is not None and place.path.exists():
+        making = Background(lambda: place.load() or make(mapped.lower(*shapes())), "load the training steps")
+    else:
+        # Traced here, since two threads of Python take turns: beside it nothing else would get on.
+        making = Background(functools.partial(make, mapped.lower(*shapes())), "compile the training steps")
     startup.mark("trace")
 
     def call(*args: Any) -> Any:
-        compiled = compiling.result()
+        compiled = making.result()
         startup.mark("compile")
-        return compiled(*args)
+        results = compiled(*args)
+        if place is not None and to_keep:  # beside the steps that follow
+            Background(functools.partial(place.save, to_keep.pop()), "keep the training steps")
+        return results
 
     return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -218,11 +219,18 @@ def map_train_steps(experiment: Experiment, group: str = "training") -> jax.stag
 def build_train_program(experiment: Experiment, group: str = "training") -> Callable[..., Any]:
     """Compiles `n_jitted_steps` training steps: (state, batches) -> (state, metrics); see `map_train_steps`.
 
-    They are traced now and compiled in the background from then on: the first call waits for it.
+    They are compiled in the background from now on, or loaded from where an earlier run of the same configuration has
+    left them; the first call waits for it.
     """
     steps, key = map_train_steps(experiment, group), experiment.keys["train"]
-    shapes = ahead.on_devices((experiment.state_shapes, ahead.training_batch(experiment.config, group)))
-    call = ahead.compile_in_background(steps, key, *shapes)
+    batch = ahead.training_batch(experiment.config, group)
+    settings = json.dumps(experiment.config.to_dict(), sort_keys=True, default=str)
+    call = ahead.compile_in_background(
+        steps,
+        lambda: (key, *ahead.on_devices((experiment.state_shapes, batch))),
+        # A classifier's are made of its data, too, by which it normalizes.
+        made_of=f"training steps of batches {batch} for {settings}" if group == "training" else None,
+    )
     return lambda state, batches: call(key, state, batches)
 
 

@@ -14,6 +14,8 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 # Compiled programs are kept between runs; the folder is the checkout's own, so that a fresh clone starts cold.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
+# Tests change code at run time, of which a stored program knows nothing.
+os.environ["SCORE_SDE_KEEP_PROGRAMS"] = "0"
 # Weights and prepared images that the user has must not change what a test does.
 os.environ["SCORE_SDE_CACHE"] = str(ROOT / ".cache" / "score_sde")
 

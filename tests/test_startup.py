@@ -16,9 +16,9 @@ from absl import logging
 import distributed
 import losses
 from benchmarks import startup as benchmark
-from runtime import ahead, background, startup
+from runtime import ahead, background, startup, stored_programs
 from runtime.alike import loop_over_alike
-from runtime.experiment import build_experiment
+from runtime.experiment import build_experiment, build_train_program
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_the_state_is_that_of_the_network_and_the_optimizer_to_the_bit():
 def test_a_function_that_is_compiled_in_the_background_is_called_with_what_it_is_given():
     mapped = distributed.pmap(lambda x: 2 * x)
     x = jnp.arange(3.0 * jax.local_device_count()).reshape(-1, 3)
-    call = ahead.compile_in_background(mapped, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    call = ahead.compile_in_background(mapped, lambda: (jax.ShapeDtypeStruct(x.shape, x.dtype),))
     assert np.array_equal(call(x), 2 * x)
     assert np.array_equal(call(x + 1), 2 * x + 2)
 
@@ -139,9 +139,95 @@ def test_an_error_of_the_background_is_the_error_of_the_call():
         with pytest.raises(ValueError, match=r"^model\.nf=3 is wrong; expected more$"):
             work.result()
     lowered = types.SimpleNamespace(compile=lambda: refuse(1))
-    call = ahead.compile_in_background(types.SimpleNamespace(lower=lambda *shapes: lowered), "shape")
+    call = ahead.compile_in_background(types.SimpleNamespace(lower=lambda *shapes: lowered), lambda: ("shape",))
     with pytest.raises(ValueError, match=r"^model\.nf=3 is wrong; expected more$"):
         call(jnp.zeros(3))
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A folder where programs are kept, however fast they were made."""
+    monkeypatch.setattr(stored_programs, "LEAST_SECONDS", 0.0)
+    stored_programs.keep_in(tmp_path)
+    yield tmp_path
+    stored_programs.keep_in(None)
+
+
+def _wait_for(name):
+    for thread in threading.enumerate():
+        if thread.name == name:
+            thread.join()
+
+
+def _train_twice(experiment):
+    """Builds the program of two steps and calls it twice: what came out, and whether the state was donated to it."""
+    levels = np.random.default_rng(0).integers(0, 17, (2, 16, *experiment.image_shape), np.uint8)
+    program = build_train_program(experiment)
+    state = distributed.replicate(experiment.init_state())
+    batches = distributed.shard(levels, axis=1)
+    second = program(program(state, batches)[0], batches)
+    _wait_for("keep the training steps")
+    return bits(second), jax.tree.leaves(state)[1].is_deleted()
+
+
+def test_a_program_that_was_kept_is_loaded_without_tracing_and_computes_the_same(kept, monkeypatch, lines):
+    experiment = build_experiment(tiny.make_config())
+    made = _train_twice(experiment)
+    (path,) = kept.glob("*")
+    with monkeypatch.context() as changed:
+        changed.setattr(ahead, "on_devices", lambda shapes: pytest.fail("traced"))
+        assert _train_twice(build_experiment(tiny.make_config())) == made
+    assert made[1]
+
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert _train_twice(build_experiment(tiny.make_config())) == made
+    assert f"cannot use the program in {path}, which is made again: its content is not what was written" in lines
+    assert list(kept.glob("*")) == [path]
+    assert isinstance(stored_programs.Place(path).load(), jax.stages.Compiled)
+
+
+def test_a_program_is_found_by_all_that_it_is_made_of(kept, monkeypatch):
+    places = [stored_programs.find_place(name) for name in ("a", "a", "b")]
+    with jax.default_matmul_precision("float32"):
+        places.append(stored_programs.find_place("a"))
+    for name in ("_sources", "_processor", "_versions"):
+        with monkeypatch.context() as changed:
+            changed.setattr(stored_programs, name, lambda: "another")
+            places.append(stored_programs.find_place("a"))
+    with monkeypatch.context() as changed:
+        changed.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+        places.append(stored_programs.find_place("a"))
+    assert places[0] == places[1]
+    assert len(set(places)) == len(places) - 1
+    stored_programs.keep_in(None)
+    assert stored_programs.find_place("a") is None
+
+
+def test_the_sources_are_all_of_the_project(monkeypatch, tmp_path):
+    for name in ("main.py", "models/__init__.py", "models/deep/layers.py", "notes/plan.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(stored_programs, "ROOT", tmp_path)
+    found = {stored_programs._sources.__wrapped__()}
+    for name, changes in (("notes/plan.py", 0), ("main.py", 1), ("models/deep/layers.py", 1)):
+        (tmp_path / name).write_text("changed")
+        size = len(found)
+        found.add(stored_programs._sources.__wrapped__())
+        assert len(found) == size + changes
+
+
+def test_only_the_newest_programs_are_kept(kept, lines):
+    paths = [kept / f"{number}{stored_programs.SUFFIX}" for number in range(stored_programs.MOST_PROGRAMS)]
+    for number, path in enumerate(paths):
+        path.touch()
+        stored_programs.os.utime(path, (number, number))
+    compiled = jax.jit(lambda x: x + 1).lower(1.0).compile()
+    place = stored_programs.Place(kept / f"new{stored_programs.SUFFIX}")
+    place.save(compiled)
+    assert sorted(kept.glob("*")) == sorted([*paths[1:], place.path])
+    assert place.load()(1.0) == 2
+    stored_programs.Place(paths[1] / "no folder").save(compiled)
+    assert lines[-1].startswith(f"cannot keep the compiled program in {paths[1] / 'no folder'}: ")
 
 
 def test_the_end_does_not_wait_for_what_nobody_wants(monkeypatch):
