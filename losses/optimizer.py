@@ -59,9 +59,10 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         # by one: a parameter and what belongs to it stay in the cache from the moments to the average.
         mu, nu = (jax.tree.map(jax.lax.optimization_barrier, moments) for moments in (mu, nu))
         count = optax.safe_increment(state.count)
-        # One number for all parameters: else XLA computes it for each again.
-        seen1, seen2 = jax.lax.optimization_barrier((1 - b1**count, 1 - b2**count))
-        updates = jax.tree.map(lambda m, v: m / seen1 / (jnp.sqrt(v / seen2) + eps), mu, nu)
+        # As numbers for all parameters: else XLA computes them for each again.
+        corrections = [optax.tree.bias_correction(jnp.ones(()), decay, count) for decay in (b1, b2)]
+        factor1, factor2 = jax.lax.optimization_barrier(corrections)
+        updates = jax.tree.map(lambda m, v: m * factor1 / (jnp.sqrt(v * factor2) + eps), mu, nu)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)

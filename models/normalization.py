@@ -82,12 +82,14 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (C,))
         bias = self.param("bias", nn.initializers.zeros, (C,))
 
-        moments = keep(jnp.stack([x.mean((1, 2)), (x * x).mean((1, 2))]))
-        mean, mean_square = moments.reshape(2, B, groups, C // groups).mean(3)
+        moments = jnp.stack([x.mean((1, 2)), (x * x).mean((1, 2))])
+        mean, mean_square = keep(moments.reshape(2, B, groups, C // groups).mean(3))
         variance = jnp.maximum(mean_square - mean * mean, 0.0)
         inverse_std = jax.lax.rsqrt(variance + self.epsilon)
         factor = jnp.repeat(inverse_std, C // groups, 1) * scale[None, :]
         offset = bias[None, :] - jnp.repeat(mean, C // groups, 1) * factor
+        # Stored, and so their gradients: else XLA would sum over all pixels once more for that of the bias.
+        factor, offset = jax.lax.optimization_barrier((factor, offset))
         return x * factor[:, None, None, :] + offset[:, None, None, :]
 
 

@@ -253,6 +253,14 @@ def test_loss_of_an_image_does_not_depend_on_its_batch():
     np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(3, optimizers.SMALL + 1, 7), (optimizers.SMALL + 1,), (2,)])
+def test_global_norm_is_that_of_all_values(sizes):
+    rng = np.random.RandomState(0)
+    arrays = [rng.randn(size).astype(np.float32) for size in sizes]
+    expected = np.sqrt(sum((array.astype(np.float64) ** 2).sum() for array in arrays))
+    assert float(optimizers.global_norm(arrays)) == pytest.approx(expected, rel=1e-6)
+
+
 def test_update_is_that_of_optax():
     """Of Adam and of clipping, over steps with and without it, up to rounding."""
     rng = np.random.RandomState(0)
