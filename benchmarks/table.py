@@ -150,6 +150,8 @@ def write(goals: Sequence[Goal], results: Results) -> str:
             "nothing in it was typed by hand but the goals, and why one is missed, in `goals.py`.",
             f"Before: the same command with `--root` on commit {BEFORE}, run right after the other one.",
             f"After: commit {', '.join(commits) or 'unknown'}. All runs together took {minutes:.1f} minutes.",
+            "Operations are those of the network's convolutions and products as a GPU does them. A CPU needs fewer for",
+            "most convolutions (docs/performance.md), so that their rate may exceed that of a matrix product.",
             "",
             _cells(COLUMNS),
             _cells(["---"] * len(COLUMNS)),

@@ -73,7 +73,8 @@ SOURCES = sorted(
 )
 # What would run what it reads, and where it is used in such a way that it does not.
 MODULES = {name: set() for name in ("marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "tarfile")}
-MODULES["pickle"] = {"legacy/torch_file.py"}
+# The reader without unpickling, and the cache of compiled programs, which are machine code in any case.
+MODULES["pickle"] = {"legacy/torch_file.py", "runtime/stored_programs.py"}
 NEVER = (
     "eval",
     "exec",
