@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,9 +58,10 @@ def compile_in_background(
     to_keep: list[jax.stages.Compiled] = []
 
     def make(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        start = time.monotonic()
-        compiled = lowered.compile()
-        if place is not None and time.monotonic() - start >= stored_programs.LEAST_SECONDS:
+        if place is None:
+            return lowered.compile()
+        compiled, can_be_kept = stored_programs.compile_to_keep(lowered)
+        if can_be_kept:
             to_keep.append(compiled)
         return compiled
 

@@ -18,7 +18,10 @@ import hashlib
 import os
 import pickle
 import platform
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import flax
 import jax
@@ -38,6 +41,7 @@ SWITCH = (
 )
 LEAST_SECONDS = 5.0  # to compile a program that is worth a file
 MOST_PROGRAMS = 4  # files of 50 MB for the largest networks
+CACHE_WRITTEN = "/jax/compilation_cache/cache_misses"  # JAX's event when it has written what XLA compiled
 VARIABLES = ("XLA_FLAGS", "NPROC", "PJRT_NPROC")  # of the environment, which change what XLA compiles
 CPU_INFO = Path("/proc/cpuinfo")  # of Linux
 
@@ -113,6 +117,26 @@ class Place:
                 path.unlink(missing_ok=True)
         except Exception as error:  # the run goes on all the same
             logging.warning("cannot keep the compiled program in %s: %s", self.path, error)
+
+
+def compile_to_keep(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
+    """Compiles a program, and says whether it can be saved and is worth it.
+
+    What JAX found in its own cache cannot be saved: XLA has loaded the machine code, and writes a program without it.
+    """
+    thread, events = threading.get_ident(), []
+
+    def listen(event: str, **_: Any) -> None:
+        if threading.get_ident() == thread:
+            events.append(event)
+
+    start = time.monotonic()
+    jax.monitoring.register_event_listener(listen)
+    try:
+        compiled = lowered.compile()
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+    return compiled, CACHE_WRITTEN in events and time.monotonic() - start >= LEAST_SECONDS
 
 
 def find_place(made_of: str) -> Place | None:

@@ -16,6 +16,7 @@ from absl import logging
 import distributed
 import losses
 from benchmarks import startup as benchmark
+from benchmarks.train_step import own_cache
 from runtime import ahead, background, startup, stored_programs
 from runtime.alike import loop_over_alike
 from runtime.experiment import build_experiment, build_train_program
@@ -146,10 +147,11 @@ def test_an_error_of_the_background_is_the_error_of_the_call():
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """A folder where programs are kept, however fast they were made."""
+    """A folder where programs are kept, however fast they were made; JAX's own cache is empty."""
     monkeypatch.setattr(stored_programs, "LEAST_SECONDS", 0.0)
     stored_programs.keep_in(tmp_path)
-    yield tmp_path
+    with own_cache():
+        yield tmp_path
     stored_programs.keep_in(None)
 
 
@@ -182,8 +184,8 @@ def test_a_program_that_was_kept_is_loaded_without_tracing_and_computes_the_same
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert _train_twice(build_experiment(tiny.make_config())) == made
     assert f"cannot use the program in {path}, which is made again: its content is not what was written" in lines
-    assert list(kept.glob("*")) == [path]
-    assert isinstance(stored_programs.Place(path).load(), jax.stages.Compiled)
+    # JAX found it in its own cache, and what it loads from there has no machine code to save.
+    assert list(kept.glob("*")) == []
 
 
 def test_a_program_is_found_by_all_that_it_is_made_of(kept, monkeypatch):
