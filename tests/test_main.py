@@ -57,6 +57,21 @@ def test_the_compilation_cache_is_on(monkeypatch, tmp_path):
     assert "tensorflow" not in sys.modules
 
 
+def test_programs_are_kept_beside_the_compilation_cache_unless_that_is_turned_off(monkeypatch, tmp_path):
+    import jax
+
+    before, kept = jax.config.jax_compilation_cache_dir, []
+    monkeypatch.setattr(main.stored_programs, "keep_in", kept.append)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("SCORE_SDE_KEEP_PROGRAMS", "0")
+    main.set_up_jax()
+    assert kept == []
+    monkeypatch.delenv("SCORE_SDE_KEEP_PROGRAMS")
+    main.set_up_jax()
+    assert kept == [tmp_path]
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 @pytest.mark.parametrize("name", main.MODES)
 def test_the_flags_of_a_mode_are_arguments_of_its_function(name):
     mode = main.MODES[name]
