@@ -80,7 +80,7 @@ def _bernoulli(key: PRNGKeyArray, probability: float, shape: tuple[int, ...]) ->
 
     There JAX's Threefry is a loop over rounds, each of which goes through memory; written out it is one operation.
     """
-    is_threefry = str(jax.random.key_impl(key)) == "threefry2x32" and jax.config.jax_threefry_partitionable
+    is_threefry = str(jax.random.key_impl(key)) == "threefry2x32" and jax.config.values["jax_threefry_partitionable"]
     if not is_threefry or math.prod(shape) >= 2**32:
         return jax.random.bernoulli(key, probability, shape)
     bits = _threefry(jax.random.key_data(key), jnp.arange(math.prod(shape), dtype=jnp.uint32))
