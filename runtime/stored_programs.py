@@ -108,8 +108,9 @@ class Place:
         return compiled
 
     def save(self, compiled: jax.stages.Compiled) -> None:
-        """Writes the program, and removes the oldest ones; if it cannot be written, a warning says so."""
+        """Writes the program, and removes old ones and what killed processes left; a warning tells if it cannot."""
         try:
+            files.remove_leftovers(self.path.parent)
             content = pickle.dumps(serialize_executable.serialize(compiled))
             files.write_bytes(self.path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
             oldest_first = sorted(self.path.parent.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)

@@ -1,6 +1,7 @@
 """The start of a run: what the log tells of it, parameters drawn in loops, and compiling in the background."""
 
 import logging as standard_logging
+import socket
 import sys
 import threading
 import time
@@ -225,6 +226,7 @@ def test_only_the_newest_programs_are_kept(kept, lines):
         stored_programs.os.utime(path, (number, number))
     compiled = jax.jit(lambda x: x + 1).lower(1.0).compile()
     place = stored_programs.Place(kept / f"new{stored_programs.SUFFIX}")
+    (kept / f".{place.path.name}.{socket.gethostname()}-{2**22 + 1}.left").touch()  # by a process that is not there
     place.save(compiled)
     assert sorted(kept.glob("*")) == sorted([*paths[1:], place.path])
     assert place.load()(1.0) == 2
