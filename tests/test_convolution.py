@@ -60,7 +60,7 @@ def _written_out(x, kernel, window):
     return y
 
 
-ALL_SIZES = {(winograd, "LEAST_CHANNELS"): 1, (winograd, "LEAST_TILES"): 1}
+ALL_SIZES = {(winograd, "PAYS"): True, (winograd, "LEAST_CHANNELS"): 1, (winograd, "LEAST_TILES"): 1}
 LIMITS = {
     "as it comes": {},
     "in parts": {(convolution, "PART_VALUES"): 1},

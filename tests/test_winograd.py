@@ -48,7 +48,8 @@ def test_rounding_is_that_of_a_convolution(C, features):
     assert 0 < error(found_gradient, gradient) < 2 * error(native_gradient, gradient) < 2e-6
 
 
-def test_convolutions_that_it_fits_use_it_on_a_cpu_only():
+def test_convolutions_that_it_fits_use_it_on_a_cpu_only(monkeypatch):
+    monkeypatch.setattr(winograd, "PAYS", True)
     x, kernel = jnp.ones((2, 8, 8, 64)), jnp.ones((3, 3, 64, 96))
     gradients = jax.jit(jax.grad(lambda x, kernel: (convolve(x, kernel, Window(padding=SAME)) ** 2).sum(), (0, 1)))
     text = {name: gradients.trace(x, kernel).lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda")}
@@ -72,6 +73,9 @@ def test_convolutions_that_it_fits_use_it_on_a_cpu_only():
         ((1, 64, 66, 128), (3, 3, 128, 64), (64, 66), False),
     ],
 )
-def test_what_it_fits(x, taps, outputs, fits):
+def test_what_it_fits(x, taps, outputs, fits, monkeypatch):
+    monkeypatch.setattr(winograd, "PAYS", True)
     assert winograd.is_faster(jax.ShapeDtypeStruct(x, jnp.float32), taps, outputs) is fits
     assert not winograd.is_faster(jax.ShapeDtypeStruct(x, jnp.bfloat16), taps, outputs)
+    monkeypatch.setattr(winograd, "PAYS", False)
+    assert not winograd.is_faster(jax.ShapeDtypeStruct(x, jnp.float32), taps, outputs)
