@@ -36,9 +36,7 @@ import files
 
 ROOT = Path(__file__).resolve().parent.parent
 SUFFIX = ".program"
-SWITCH = (
-    "SCORE_SDE_KEEP_PROGRAMS"  # in the environment; 0: no program is kept or found, as for code changed at run time
-)
+SWITCH = "SCORE_SDE_KEEP_PROGRAMS"  # in the environment; 0: none is kept or found, as for code changed at run time
 LEAST_SECONDS = 5.0  # to compile a program that is worth a file
 MOST_PROGRAMS = 4  # files of 50 MB for the largest networks
 CACHE_WRITTEN = "/jax/compilation_cache/cache_misses"  # JAX's event when it has written what XLA compiled
@@ -64,10 +62,10 @@ def _sources() -> str:
 
 def _processor() -> str:
     """Describes what a program is compiled for: the processor, its cores, and the devices that JAX makes of them."""
-    text = CPU_INFO.read_text() if CPU_INFO.exists() else platform.processor()
+    text = CPU_INFO.read_text() if CPU_INFO.exists() else ""
     lines = {line for line in text.splitlines() if line.startswith(("model name", "flags", "Features"))}
-    counts = os.cpu_count(), len(os.sched_getaffinity(0)), jax.device_count()
-    return "\n".join([platform.machine(), str(counts), *sorted(lines)])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # on Linux alone
+    return "\n".join([platform.platform(), platform.processor(), f"{cores} {jax.device_count()}", *sorted(lines)])
 
 
 def _versions() -> str:
