@@ -18,9 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 import checks
-import distributed
-import rng
-from files import content_hash
+from parallel import distributed, rng
 from sources.base import Source
 from sources.digits import load_digits
 from sources.folder import Rules, load_folder
@@ -30,6 +28,7 @@ from sources.tfds import TfdsSource, load_celeba, load_lsun, load_tfds, scene_na
 from sources.tfds_any import PREFIX, load_any
 from sources.tfds_cache import keep
 from sources.tfrecord import load_tfrecord
+from storage.files import content_hash
 
 NUM_COMPARED = 16  # images that tell whether hosts have the same ones
 # Those of TFDS by the name that it has for them.

@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 import checks
-import rng
 from datasets import Scaler
-from noise_levels import noise_levels
+from parallel import rng
 from sde_lib import SDE
+from solvers.noise_levels import noise_levels
 
 # (key, levels) -> (x in the network's range, log-density of the noise in nats and in the network's units)
 Dequantize = Callable[[PRNGKeyArray, UInt8[Array, "B H W C"]], tuple[Float[Array, "B H W C"], Float[Array, "B"]]]

@@ -14,13 +14,13 @@ from absl import logging
 from jaxtyping import Float, Integer, Num
 from scipy.special import softmax, xlogy
 
-from files import content_hash
 from metrics.frechet import FeatureStatistics, frechet_distance
 from metrics.frechet_unbiased import frechet_distance_unbiased
 from metrics.metric import Metric, as_features, make_metric, mean_metric, stderr_of_mean
 from metrics.naming import FEW_SAMPLES, PUBLISHED_SAMPLES, TEST_SUFFIX, with_labels
 from metrics.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, Balls, density_coverage, precision_recall
 from metrics.pairwise import kernel_distance, kernel_distance_blocks, kernel_distance_subsets
+from storage.files import content_hash
 
 __all__ = [
     "FeatureStatistics",

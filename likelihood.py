@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
-import ode
-import rng
+from parallel import rng
 from sde_lib import SDE, ScoreFn
+from solvers import ode
 
 # Time at which the integration starts: earlier than sampling stops, since with VP at t = 1e-3 the noise is as wide as
 # a grey level of 256; the value the published bits/dim were computed with.

@@ -20,16 +20,18 @@ from typing import NoReturn
 import jax
 from absl import app
 
-import distributed
 import run_lib
-from checkpoints import CheckpointError
-from files import cache_folder, explain
-from ode import SolverError
-from runtime import background, command_line, logs, startup, stored_programs
-from runtime import workdir as workdirs
-from runtime.command_line import FLAGS, Mode
-from runtime.divergence import DivergedError
-from runtime.locks import LockedError
+from experiment import background, startup, stored_programs
+from modes import command_line
+from modes.command_line import FLAGS, Mode
+from parallel import distributed
+from solvers.ode import SolverError
+from storage.files import cache_folder, explain
+from training.divergence import DivergedError
+from workdir import folder as workdirs
+from workdir import logs
+from workdir.checkpoints import CheckpointError
+from workdir.locks import LockedError
 
 # What a user can mend: told in one sentence. Anything else is our fault and ends with its traceback.
 USER_ERRORS = (

@@ -10,28 +10,25 @@ from ml_collections import ConfigDict
 
 import datasets
 import report
+from classifier import training as classifier_training
+from classifier.experiment import FOLDER, check_settings
+from experiment import smoke, startup
+from experiment.build import Experiment, build_experiment, describe
 from metrics import inception_weights
 from models.factory import require_score_network
-from runtime import (
-    classifier_training,
-    compare,
-    data_stats,
-    encoding,
-    eval_loop,
-    locks,
-    preparing,
-    restoring,
-    sample_run,
-    smoke,
-    startup,
-    train_loop,
-)
-from runtime import memory as footprint
-from runtime import workdir as workdirs
-from runtime.classifier_experiment import FOLDER, check_settings
-from runtime.doctor import examine
-from runtime.experiment import Experiment, build_experiment, describe
-from runtime.importing import export_checkpoint, import_checkpoint
+from modes import encode as encoding
+from modes import memory as footprint
+from modes import prepare as preparing
+from modes import sample as sample_run
+from modes import stats as data_stats
+from modes.compare_samplers import compare
+from modes.doctor.doctor import examine
+from modes.evaluate import evaluate as eval_loop
+from modes.importing import export_checkpoint, import_checkpoint
+from modes.restore import restore as restoring
+from training import loop as train_loop
+from workdir import folder as workdirs
+from workdir import locks
 
 __all__ = [
     "build_experiment",

@@ -16,8 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
-import distributed
-import rng
+from parallel import distributed, rng
 from sde_lib import SDE, VESDE, VPSDE, ReverseSDE, ScoreFn, expand
 from solvers import SOLVERS
 from solvers.interface import TRANSFORM_STREAM, Sampler, StepResult, StepTransform, prepare, unchanged

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
-import rng
+from parallel import rng
 
 # score(x, t) = grad_x log p_t(x): (float[B, ...], float[B]) -> float[B, ...]
 ScoreFn = Callable[[Float[Array, "B ..."], Float[Array, "B"]], Float[Array, "B ..."]]

@@ -25,9 +25,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
-import rng
-from noise_levels import NoiseLevels, noise_levels, time_of_log_snr
+from parallel import rng
 from sde_lib import SDE, ScoreFn, expand
+from solvers.noise_levels import NoiseLevels, noise_levels, time_of_log_snr
 
 # Times of a stratum that are drawn from: the midpoint rule on them is exact to 1e-6 of the integral, and the times can
 # be inverted from log sigma in float64 before anything is compiled.

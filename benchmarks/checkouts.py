@@ -39,8 +39,8 @@ def chosen(arguments: Sequence[str]) -> str:
     if not named:
         return str(OWN)
     folder = Path(named[-1]).resolve()
-    if not (folder / "runtime" / "experiment.py").is_file():
-        raise SystemExit(f"--root={named[-1]} is no checkout of score_sde: it has no runtime/experiment.py")
+    if not (folder / "experiment" / "build.py").is_file():
+        raise SystemExit(f"--root={named[-1]} is no checkout of score_sde: it has no experiment/build.py")
     return str(folder)
 
 

@@ -22,8 +22,8 @@ from jaxtyping import Bool, UInt8
 from ml_collections import config_flags
 
 import datasets
-from files import read_npz
-from runtime.real_features import every_image
+from modes.evaluate.real_features import every_image
+from storage.files import read_npz
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Experiment whose data set the samples are of.")

@@ -28,8 +28,8 @@ from ml_collections import ConfigDict, config_flags
 
 import checks
 import datasets
-import distributed
 from benchmarks import measure as measuring
+from parallel import distributed
 
 MIB = 2**20
 WARM_UP = 3  # calls that are not timed: two are read ahead

@@ -31,14 +31,14 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import checks
-import distributed
-import ode
 from benchmarks import loops, train_step
 from benchmarks import measure as measuring
 from benchmarks.measure import Seconds
+from experiment import drawing
+from experiment.build import Experiment, build_experiment
 from likelihood import LikelihoodResult, build_likelihood
-from runtime import drawing
-from runtime.experiment import Experiment, build_experiment
+from parallel import distributed
+from solvers import ode
 
 PASSES = 3  # evaluations of the parts, before each call of the likelihood and after the last
 

@@ -35,11 +35,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import datasets
-import rng
 from dequantization import build_dequantization
+from experiment import drawing
+from experiment.build import Experiment, build_experiment
 from likelihood import LIKELIHOOD_EPS, build_likelihood
-from runtime import drawing
-from runtime.experiment import Experiment, build_experiment
+from parallel import rng
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Experiment that the workdir was trained with.")

@@ -36,12 +36,13 @@ from ml_collections import ConfigDict
 
 import checks
 import datasets
-import distributed
 import run_lib
 from configs.vp import digits_ddpmpp_continuous
-from runtime import logs, train_loop
-from runtime.experiment import build_experiment, build_train_program
-from runtime.progress import TrainingProgress
+from experiment.build import build_experiment, build_train_program
+from parallel import distributed
+from training import loop as train_loop
+from workdir import logs
+from workdir.progress import TrainingProgress
 
 SETTINGS = {
     "model.nf": 8,

@@ -35,7 +35,7 @@ from ml_collections import ConfigDict, config_flags
 import checks
 from benchmarks import measure, train_step
 from benchmarks.measure import Seconds
-from runtime.experiment import Experiment, build_experiment
+from experiment.build import Experiment, build_experiment
 
 PAUSE = 0.5  # seconds; OpenMP's threads spin for up to 0.2 s after their work
 WARM_UP = 2  # calls of each side that are not timed

@@ -31,8 +31,8 @@ from ml_collections import ConfigDict, config_flags
 import checks
 from benchmarks import contractions, measure, train_step
 from benchmarks.contractions import Contraction
+from experiment.build import build_experiment
 from models.precision import DTYPES
-from runtime.experiment import build_experiment
 
 FLAGS = flags.FLAGS
 

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 
-import files
 from benchmarks import table
 from benchmarks.checkouts import OWN
 from benchmarks.goals import BEFORE, GOALS, Command
 from benchmarks.measure import progress
 from benchmarks.table import Outcome
+from storage import files
 
 FOLDER = Path(__file__).resolve().parent
 MAX_SECONDS = 600.0  # of one command

@@ -43,10 +43,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import checks
-import distributed
 from benchmarks import train_step
-from runtime import drawing
-from runtime.experiment import Experiment, SamplingProgram, build_experiment
+from experiment import drawing
+from experiment.build import Experiment, SamplingProgram, build_experiment
+from parallel import distributed
 from sampling import METHODS, build_sampler
 from solvers import ADAPTIVE
 

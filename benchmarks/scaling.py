@@ -34,11 +34,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import checks
-import distributed
 from benchmarks import measure as measuring
 from benchmarks import train_step
-from runtime import memory
-from runtime.experiment import build_experiment
+from experiment.build import build_experiment
+from modes import memory
+from parallel import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTING = {"image_size": "data.image_size", "nf": "model.nf", "batch_size": "training.batch_size"}

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 import checks
 import datasets
 from benchmarks import measure
-from runtime import startup
+from experiment import startup
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_IMAGES = {"train": 512, "test": 64}

@@ -28,8 +28,8 @@ from ml_collections import config_flags
 
 import datasets
 import losses
-from runtime import drawing
-from runtime.experiment import Experiment, build_experiment
+from experiment import drawing
+from experiment.build import Experiment, build_experiment
 
 NUM_BLOCKS = 20  # of the repetitions, for standard errors
 

@@ -51,11 +51,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict, config_flags
 
 import checks
-import distributed
 import losses
+from experiment.build import Experiment, build_experiment, map_train_steps
 from models.factory import told_classes
-from runtime import memory
-from runtime.experiment import Experiment, build_experiment, map_train_steps
+from modes import memory
+from parallel import distributed
 
 ROOT = checkouts.chosen(sys.argv)
 WHAT = ("step", "forward")

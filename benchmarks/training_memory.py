@@ -24,10 +24,11 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-import distributed
 from benchmarks.process_memory import Growth
-from runtime import memory, train_loop
-from runtime.experiment import build_experiment
+from experiment.build import build_experiment
+from modes import memory
+from parallel import distributed
+from training import loop as train_loop
 
 CALLS = 3
 

@@ -5,7 +5,6 @@ sampling loop is that of `sampling` and `solvers`. The 2021 code had three near-
 returned the noisy state of the unknown part where they meant the denoised one.
 """
 
-from controllable_generation.classes import condition_on_class
 from controllable_generation.operators import Operator, from_functions
 from controllable_generation.restoration import Conditional, Restoration, build_operator, build_restoration
 
@@ -15,6 +14,5 @@ __all__ = [
     "Restoration",
     "build_operator",
     "build_restoration",
-    "condition_on_class",
     "from_functions",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-import guards
+from storage import guards
 
 _THRESHOLD = 128  # of 8 bits, from which a pixel of a picture counts as white
 

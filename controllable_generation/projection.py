@@ -12,8 +12,8 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-import rng
 from controllable_generation.operators import Operator
+from parallel import rng
 from sampling import StepResult, StepTransform
 from sde_lib import SDE, expand
 

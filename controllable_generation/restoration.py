@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
-import rng
 from controllable_generation import guidance, operators
 from controllable_generation.masks import read_mask
 from controllable_generation.operators import ImageShape, Operator
 from controllable_generation.projection import put_in_each_step
+from parallel import rng
 from sampling import StepTransform, data_range
 from sde_lib import SDE, ScoreFn
 from solvers import ADAPTIVE

@@ -11,7 +11,7 @@ import flax.serialization
 import msgpack
 import numpy as np
 
-import files
+from storage import files
 
 MAX_BYTES = 2**34  # several times the largest checkpoint of the paper
 MAX_RANK = 8

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 
-import guards
+from storage import guards
 
 MAX_PICKLE_BYTES = 2**23  # a pickle holds names and shapes, a tenth of this; the values lie beside it
 BYTES_OF_ITEM = 16  # what an item of an argument of a function counts for

@@ -20,9 +20,9 @@ from absl import logging
 from flax import traverse_util
 from jaxtyping import Array, Float, Integer, UInt8
 
-import distributed
-from files import content_hash, read_npz, write_atomically
 from metrics.images import apply_in_batches, check_levels, flatten_params, params_hash
+from parallel import distributed
+from storage.files import content_hash, read_npz, write_atomically
 
 EVAL_BATCH_SIZE = 256  # images of a batch of features: one compiled function serves any number of images
 SMALLEST_SIDE = 8  # pixels: images are pooled by 2 while their shorter side is at least this

@@ -11,8 +11,8 @@ import math
 import numpy as np
 from jaxtyping import Float, Num
 
-from files import content_hash
 from metrics.metric import Metric, as_features, check_dimensions, make_metric, stderr_of_mean
+from storage.files import content_hash
 
 
 @dataclasses.dataclass(frozen=True)

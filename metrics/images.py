@@ -9,7 +9,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
-from files import content_hash
+from storage.files import content_hash
 
 RGB = 3  # channels that networks trained on photographs take
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from files import cache_folder, read_npz
 from metrics.pretrained import PRECISION, ConvNorm, PretrainedExtractor, check_params, param_shapes
+from storage.files import cache_folder, read_npz
 
 SIDE = 299  # pixels of the network's input
 NUM_FEATURES, NUM_CLASSES = 2048, 1008

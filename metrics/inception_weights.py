@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from files import read_npz, write_atomically
 from legacy.torch_file import read_torch
 from metrics.images import flatten_params, params_hash
 from metrics.inception import SIDE, Inception, weights_path
 from metrics.pretrained import check_params, param_shapes, params_from_torch
+from storage.files import read_npz, write_atomically
 
 PTH_SHA256 = "6726825d"  # how the published file's SHA-256 starts: PyTorch puts it in the name
 GRAPH_SECONDS = 300  # limit for TensorFlow to start and read a graph

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Num
 
-import guards
+from storage import guards
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
-import distributed
 from metrics.images import RGB, apply_in_batches, check_photographs, params_hash
+from parallel import distributed
 
 BATCH_SIZE = 32  # images of a device that a network is compiled for; the last batch is filled up
 PRECISION = jax.lax.Precision.HIGHEST  # float32 also where accelerators would multiply in less: FID would change

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-import guards
-from files import read_npz, write_atomically
 from metrics.frechet import FeatureStatistics
 from metrics.metric import as_features, check_finite
+from storage import guards
+from storage.files import read_npz, write_atomically
 
 NOT_STATED = "not stated by the file"
 # Part of the largest eigenvalue by which another may be negative, and of the largest entry by which a matrix may not be

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from files import content_hash
 from metrics.images import RGB, apply_in_batches, as_rgb, check_photographs
+from storage.files import content_hash
 
 TFHUB_URL = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 BATCH_SIZE = 64

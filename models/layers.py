@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-import rng
 from models import initializers
 from models.convolution import convolve
 from models.initializers import Initializer
 from models.normalization import GroupNorm, NormFactory
 from models.precision import add_to_channels, at_least_float32
 from models.rematerialization import keep
+from parallel import rng
 from sde_lib import VESDE, expand
 
 Activation = Callable[[Array], Array]

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import plots
-from files import write_bytes, write_json
 from metrics.metric import Metric
 from metrics.naming import TEST_SUFFIX
+from report import plots
 from report.data import CheckpointInfo, DataInfo, FeatureInfo, ReferenceInfo, finite
 from report.page import machine_rows, metric_text, settings_rows, table
+from storage.files import write_bytes, write_json
 
 NAME = "samplers"  # of the three files
 QUALITIES = ("frechet_distance", "kernel_distance")  # metrics that are shown

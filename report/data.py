@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import guards
-from files import write_json
 from metrics.metric import Metric
+from storage import guards
+from storage.files import write_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import plots
-from files import write_bytes
 from metrics.metric import Metric
 from metrics.naming import FEW_SAMPLES, PUBLISHED_SAMPLES, TEST_SUFFIX
+from report import plots
 from report.data import CheckpointInfo, DataInfo, Report, read_reports
+from storage.files import write_bytes
 
 NOT_RUN = "not run"
 NOT_KNOWN = "not known"

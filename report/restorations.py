@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-import plots
-from files import write_bytes, write_json
 from metrics.metric import Metric, make_metric, mean_metric
+from report import plots
 from report.data import CheckpointInfo, finite
 from report.page import NOT_RUN, machine_rows, metric_text, number_text, table
+from storage.files import write_bytes, write_json
 
 NAME = "restore"  # of restore.json and restore.md
 COMPARISON = "comparison.png"

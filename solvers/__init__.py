@@ -12,9 +12,8 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 import checks
-from noise_levels import NoiseLevels, noise_levels, time_grid
 from sde_lib import SDE
-from solvers import fixed_grid, multistep, runge_kutta
+from solvers import fixed_grid, multistep, noise_levels, runge_kutta
 from solvers.adaptive import sample_adaptive_sde, sample_ode
 from solvers.fixed_grid import Solver
 from solvers.interface import Sampler, StepResult, StepTransform
@@ -33,7 +32,7 @@ def _order(settings: ConfigDict) -> int:
     return int(order)
 
 
-def _heun(settings: ConfigDict, sde: SDE, levels: NoiseLevels) -> Solver:
+def _heun(settings: ConfigDict, sde: SDE, levels: noise_levels.NoiseLevels) -> Solver:
     for name in ("s_churn", "s_tmin", "s_tmax", "s_noise"):
         checks.not_negative(f"sampling.{name}", settings[name])
     return runge_kutta.heun(
@@ -46,7 +45,7 @@ def _heun(settings: ConfigDict, sde: SDE, levels: NoiseLevels) -> Solver:
     )
 
 
-FIXED_GRID: dict[str, Callable[[ConfigDict, SDE, NoiseLevels], Solver]] = {
+FIXED_GRID: dict[str, Callable[[ConfigDict, SDE, noise_levels.NoiseLevels], Solver]] = {
     "ddim": lambda settings, sde, levels: multistep.ddim(levels, eta=settings.eta),
     "deis": lambda settings, sde, levels: multistep.deis(levels, sde, order=_order(settings)),
     "dpmpp_2m": lambda settings, sde, levels: multistep.dpmpp_2m(levels),
@@ -62,7 +61,9 @@ FIXED_GRID: dict[str, Callable[[ConfigDict, SDE, NoiseLevels], Solver]] = {
 def _build_fixed_grid(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
     settings = config.sampling
     checks.not_negative("sampling.num_steps", settings.num_steps)
-    levels = noise_levels(sde, time_grid(sde, settings.num_steps or config.model.num_scales, settings.time_grid))
+    levels = noise_levels.noise_levels(
+        sde, noise_levels.time_grid(sde, settings.num_steps or config.model.num_scales, settings.time_grid)
+    )
     solver = FIXED_GRID[settings.method](settings, sde, levels)
     return functools.partial(
         fixed_grid.sample, solver=solver, levels=levels, sde=sde, shape=shape, noise_removal=settings.noise_removal

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-import ode
-import rng
+from parallel import rng
 from sde_lib import SDE, ReverseSDE, ScoreFn, expand
+from solvers import ode
 from solvers.interface import StepTransform, predict_data, prepare, refuse_transform
 
 FIRST_STEP = 0.01  # of `adaptive_sde`, in units of t (Jolicoeur-Martineau et al. 2021, Algorithm 1)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-import rng
-from noise_levels import NoiseLevels
+from parallel import rng
 from sde_lib import SDE, ScoreFn
 from solvers.interface import TRANSFORM_STREAM, StepTransform, predict_data, prepare, unchanged
+from solvers.noise_levels import NoiseLevels
 
 Row = Mapping[str, Array]  # coefficients of one step
 Memory = Any  # what a solver carries from step to step besides the state

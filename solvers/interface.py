@@ -8,7 +8,7 @@ from typing import Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-import rng
+from parallel import rng
 from sde_lib import SDE, ScoreFn
 
 # x and x_mean, both float[B, ...]: the new state, and the same before the step's noise was added.

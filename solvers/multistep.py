@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-import noise_levels
-import rng
-from noise_levels import NoiseLevels
+from parallel import rng
 from sde_lib import SDE, ScoreFn
+from solvers import noise_levels
 from solvers.fixed_grid import Memory, Row, Solver
 from solvers.interface import predict_data, predict_noise
+from solvers.noise_levels import NoiseLevels
 
 _QUADRATURE = np.polynomial.legendre.leggauss(32)  # exact to rounding for the smooth integrands of a step
 

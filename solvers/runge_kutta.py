@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-import rng
-from noise_levels import NoiseLevels, noise_levels, time_of_log_snr
+from parallel import rng
 from sde_lib import SDE, ScoreFn
 from solvers.fixed_grid import Memory, Row, Solver
 from solvers.interface import predict_data, predict_noise
 from solvers.multistep import data_weights
+from solvers.noise_levels import NoiseLevels, noise_levels, time_of_log_snr
 
 # Butcher tableaux: rows of coefficients of the earlier slopes, the last row that of the step itself.
 HEUN = ((), (1.0,), (1 / 2, 1 / 2))

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int64
 
-from files import content_hash
+from storage.files import content_hash
 
 AS_STORED = "as stored"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-import files
+from storage import files
 
 GIB = 2**30
 RESERVE = 2**28  # bytes of the disk that are left free

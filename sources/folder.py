@@ -17,12 +17,11 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int64
 
-import files
-import guards
 from sources import cache, listing
 from sources.base import ArraySource, Selection, Source, held_out
 from sources.listing import PictureFiles
 from sources.pictures import Fit, decode_picture, fit_picture, to_levels
+from storage import files, guards
 
 NUM_NAMED = 5  # pictures that a message names
 NUM_CLASSES_NAMED = 20

@@ -16,8 +16,8 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int64
 
-import guards
 from sources.pictures import SUFFIXES
+from storage import guards
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first one that is there is the test split

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-import guards
-from files import content_hash, read_npz
 from sources import cache
 from sources.base import ArraySource, Selection, Source, held_out
+from storage import guards
+from storage.files import content_hash, read_npz
 
 ARRAYS = ("samples", "images")  # names that the array of images may have
 LABELS, NUM_CLASSES = "labels", "num_classes"

@@ -16,9 +16,9 @@ from absl import logging
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
-import guards
 from sources.npz import load_npz
 from sources.resize import resize
+from storage import guards
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
 RESIZE = ("none", "crop", "stretch")  # values of `data.resize` and `restore.resize`

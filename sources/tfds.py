@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import guards
-from files import content_hash
 from sources import resize
 from sources.base import AS_STORED
 from sources.tfds_open import NOT_PREPARED, not_prepared, open_builder
+from storage import guards
+from storage.files import content_hash
 
 MODES: dict[int | None, str] = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by the number of channels
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from files import content_hash
 from sources import cache, tfds
 from sources.base import Selection, Source, held_out
 from sources.folder import Rules
@@ -18,6 +17,7 @@ from sources.pictures import decode_picture, fit_picture, to_levels
 from sources.tfds import TfdsSource
 from sources.tfds_cache import keep
 from sources.tfds_open import open_builder
+from storage.files import content_hash
 
 PREFIX = "tfds:"  # of `data.dataset`, before the name that TFDS has
 TEST_SPLITS = ("test", "validation")  # the first one that is there is the test split

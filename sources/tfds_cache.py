@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from files import content_hash
 from sources import cache
 from sources.base import ArraySource, Source
 from sources.tfds import TfdsSource
+from storage.files import content_hash
 
 IMAGES, LABELS = "images.npy", "labels.npy"  # files of a prepared split
 VERSION = "1"  # of what is kept; another one prepares the images anew

@@ -21,8 +21,8 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from files import content_hash
 from sources.base import AS_STORED
+from storage.files import content_hash
 
 HEADER = struct.Struct("<QI")  # length of the data in bytes, checksum of those eight bytes
 FOOTER_BYTES = 4  # checksum of the data

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import tiny
 
-from checkpoints import Checkpoints
-from runtime.experiment import build_experiment
+from experiment.build import build_experiment
+from workdir.checkpoints import Checkpoints
 
 QUIET = {"training__snapshot_sampling": False}  # no samples: their program takes as long to compile as the training's
 RUN = """
@@ -67,7 +67,7 @@ def wait_for_snapshot():
 # Does something to the workdir when the losses of step 14 are recorded.
 AT_14 = """
 import os, pathlib, shutil
-from runtime import progress
+from workdir import progress
 workdir = pathlib.Path({workdir!r})
 record = progress.TrainingProgress.record
 def record_and_act(self, step, **values):
@@ -80,7 +80,7 @@ progress.TrainingProgress.record = record_and_act
 # Writes half of a file and kills the process.
 KILL_AT_FILE = """
 import os, signal
-import files
+from storage import files
 write = files.write_atomically
 def write_half(path, content):
     if path.name != "{name}":
@@ -101,7 +101,7 @@ files.write_atomically = write_half
 # Fills the disk of the workdir when a file is about to be written, and says so.
 FILL_AT = """
 import pathlib
-import files
+from storage import files
 write = files.write_atomically
 def fill_and_write(path, content):
     if path.name == "{name}":

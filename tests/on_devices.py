@@ -10,15 +10,15 @@ import numpy as np
 import tiny
 
 import datasets
-import distributed
 from evaluation import PreparedReference, sample_metrics
-from runtime.experiment import (
+from experiment.build import (
     SamplingProgram,
     build_bpd_program,
     build_experiment,
     build_loss_program,
     build_train_program,
 )
+from parallel import distributed
 
 STEPS = 50
 BATCH = 16

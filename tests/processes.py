@@ -12,7 +12,7 @@ import tiny
 # Runs main.py; a process that is gone is noticed sooner than in a real run.
 WITH_HEARTBEAT = """
 import runpy, sys
-from hosts import membership
+from parallel import membership
 membership.HEARTBEAT_SECONDS = int(sys.argv[1])
 sys.argv = sys.argv[2:]
 runpy.run_path("main.py", run_name="__main__")

@@ -13,8 +13,8 @@ from benchmarks import checkouts, goals, run, table, train_step
 from benchmarks import measure as measuring
 from benchmarks.goals import Command, Goal
 from benchmarks.table import Outcome
-from runtime import memory
-from runtime.experiment import build_experiment
+from experiment.build import build_experiment
+from modes import memory
 
 # --- a training step and a forward pass ------------------------------------------------------------------------------
 
@@ -113,8 +113,8 @@ def test_what_cannot_be_measured_is_refused(settings, steps, what, message):
 
 def test_root_names_the_checkout(tmp_path):
     assert checkouts.chosen(["train_step.py", "--steps", "3"]) == str(tiny.ROOT)
-    (tmp_path / "runtime").mkdir()
-    (tmp_path / "runtime" / "experiment.py").touch()
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "build.py").touch()
     for arguments in (["--root", str(tmp_path)], [f"--root={tmp_path}"], ["--root", "/", f"--root={tmp_path}"]):
         assert checkouts.chosen(["train_step.py", *arguments]) == str(tmp_path)
     with pytest.raises(SystemExit, match=r"--root=/ is no checkout of score_sde"):

@@ -11,7 +11,7 @@ import tiny
 
 import sampling as samplers
 from benchmarks import likelihood, loops, sampling, scaling
-from runtime.experiment import Experiment
+from experiment.build import Experiment
 
 SLEEP = 0.01  # seconds of an evaluation of the slow score
 

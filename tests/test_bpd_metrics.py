@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from metrics.metric import make_metric
+from modes.evaluate import evaluate as eval_loop
 from report.page import number_text
-from runtime import eval_loop
 
 GAUSSIAN = make_metric("gaussian_bits_per_dim", 2.949, 0.019, 297)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import losses
-from checkpoints import CheckpointError, Checkpoints
+from workdir.checkpoints import CheckpointError, Checkpoints
 
 OPTIMIZER = losses.make_optimizer(lr=1e-3, beta1=0.9, eps=1e-8, weight_decay=0.0, warmup=10, grad_clip=1.0)
 
@@ -85,7 +85,7 @@ def test_a_changed_value_is_noticed_by_its_checksum(tmp_path, monkeypatch):
     """A file that reads well but holds other numbers: only the checksum can tell."""
     with open_checkpoints(tmp_path) as checkpoints:
         checksums = {"step": 10, "checksums": {}}
-        monkeypatch.setattr("checkpoints._checksums", lambda tree: dict.fromkeys(checksums, 1))
+        monkeypatch.setattr("workdir.checkpoints._checksums", lambda tree: dict.fromkeys(checksums, 1))
         checkpoints.save(make_state(10))
         checkpoints.wait()
         monkeypatch.undo()

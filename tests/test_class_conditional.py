@@ -15,16 +15,17 @@ from reference import config_of
 import datasets
 import legacy
 import losses
-import plots
 import run_lib
-from files import read_npz
+from experiment import drawing
+from experiment.build import build_experiment
+from experiment.smoke import shrink
 from models import create_model, factory
 from models.layers import Dense, LabelEmbedding
 from models.ncsnpp import NCSNpp
-from runtime import drawing, sample_run
-from runtime.experiment import build_experiment
-from runtime.smoke import shrink
+from modes import sample as sample_run
+from report import plots
 from sde_lib import VPSDE, expand
+from storage.files import read_npz
 
 SMALL = {"data.image_size": 4, "data.num_channels": 1, "model.ch_mult": (1,), "model.num_res_blocks": 0}
 

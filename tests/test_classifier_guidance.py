@@ -11,17 +11,19 @@ from analytic import QUICK, SDES, make_score_fn
 
 import run_lib
 import sampling
-from checkpoints import CheckpointError, Checkpoints
+from classifier import experiment as classifier_experiment
+from classifier import guidance as classifier_guidance
+from classifier.experiment import Normalization
+from classifier.gradient import condition_on_class
 from configs.classifier import cifar10_wideresnet
 from configs.ve import cifar10_ncsnpp_continuous
-from controllable_generation import condition_on_class
-from files import read_npz, write_json
+from experiment.build import Experiment, build_experiment
 from models import wideresnet
-from runtime import classifier_experiment, classifier_guidance, eval_loop
-from runtime import workdir as workdirs
-from runtime.classifier_experiment import Normalization
-from runtime.experiment import Experiment, build_experiment
-from runtime.workdir import WorkdirError
+from modes.evaluate import evaluate as eval_loop
+from storage.files import read_npz, write_json
+from workdir import folder as workdirs
+from workdir.checkpoints import CheckpointError, Checkpoints
+from workdir.folder import WorkdirError
 
 GUIDED = {"sampling__labels": "0..9", "sampling__classifier_scale": 2.0}
 NORMALIZATION = Normalization((-0.4,), (0.7,))

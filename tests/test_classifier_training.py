@@ -14,17 +14,20 @@ from PIL import Image
 
 import datasets
 import losses
-import noise_levels
-import rng
 import run_lib
-from checkpoints import Checkpoints
+from classifier import accuracy as classifier_accuracy
+from classifier import experiment as classifier_experiment
+from classifier import training as classifier_training
+from classifier.experiment import Normalization
+from classifier.loss import classify_noisy, make_classifier_loss
+from experiment.build import build_train_program
 from models import wideresnet
-from runtime import classifier_accuracy, classifier_experiment, classifier_training
-from runtime.classifier_experiment import Normalization
-from runtime.divergence import DivergedError
-from runtime.experiment import build_train_program
-from runtime.workdir import WorkdirError
+from parallel import rng
+from solvers import noise_levels
 from sources.base import ArraySource
+from training.divergence import DivergedError
+from workdir.checkpoints import Checkpoints
+from workdir.folder import WorkdirError
 
 CENTRES = np.array([[-1.0, 0.5], [0.3, 0.2], [1.0, -0.7]])  # of three classes in two dimensions
 SPREAD = 0.3
@@ -52,7 +55,7 @@ def test_cross_entropy_is_that_of_the_images_that_the_sde_makes_noisy(name, monk
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     monkeypatch.setattr(rng, "normal", lambda key, shape: jnp.asarray(z, jnp.float32))
     arrays = (jnp.asarray(x, jnp.float32), jnp.asarray(labels), jnp.asarray(t, jnp.float32))
-    got, is_right = losses.classify_noisy(jax.random.key(0), bayes_logits, sde, *arrays)
+    got, is_right = classify_noisy(jax.random.key(0), bayes_logits, sde, *arrays)
     np.testing.assert_allclose(got, -log_p[np.arange(50), labels], rtol=2e-4, atol=1e-5)
     np.testing.assert_array_equal(is_right, logits.argmax(axis=1) == labels)
 
@@ -71,7 +74,7 @@ def test_the_loss_draws_times_as_the_score_does_and_normalizes_the_images(monkey
     times = jnp.array([0.1, 0.3, 0.5, 0.9])
     draw_times = lambda key, num: (times, jnp.arange(1.0, num + 1))  # noqa: E731
     mean, std = (0.2, -0.1), (2.0, 0.5)
-    loss = losses.make_classifier_loss(sde, Affine(), mean=mean, std=std, draw_times=draw_times)
+    loss = make_classifier_loss(sde, Affine(), mean=mean, std=std, draw_times=draw_times)
     got = loss(jax.random.key(3), params, x, train=True, class_labels=labels)
     key_z = rng.split(jax.random.key(3))[1]
     sigma = noise_levels.noise_levels(sde, times).sigma
@@ -80,10 +83,10 @@ def test_the_loss_draws_times_as_the_score_does_and_normalizes_the_images(monkey
     logits[:, -1] = -np.log(sigma)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(got, -np.arange(1, 5) * log_p[np.arange(4), labels], rtol=1e-5)
-    default = losses.make_classifier_loss(sde, Affine(), mean=mean, std=std)
+    default = make_classifier_loss(sde, Affine(), mean=mean, std=std)
     drawn = losses.make_uniform_times(sde)(rng.split(jax.random.key(3))[0], 4)
-    monkeypatch.setattr("losses.classification.make_uniform_times", lambda sde: lambda key, num: drawn)
-    again = losses.make_classifier_loss(sde, Affine(), mean=mean, std=std)
+    monkeypatch.setattr("classifier.loss.make_uniform_times", lambda sde: lambda key, num: drawn)
+    again = make_classifier_loss(sde, Affine(), mean=mean, std=std)
     given = {"train": True, "class_labels": labels}
     of_default, of_drawn = (each(jax.random.key(3), params, x, **given) for each in (default, again))
     np.testing.assert_array_equal(of_default, of_drawn)

@@ -8,9 +8,8 @@ import time
 import pytest
 import tiny
 
-import distributed
-from hosts import membership
-from hosts.cluster import Place, find_place, first_host, is_tpu_worker
+from parallel import distributed, membership
+from parallel.cluster import Place, find_place, first_host, is_tpu_worker
 
 SLURM = {
     "SLURM_JOB_ID": "4711",

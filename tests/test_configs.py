@@ -11,9 +11,9 @@ import tiny
 
 from configs import base
 from configs.ve import cifar10_ncsnpp
+from experiment.build import build_experiment
 from models.factory import require_score_network
-from runtime.experiment import build_experiment
-from runtime.workdir import flatten
+from workdir.folder import flatten
 
 FOLDER = tiny.ROOT / "configs"
 LEAVES = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.glob("*/**/[a-z]*.py"))

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from analytic import SDES, load, make_score_fn, sde_of
 
-import rng
 import sampling
+from classifier.gradient import condition_on_class
 from configs import base
-from controllable_generation import condition_on_class, operators
+from controllable_generation import operators
 from controllable_generation.projection import put_in, put_in_each_step
 from models import wideresnet
+from parallel import rng
 
 CASES = ["inpaint_vpsde", "inpaint_subvpsde", "colorize_vesde", "colorize_subvpsde"]
 COLORIZATIONS = [name for name in CASES if name.startswith("colorize")]

@@ -10,9 +10,8 @@ import tiny
 from reference import GOLDEN
 
 import datasets
-import distributed
-import rng
 from configs import base
+from parallel import distributed, rng
 
 
 def digits_config(**changes):

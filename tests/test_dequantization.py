@@ -14,10 +14,10 @@ from scipy.special import logsumexp
 import datasets
 import dequantization
 import likelihood
-import rng
 from configs import base
-from noise_levels import noise_levels
+from parallel import rng
 from sde_lib import VESDE, VPSDE, expand
+from solvers.noise_levels import noise_levels
 
 EPS = likelihood.LIKELIHOOD_EPS
 

@@ -9,9 +9,12 @@ import on_devices
 import pytest
 import tiny
 
-import distributed
-from runtime import drawing, encoding, eval_loop, train_loop
-from runtime.experiment import build_experiment
+from experiment import drawing
+from experiment.build import build_experiment
+from modes import encode as encoding
+from modes.evaluate import evaluate as eval_loop
+from parallel import distributed
+from training import loop as train_loop
 
 # The mean of a batch is summed in another order: the last bits of float32. After 50 steps they were 2.4e-7 of a loss
 # and 2.8e-7 of a parameter; Adam may magnify them where a gradient is nearly 0 and its direction that of the rounding

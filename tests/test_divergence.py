@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from test_checkpoints import assert_equal, make_state, open_checkpoints
 
-import distributed
 import losses
-import noise_levels
 from configs.vp import digits_ddpmpp_continuous
-from runtime import divergence, train_loop
-from runtime.divergence import LossWatch, NotFiniteError
-from runtime.experiment import build_experiment
-from runtime.workdir import Presence
+from experiment.build import build_experiment
+from parallel import distributed
+from solvers import noise_levels
+from training import divergence
+from training import loop as train_loop
+from training.divergence import LossWatch, NotFiniteError
+from workdir.folder import Presence
 
 OPTIMIZER = losses.make_optimizer(lr=1e-2, beta1=0.9, eps=1e-8, weight_decay=0.0, warmup=3, grad_clip=1.0)
 

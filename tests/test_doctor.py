@@ -9,12 +9,12 @@ import pytest
 import tfds_files
 import tiny
 
-import distributed
 import main
 import run_lib
 from metrics import efficientnet, inception
-from runtime import doctor, inventory, self_test
-from runtime.inventory import BROKEN, MISSING, OK, WARNING, Finding
+from modes.doctor import doctor, inventory, self_test
+from modes.doctor.inventory import BROKEN, MISSING, OK, WARNING, Finding
+from parallel import distributed
 
 SECONDS = 60  # a bound for a busy machine; cold and by itself it takes 12
 NO_TEST = {}  # in the place of the checks, where only the inventory counts

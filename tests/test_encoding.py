@@ -13,12 +13,12 @@ from PIL import Image
 
 import datasets
 import latents
-import ode
 import run_lib
-from checkpoints import CheckpointError, Checkpoints
-from runtime import encoding
-from runtime.experiment import Experiment, build_experiment
-from runtime.workdir import WorkdirError
+from experiment.build import Experiment, build_experiment
+from modes import encode as encoding
+from solvers import ode
+from workdir.checkpoints import CheckpointError, Checkpoints
+from workdir.folder import WorkdirError
 
 MEANS = {1: -0.4, 2: 0.6}  # of the data that each snapshot's network has learnt
 SETTINGS = {"eval__batch_size": 4, "sampling__rtol": 1e-5, "sampling__atol": 1e-5}
@@ -303,7 +303,7 @@ ON_FOUR_DEVICES = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import test_encoding
-from runtime.experiment import Experiment
+from experiment.build import Experiment
 
 Experiment.score_fn = test_encoding.gaussian_score_fn
 test_encoding.encode(test_encoding.tiny.Path(sys.argv[3]), "on_four", snapshot=1)

@@ -10,9 +10,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from checkpoints import Checkpoints
-from runtime import startup
-from runtime.experiment import build_experiment
+from experiment import startup
+from experiment.build import build_experiment
+from workdir.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -133,7 +133,7 @@ def test_a_missing_checkpoint_ends_the_evaluation_at_once(unbroken):
 # Runs main.py and sends the process a real signal when a step is recorded and the first snapshot is complete.
 WITH_SIGNAL = """
 import os, pathlib, runpy, sys, time
-from runtime import progress
+from workdir import progress
 sign, at_step, workdir = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
 record = progress.TrainingProgress.record
 

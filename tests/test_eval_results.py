@@ -10,10 +10,11 @@ from fake_features import make_source
 
 import datasets
 from metrics.metric import Metric
+from modes.evaluate import evaluate as eval_loop
+from modes.evaluate.evaluate import Evaluator, other_reports
 from report import CheckpointInfo, DataInfo, FeatureInfo, ReferenceInfo, Report, save_report
-from runtime import eval_loop, results
-from runtime.eval_loop import Evaluator, other_reports
-from runtime.workdir import WorkdirError
+from workdir import results
+from workdir.folder import WorkdirError
 
 
 def evaluator(**changes):

@@ -17,11 +17,11 @@ import tiny
 from tensorboardX.proto.event_pb2 import Event
 from test_checkpoints import assert_equal, make_state, open_checkpoints
 
-import files
 import losses
-from checkpoints import CheckpointError
-from runtime import event_file
 from sources.tfrecord import find_records, masked_crc32c
+from storage import files
+from workdir import event_file
+from workdir.checkpoints import CheckpointError
 
 # --- what the system refuses -----------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ def large_state(step):
 
 
 def open_large(workdir):
-    from checkpoints import Checkpoints
+    from workdir.checkpoints import Checkpoints
 
     return Checkpoints(workdir, snapshot_freq=10, template=large_state(0))
 
@@ -211,7 +211,7 @@ WITH_LIMIT = """
 import resource, sys
 sys.path[:0] = sys.argv[1:3]
 import test_faults
-from checkpoints import CheckpointError
+from workdir.checkpoints import CheckpointError
 with test_faults.open_large(sys.argv[3]) as checkpoints:
     checkpoints.save(test_faults.large_state(10))
     checkpoints.wait()
@@ -356,7 +356,7 @@ def test_the_newest_checkpoint_is_that_of_the_last_step_whatever_the_clock_says(
 
 
 def test_a_damaged_loss_curve_is_no_obstacle(tmp_path):
-    from runtime.progress import TrainingProgress
+    from workdir.progress import TrainingProgress
 
     lines = ['{"step": 2, "loss": 1.0}\n', "\x00\x00\x00\n", '{"step": 4, "loss": 2.0}\n', '{"st']
     (tmp_path / "losses.jsonl").write_text("".join(lines))
@@ -367,7 +367,7 @@ def test_a_damaged_loss_curve_is_no_obstacle(tmp_path):
 
 
 def test_a_log_on_a_full_disk_is_told_once(tmp_path, capsys):
-    from runtime.logs import _LogFile
+    from workdir.logs import _LogFile
 
     with disks.small_disk(tmp_path / "disk", 4):
         handler = _LogFile(tmp_path / "disk" / "stdout.txt")
@@ -383,7 +383,7 @@ def test_a_log_on_a_full_disk_is_told_once(tmp_path, capsys):
 LOST_ERROR = """
 import asyncio, gc
 from absl import logging
-from runtime import logs
+from workdir import logs
 logging.use_absl_handler()
 logs.set_up_console()
 async def fail():

@@ -10,8 +10,8 @@ import tiny
 from faulty import AT_14, refuse, succeed, train
 from PIL import Image
 
-from checkpoints import Checkpoints
-from runtime.experiment import build_experiment
+from experiment.build import build_experiment
+from workdir.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 

@@ -103,7 +103,7 @@ def test_a_folder_of_results_has_one_writer_beside_a_training(unbroken, tmp_path
     wait = """
 import sys, time
 sys.path[:0] = ["."]
-from runtime import locks
+from workdir import locks
 with locks.hold(sys.argv[1]), locks.hold(sys.argv[2]), locks.hold(sys.argv[3]):
     print("held", flush=True)
     time.sleep(600)

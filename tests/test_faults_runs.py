@@ -126,15 +126,15 @@ datasets.build_source = lambda *args, **kwargs: (print("paused", flush=True), ti
 @pytest.mark.parametrize(
     ("module", "function", "code"),
     [
-        ("runtime.train_loop", "build_trainer", -15),  # nothing is compiled yet
-        ("runtime.divergence", "LossWatch", -15),  # the state is restored, the first step is not compiled
+        ("training.loop", "build_trainer", -15),  # nothing is compiled yet
+        ("training.divergence", "LossWatch", -15),  # the state is restored, the first step is not compiled
     ],
 )
 def test_sigterm_before_the_first_step_loses_nothing(unbroken, tmp_path, module, function, code):
     succeed(train(tmp_path, training__n_iters=12))
     hook = TERMINATE_AT.format(module=module, function=function)
     if function == "LossWatch":
-        hook = hook.replace("import runtime.divergence as module", "import runtime.train_loop as module")
+        hook = hook.replace("import training.divergence as module", "import training.loop as module")
     assert train(tmp_path, hook=hook).returncode == code
     succeed(train(tmp_path))
     assert_same_end(tmp_path, unbroken)
@@ -162,7 +162,7 @@ def test_a_disk_that_is_full_in_training(unbroken, tmp_path):
 # Has the system refuse every file beyond a size from step 14 on.
 LIMIT_AT_14 = """
 import resource
-from runtime import progress
+from workdir import progress
 record = progress.TrainingProgress.record
 def record_and_limit(self, step, **values):
     record(self, step, **values)
@@ -189,7 +189,7 @@ def test_a_disk_that_is_full_when_the_grid_is_drawn(unbroken, tmp_path):
         workdir = tmp_path / "disk" / "run"
         make_room = f"""
 import time
-from runtime import train_loop
+from training import loop as train_loop
 after = train_loop.ScoreTrainer.after_snapshot
 def draw_and_make_room(self, state, step, progress):
     while not pathlib.Path({str(workdir / "checkpoints")!r}, str(step // 12)).exists():
@@ -297,7 +297,7 @@ def test_a_damaged_last_checkpoint(unbroken, tmp_path, damage):
 # The wall clock goes back an hour at every reading from step 8 on.
 CLOCK_BACK = """
 import time, datetime
-from runtime import progress
+from workdir import progress
 now, record, back = time.time, progress.TrainingProgress.record, [0]
 def turned_back():
     back[0] += 3600 if back[0] else 0

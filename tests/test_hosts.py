@@ -14,10 +14,10 @@ import pytest
 import tiny
 from processes import Processes
 
-import files
 import run_lib
-from checkpoints import Checkpoints
-from runtime.experiment import build_experiment
+from experiment.build import build_experiment
+from storage import files
+from workdir.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.slow
 

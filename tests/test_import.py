@@ -14,11 +14,12 @@ from reference import ReferenceNetwork
 
 import legacy
 import run_lib
-from checkpoints import CheckpointError, Checkpoints
 from configs.classifier import cifar10_wideresnet
-from runtime import importing, train_loop
-from runtime.experiment import build_experiment
-from runtime.workdir import WorkdirError
+from experiment.build import build_experiment
+from modes import importing
+from training import loop as train_loop
+from workdir.checkpoints import CheckpointError, Checkpoints
+from workdir.folder import WorkdirError
 
 STEP, OPTIMIZER_STEP, LR, WARMUP = 38, 36, 3e-3, 100
 NAMES = ("params", "params_ema", "mu", "nu")

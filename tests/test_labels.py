@@ -10,7 +10,6 @@ import pytest
 import tiny
 from analytic import QUICK, SDES, TRIANGLE, Mixture
 
-import distributed
 from controllable_generation.labels import (
     ClassifierFree,
     build_classifier_free,
@@ -18,7 +17,8 @@ from controllable_generation.labels import (
     labels_of_samples,
     parse_labels,
 )
-from runtime.experiment import Experiment, Guide, SamplingProgram, build_experiment
+from experiment.build import Experiment, Guide, SamplingProgram, build_experiment
+from parallel import distributed
 from sampling import build_sampler
 
 NO_LABEL = 3  # of the triangle, whose three components are the classes

@@ -11,8 +11,8 @@ from flax.traverse_util import unflatten_dict
 from reference import GOLDEN, ReferenceLayers
 
 import legacy
-import rng
 from models import blocks, convolution, initializers, layers, normalization, refinenet, resample
+from parallel import rng
 
 _jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

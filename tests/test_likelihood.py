@@ -8,10 +8,10 @@ import scipy.stats
 from analytic import GOLDEN, MIX, MU, QUICK, S0, SDES, Mixture, load, make_score_fn, sde_of
 
 import likelihood
-import ode
-import rng
 from configs import base
+from parallel import rng
 from sde_lib import VESDE, VPSDE
+from solvers import ode
 
 SHAPE = (6, 2, 2, 3)
 DIMS = 12

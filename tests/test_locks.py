@@ -11,14 +11,14 @@ import time
 import pytest
 import tiny
 
-import distributed
-from runtime import locks
-from runtime.workdir import Presence, WorkdirError
+from parallel import distributed
+from workdir import locks
+from workdir.folder import Presence, WorkdirError
 
 HOLD = """
 import sys, time
 sys.path[:0] = sys.argv[1:2]
-from runtime import locks
+from workdir import locks
 with locks.hold(sys.argv[2]):
     print("held", flush=True)
     time.sleep(60)

@@ -10,9 +10,9 @@ import pytest
 import tensorstore
 import tiny
 
-import tensorstore_specs
 from benchmarks import long_run
-from runtime.progress import TrainingProgress
+from workdir import tensorstore_specs
+from workdir.progress import TrainingProgress
 
 KIB = 1024
 

@@ -11,11 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-import distributed
 import losses
-import rng
 from configs import base
-from losses import optimizer as optimizers
+from parallel import distributed, rng
 from sde_lib import VESDE, VPSDE, expand, subVPSDE
 
 GOLDEN = Path(__file__).parent / "golden" / "losses"
@@ -253,12 +251,12 @@ def test_loss_of_an_image_does_not_depend_on_its_batch():
     np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [(3, optimizers.SMALL + 1, 7), (optimizers.SMALL + 1,), (2,)])
+@pytest.mark.parametrize("sizes", [(3, losses.SMALL + 1, 7), (losses.SMALL + 1,), (2,)])
 def test_global_norm_is_that_of_all_values(sizes):
     rng = np.random.RandomState(0)
     arrays = [rng.randn(size).astype(np.float32) for size in sizes]
     expected = np.sqrt(sum((array.astype(np.float64) ** 2).sum() for array in arrays))
-    assert float(optimizers.global_norm(arrays)) == pytest.approx(expected, rel=1e-6)
+    assert float(losses.global_norm(arrays)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_update_is_that_of_optax():
@@ -266,7 +264,7 @@ def test_update_is_that_of_optax():
     rng = np.random.RandomState(0)
     gradients = [{"a": rng.randn(5, 3) * scale, "b": rng.randn(7) * scale} for scale in (1e-3, 3.0, 0.02, 50.0)]
     gradients = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gradients)
-    ours = optax.chain(optimizers.clip_by_global_norm(1.0), optimizers.scale_by_adam(0.9, 0.999, 1e-8))
+    ours = optax.chain(losses.clip_by_global_norm(1.0), losses.scale_by_adam(0.9, 0.999, 1e-8))
     theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.999, 1e-8))
     states = [each.init(gradients[0]) for each in (ours, theirs)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

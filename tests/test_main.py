@@ -12,8 +12,8 @@ from absl.testing import flagsaver
 from ml_collections import config_flags
 
 import main
-from runtime import command_line
-from runtime.command_line import Mode
+from modes import command_line
+from modes.command_line import Mode
 
 SECONDS = 30  # a bound for a busy machine; imports take most of it
 

@@ -8,11 +8,11 @@ import pytest
 import tiny
 
 import datasets
-import distributed
 import main
 import run_lib
-from runtime import memory
-from runtime.experiment import build_experiment, map_train_steps
+from experiment.build import build_experiment, map_train_steps
+from modes import memory
+from parallel import distributed
 
 # A batch then has labels, too.
 SETTINGS = {"model__num_classes": 10, "model__num_res_blocks": 1, "eval__enable_bpd": False}

@@ -9,11 +9,11 @@ import pytest
 import tiny
 
 import datasets
-import distributed
-from losses import steps
-from runtime import train_loop
-from runtime.classifier_experiment import Normalization, build_classifier_experiment, classifier_config
-from runtime.experiment import build_experiment, map_train_steps
+import losses
+from classifier.experiment import Normalization, build_classifier_experiment, classifier_config
+from experiment.build import build_experiment, map_train_steps
+from parallel import distributed
+from training import loop as train_loop
 
 STEPS_PER_CALL, CALLS, IMAGES = 2, 2, 16
 # Everything that draws for each example: flips, dequantization, times, noise, dropout, labels left out.
@@ -149,8 +149,8 @@ def test_microbatches_on_four_devices_train_as_the_full_batch_on_one(tmp_path):
 @pytest.mark.slow
 def test_the_classifier_trains_in_microbatches(monkeypatch):
     """In those of its own group of settings."""
-    asked, accumulate = [], steps.accumulate
-    monkeypatch.setattr(steps, "accumulate", lambda *args: asked.append(args[1]) or accumulate(*args))
+    asked, accumulate = [], losses.accumulate
+    monkeypatch.setattr(losses, "accumulate", lambda *args: asked.append(args[1]) or accumulate(*args))
 
     def program(microbatches):
         changes = {"model__num_classes": 0, "classifier__blocks_per_group": 1, "classifier__channel_multiplier": 1}

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from analytic import SDES
 
-import noise_levels
 from sde_lib import VESDE, VPSDE
+from solvers import noise_levels
 
 
 def test_levels_of_vp_and_ve_are_the_closed_forms_in_float64():

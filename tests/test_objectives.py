@@ -11,11 +11,11 @@ from analytic import MIX, MU, QUICK, S0, SDES
 
 import losses
 import models
-import rng
 from configs import base
 from configs.ve import digits_ncsnpp_continuous
 from models import convolution
 from models.score import get_score_fn
+from parallel import rng
 from sde_lib import VESDE, VPSDE, build_sde, expand
 
 EPS = losses.TRAINING_EPS

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-import ode
+from solvers import ode
 
 RATES = jnp.array([0.5, 3.0, 20.0])  # one example slow, one fast
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-import distributed
-from distributed import ProcessError, divide, once, once_arrays, once_tree, require_same
+from parallel import distributed
+from parallel.distributed import ProcessError, divide, once, once_arrays, once_tree, require_same
 
 
 class Wire:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import plots
-from files import write_bytes
+from report import plots
+from storage.files import write_bytes
 
 GOLDEN = Path(__file__).parent / "golden" / "save_image.npz"
 

@@ -13,11 +13,11 @@ from reference import ReferenceNetwork
 from test_models import SMALL, _jit, _reference_params, config_of
 
 import datasets
-import distributed
 import legacy
+from experiment.build import build_experiment, map_train_steps
 from models import blocks, create_model, layers, refinenet, rematerialization, wideresnet
-from runtime import workdir as workdirs
-from runtime.experiment import build_experiment, map_train_steps
+from parallel import distributed
+from workdir import folder as workdirs
 
 ROUNDING = 2**-9 / np.sqrt(3)  # root mean square of the relative error of one rounding to bfloat16's 8 bits
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from absl import logging
 
-import distributed
-from runtime import progress
-from runtime.progress import TrainingProgress
+from parallel import distributed
+from workdir import progress
+from workdir.progress import TrainingProgress
 
 
 def open_progress(workdir, first_step=0):

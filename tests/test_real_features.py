@@ -12,8 +12,8 @@ from evaluation import FeatureStatistics, frechet_distance, sample_metrics
 from metrics import efficientnet, inception
 from metrics.neighbors import Balls
 from metrics.reference import Provenance, Reference, save_reference
-from runtime import real_features
-from runtime.real_features import RealFeatures, batches_of, cached_features, extract
+from modes.evaluate import real_features
+from modes.evaluate.real_features import RealFeatures, batches_of, cached_features, extract
 
 SIZES = {"data__image_size": 4, "data__image_width": 5, "data__num_channels": 3, "data__num_levels": 256}
 

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from files import read_npz
 from metrics.frechet import FeatureStatistics
 from metrics.reference import Moments, Provenance, Reference, compact, load_reference, save_reference
+from storage.files import read_npz
 
 GENERATOR = np.random.default_rng(0)
 ROWS = (GENERATOR.standard_normal((50, 4)) @ GENERATOR.standard_normal((4, 4)) + 100.0).astype(np.float32)

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import plots
 import report
 from metrics.metric import Metric
-from report import CheckpointInfo, DataInfo, FeatureInfo, ReferenceInfo, Report, SamplerInfo, page
+from report import CheckpointInfo, DataInfo, FeatureInfo, ReferenceInfo, Report, SamplerInfo, page, plots
 
 FEATURES = FeatureInfo("a classifier", "abcdef0123456789" * 4, 0.99)
 

@@ -12,17 +12,20 @@ from analytic import MU, S0, score_of_kernel
 from PIL import Image
 
 import datasets
-import distributed
 import run_lib
-from checkpoints import CheckpointError, Checkpoints
 from controllable_generation import build_operator
-from files import read_npz
+from experiment import drawing
+from experiment.build import Experiment, build_experiment
 from metrics.fidelity import psnr, ssim
-from ode import SolverError
+from modes.restore import inputs as restore_inputs
+from modes.restore import restore as restoring
+from modes.restore import rounds as restore_rounds
+from parallel import distributed
 from report.restorations import RestoredImage, summarize
-from runtime import drawing, restore_inputs, restore_rounds, restoring
-from runtime.experiment import Experiment, build_experiment
-from runtime.workdir import WorkdirError, record_config
+from solvers.ode import SolverError
+from storage.files import read_npz
+from workdir.checkpoints import CheckpointError, Checkpoints
+from workdir.folder import WorkdirError, record_config
 
 K, NOISE = 6, 0.1  # draws; noise of the measurement in units of the data's range, twice that in the network's
 SETTINGS = {
@@ -486,7 +489,7 @@ ON_FOUR_DEVICES = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import test_restoring
-from runtime.experiment import Experiment
+from experiment.build import Experiment
 
 gaussian = lambda self, params, smooth: lambda x, t: test_restoring.score_of_kernel(
     x, self.sde.mean_coeff(t), self.sde.std(t), 0.0

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import rng
+from parallel import rng
 
 DRAWS = {
     "normal": lambda key, B: rng.normal(key, (B, 3, 2)),

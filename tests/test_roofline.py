@@ -8,7 +8,7 @@ from jax import lax
 
 from benchmarks import contractions, measure, roofline, train_step
 from benchmarks.roofline import Accelerator, Work
-from runtime.experiment import build_experiment
+from experiment.build import build_experiment
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 

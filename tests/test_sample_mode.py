@@ -10,17 +10,21 @@ import tiny
 from PIL import Image
 
 import datasets
-import distributed
-import plots
 import run_lib
 import sampling
-from checkpoints import CheckpointError, Checkpoints
 from evaluation import sample_metrics
-from files import read_npz
+from experiment import drawing
+from experiment.build import Experiment, SamplingProgram, build_experiment
 from metrics.classifier import build_feature_extractor
-from runtime import compare, drawing, eval_loop, results, sample_run
-from runtime import workdir as workdirs
-from runtime.experiment import Experiment, SamplingProgram, build_experiment
+from modes import sample as sample_run
+from modes.compare_samplers import compare
+from modes.evaluate import evaluate as eval_loop
+from parallel import distributed
+from report import plots
+from storage.files import read_npz
+from workdir import folder as workdirs
+from workdir import results
+from workdir.checkpoints import CheckpointError, Checkpoints
 
 QUICK_ODE = {"sampling__method": "ode", "sampling__rtol": 1e-2, "sampling__atol": 1e-2}
 SAMPLING = {

@@ -5,8 +5,8 @@ import re
 import pytest
 import tiny
 
-from runtime.experiment import build_experiment
-from runtime.sampler_specs import DEFAULT, choose_samplers, parse_sampler
+from experiment.build import build_experiment
+from modes.compare_samplers.specs import DEFAULT, choose_samplers, parse_sampler
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from analytic import GOLDEN, MU, QUICK, S0, SDES, OrnsteinUhlenbeck, load, make_discrete_score_fn, make_score_fn, sde_of
 
-import distributed
-import rng
 import sampling
 from configs import base
+from parallel import distributed, rng
 from sde_lib import VESDE, VPSDE, expand, subVPSDE
 
 SHAPE = (500, 4, 4, 1)  # 8,000 independent numbers: the standard error of their std is 0.8 %
@@ -341,7 +340,8 @@ ON_FOUR_DEVICES = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import jax, numpy as np
-import distributed, likelihood, sampling
+import likelihood, sampling
+from parallel import distributed
 from analytic import make_score_fn
 from configs import base
 from sde_lib import VPSDE

@@ -9,8 +9,8 @@ import pytest
 import scipy.stats
 from analytic import SDES, load, make_score_fn, sde_of
 
-import rng
 from configs import base
+from parallel import rng
 from sde_lib import VESDE, VPSDE, build_sde, subVPSDE
 
 NAMES = ["vesde", "vpsde", "subvpsde"]

@@ -25,25 +25,24 @@ import tiny
 from fuzz.mutations import pack_png, png_chunks
 from PIL import Image
 
-import files
-import guards
 import losses
-import plots
-from checkpoints import CheckpointError, Checkpoints
+from classifier.experiment import Normalization
 from controllable_generation.masks import read_mask
 from legacy.msgpack_file import read_msgpack
 from legacy.torch_file import read_torch
 from metrics.reference import load_reference
+from report import plots
 from report.data import read_report
-from runtime import workdir as workdirs
-from runtime.classifier_experiment import Normalization
-from runtime.progress import TrainingProgress
-from runtime.workdir import WorkdirError
 from sources import tfds_open, tfrecord
 from sources.folder import Rules, load_folder
 from sources.listing import list_folder, root
 from sources.npz import load_npz_split
 from sources.pictures import Fit, decode_picture, read_picture
+from storage import files, guards
+from workdir import folder as workdirs
+from workdir.checkpoints import CheckpointError, Checkpoints
+from workdir.folder import WorkdirError
+from workdir.progress import TrainingProgress
 
 SHAPE = (4, 4, 3)
 MIB = 2**20
@@ -74,7 +73,7 @@ SOURCES = sorted(
 # What would run what it reads, and where it is used in such a way that it does not.
 MODULES = {name: set() for name in ("marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "tarfile")}
 # The reader without unpickling, and the cache of compiled programs, which are machine code in any case.
-MODULES["pickle"] = {"legacy/torch_file.py", "runtime/stored_programs.py"}
+MODULES["pickle"] = {"legacy/torch_file.py", "experiment/stored_programs.py"}
 NEVER = (
     "eval",
     "exec",
@@ -88,7 +87,7 @@ NEVER = (
 )
 CALLS = {name: set() for name in NEVER} | {
     "exec_module": {"controllable_generation/restoration.py"},  # FILE.py:FUNCTION, which docs/security.md names
-    "ZipFile": {"guards.py"},
+    "ZipFile": {"storage/guards.py"},
 }
 
 
@@ -124,7 +123,7 @@ def test_the_code_runs_nothing_that_it_reads(path):
             keywords = {each.arg: getattr(each.value, "value", None) for each in node.keywords}
             assert keywords.get("allow_pickle") is False, f"{where}: np.load without allow_pickle=False"
         if (owner(node), function) == ("Image", "open"):
-            assert name == "guards.py", f"{where} opens a picture without its bounds"
+            assert name == "storage/guards.py", f"{where} opens a picture without its bounds"
 
 
 # --- checkpoints of other programs -----------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ import test_configs
 from PIL import Image
 
 import datasets
-import distributed
 import run_lib
-from checkpoints import Checkpoints
-from runtime.experiment import build_experiment
-from runtime.smoke import shrink
-from runtime.workdir import flatten
+from experiment.build import build_experiment
+from experiment.smoke import shrink
+from parallel import distributed
+from workdir.checkpoints import Checkpoints
+from workdir.folder import flatten
 
 LEAVES = sorted(set(test_configs.LEAVES) - set(test_configs.CLASSIFIERS))
 # What shrinking may change; all else, the family, the noise levels and the objective, is kept.

@@ -10,14 +10,12 @@ import pytest
 import scipy.integrate
 from analytic import MU, QUICK, S0, SDES, TRIANGLE, OrnsteinUhlenbeck, make_score_fn
 
-import noise_levels
-import ode
-import rng
 import sampling
 import solvers
 from configs import base
+from parallel import rng
 from sde_lib import VESDE, VPSDE, expand, subVPSDE
-from solvers import fixed_grid, multistep, runge_kutta
+from solvers import fixed_grid, multistep, noise_levels, ode, runge_kutta
 
 RANDOM = {"ddim": {"eta": 1.0}, "dpmpp_sde": {}, "heun": {"s_churn": 8.0}, "stochastic_heun": {}}
 FLOWS = [name for name in solvers.FIXED_GRID if name not in ("dpmpp_sde", "stochastic_heun")]

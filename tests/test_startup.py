@@ -14,13 +14,13 @@ import pytest
 import tiny
 from absl import logging
 
-import distributed
 import losses
 from benchmarks import startup as benchmark
 from benchmarks.train_step import own_cache
-from runtime import ahead, background, startup, stored_programs
-from runtime.alike import loop_over_alike
-from runtime.experiment import build_experiment, build_train_program
+from experiment import ahead, background, startup, stored_programs
+from experiment.alike import loop_over_alike
+from experiment.build import build_experiment, build_train_program
+from parallel import distributed
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_the_process_started_before_this_test_and_after_its_parent_did():
     """Against the clock of the file system: /proc/self is as old as the process."""
     age = time.monotonic() - startup.process_start()
     assert 0 < age < 24 * 3600
-    code = "import sys; sys.path.insert(0, '.'); from runtime import startup; import time; "
+    code = "import sys; sys.path.insert(0, '.'); from experiment import startup; import time; "
     code += "print(time.monotonic() - startup.process_start())"
     start = time.monotonic()
     printed = tiny.subprocess.run(

@@ -14,9 +14,10 @@ import run_lib
 from metrics import efficientnet
 from metrics.classifier import build_feature_extractor
 from metrics.reference import load_reference
-from runtime import data_stats, real_features
-from runtime import workdir as workdirs
+from modes import stats as data_stats
+from modes.evaluate import real_features
 from sources.base import ArraySource
+from workdir import folder as workdirs
 
 SIZES = {"data__image_size": 4, "data__image_width": 5, "data__num_channels": 3, "data__num_levels": 256}
 SOURCE = make_source()

@@ -8,7 +8,7 @@ import scipy.stats
 from analytic import SDES, OrnsteinUhlenbeck
 
 import losses
-import rng
+from parallel import rng
 
 EPS = losses.TRAINING_EPS
 

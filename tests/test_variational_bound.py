@@ -11,11 +11,11 @@ import scipy.stats
 from analytic import QUICK, SDES
 from scipy.special import logsumexp
 
-import rng
 import variational_bound
 from configs import base
-from noise_levels import noise_levels, time_of_log_snr
+from parallel import rng
 from sde_lib import VESDE, VPSDE, expand
+from solvers.noise_levels import noise_levels, time_of_log_snr
 
 EPS = 1e-5
 # Two that end far from their prior, or at data that are far from forgotten.

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-import files
 from configs import base
-from runtime import workdir as workdirs
-from runtime.workdir import WorkdirError
+from storage import files
+from workdir import folder as workdirs
+from workdir.folder import WorkdirError
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -16,23 +16,22 @@ import numpy as np
 import tiny
 from PIL import Image
 
-import files
 import legacy
 import losses
-import plots
-from checkpoints import CheckpointError, Checkpoints
 from controllable_generation.masks import read_mask
 from fuzz import mutations
 from fuzz.engine import Reader
 from metrics.reference import load_reference
-from report import compare_reports
-from runtime import progress, results
-from runtime import workdir as workdirs
-from runtime.workdir import WorkdirError
+from report import compare_reports, plots
 from sources import tfrecord
 from sources.folder import Rules, load_folder
 from sources.npz import load_npz, load_npz_split
 from sources.pictures import Fit, load_pictures
+from storage import files
+from workdir import folder as workdirs
+from workdir import progress, results
+from workdir.checkpoints import CheckpointError, Checkpoints
+from workdir.folder import WorkdirError
 
 DRAW = np.random.default_rng(0)
 SHAPE = (4, 4, 3)

@@ -1,0 +1,1 @@
+"""The noise-conditional classifier: its loss, training, accuracy, and guidance by its gradient."""

@@ -1,0 +1,1 @@
+"""What a configuration builds, and the compiled programs made of it."""

@@ -1,0 +1,398 @@
+"""What a configuration builds: SDE, network, loss, optimizer, scaling; and the compiled programs made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from ml_collections import ConfigDict
+
+import checks
+import datasets
+import losses
+import models
+import sde_lib
+from controllable_generation.labels import build_classifier_free, build_labels, labels_of_samples
+from dequantization import Dequantize, build_dequantization
+from experiment import ahead
+from experiment.alike import loop_over_alike
+from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
+from models.factory import check_labels, told_classes
+from models.score import get_score_fn
+from parallel import distributed, rng
+from sampling import build_sampler
+from sde_lib import SDE, VESDE, ScoreFn
+from solvers import ode
+from variational_bound import VariationalBound, build_variational_bound
+from workdir import folder as workdirs
+
+# Settings that count something.
+COUNTS = (
+    "training.batch_size",
+    "training.microbatches",
+    "training.n_iters",
+    "training.n_jitted_steps",
+    "training.log_freq",
+    "training.eval_freq",
+    "training.snapshot_freq",
+    "training.snapshot_freq_for_preemption",
+    "training.snapshot_num_samples",
+    "eval.batch_size",
+    "eval.num_samples",
+    "eval.bpd_num_draws",
+)
+PURPOSES = ("init", "train", "eval", "sample", "bpd", "grid")  # append only: the order fixes the keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that a configuration describes, built and checked.
+
+    Attributes:
+      config: the configuration itself.
+      sde: forward SDE.
+      model: score network.
+      loss_fn: training objective.
+      optimizer: of the parameters.
+      scaler: between stored levels and the network's range.
+      keys: one key for each purpose, all derived from the seed.
+    """
+
+    config: ConfigDict
+    sde: SDE
+    model: nn.Module
+    loss_fn: losses.LossFn
+    optimizer: optax.GradientTransformation
+    scaler: datasets.Scaler
+    keys: dict[str, PRNGKeyArray]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return datasets.image_shape(self.config)
+
+    @functools.cached_property
+    def _init(self) -> Callable[[PRNGKeyArray], losses.TrainState]:
+        """The state before the first step as a function of the key; compiled at its first call."""
+
+        def init(key: PRNGKeyArray) -> losses.TrainState:
+            x, labels = jnp.zeros((1, *self.image_shape)), jnp.ones((1,))
+            variables = self.model.init({"params": key}, x, labels, train=False)
+            return losses.init_state(variables["params"], self.optimizer)
+
+        return jax.jit(loop_over_alike(init))  # without the forward pass, which leads to no parameter
+
+    @functools.cached_property
+    def state_shapes(self) -> Any:
+        """Shapes and dtypes of the state; nothing is compiled."""
+        return jax.eval_shape(self._init, self.keys["init"])
+
+    def init_state(self) -> losses.TrainState:
+        """Returns the state before the first step."""
+        return self._init(self.keys["init"])
+
+    def state_template(self) -> losses.TrainState:
+        """Returns a state of zeros, for the structure that a checkpoint must have; nothing is compiled."""
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self.state_shapes)
+
+    def sampler_settings(self) -> dict[str, Any]:
+        """Returns what a sample depends on besides the network and the seed."""
+        settings = workdirs.flatten(self.config)
+        steps = self.config.sampling.num_steps or self.config.model.num_scales
+        chosen = {key: value for key, value in settings.items() if key.startswith("sampling.")}
+        network = {} if self.config.model.dtype == "float32" else {"model.dtype": self.config.model.dtype}
+        return {"training.sde": self.config.training.sde, **network, **chosen, "sampling.num_steps": steps}
+
+    def score_fn(self, params: Any, *, smooth: bool = False, class_labels: Int[Array, "B"] | None = None) -> ScoreFn:
+        """Returns the score as a function of (x, t), without dropout.
+
+        Args:
+          params: of the network.
+          smooth: for solvers of the probability-flow ODE: a discretely trained VP network is then asked between its
+            levels, as the 2021 code does. A discretely trained VE network knows only the index of a level.
+          class_labels: of the examples, for a network that is told classes; None: the score of images of any class.
+        """
+        continuous = self.config.training.continuous or (smooth and not isinstance(self.sde, VESDE))
+        return get_score_fn(
+            self.sde, self.model, params, {}, train=False, continuous=continuous, class_labels=class_labels
+        )
+
+
+def _check_values(config: ConfigDict) -> None:
+    for name in COUNTS:
+        group, key = name.split(".")
+        if config[group][key] < 1:
+            raise ValueError(f"{name}={config[group][key]}; expected 1 or more")
+    if not 0.0 <= config.model.ema_rate < 1.0:
+        raise ValueError(f"model.ema_rate={config.model.ema_rate}; expected 0 <= rate < 1")
+    checks.one_of("eval.bpd_dataset", config.eval.bpd_dataset, ("test", "train"))
+    checks.one_of("training.on_nan", config.training.on_nan, ("stop", "skip"))
+
+
+def _build_likelihoods(
+    config: ConfigDict, sde: SDE, scaler: datasets.Scaler
+) -> tuple[Dequantize, Likelihood, VariationalBound | None]:
+    """Builds the dequantization, the likelihood, and the variational bound or None, which all start at one time."""
+    eps, is_bounded = LIKELIHOOD_EPS, config.likelihood.bound_num_times != 0
+    return (
+        build_dequantization(config, scaler, sde, eps=eps),
+        build_likelihood(config, sde, eps=eps),
+        build_variational_bound(config, sde, eps=eps) if is_bounded else None,
+    )
+
+
+def check_sampling(config: ConfigDict, sde: SDE) -> None:
+    """Checks how samples are drawn, and of which classes if the network is told them; a guide may know others.
+
+    Raises:
+      ValueError: naming the setting that is wrong.
+    """
+    build_sampler(config, sde, (1, *datasets.image_shape(config)))
+    if told_classes(config):
+        build_classifier_free(config, sde, build_labels(config))
+
+
+def build_experiment(config: ConfigDict) -> Experiment:
+    """Builds and checks everything that a configuration describes; nothing is compiled.
+
+    Raises:
+      ValueError: naming the first setting that is wrong and what is expected.
+    """
+    _check_values(config)
+    sde = sde_lib.build_sde(config)
+    model = models.create_model(config)
+    check_labels(config, model)
+    check_sampling(config, sde)  # a bad sampler must not come to light after days of training
+    scaler = datasets.build_scaler(config)
+    _build_likelihoods(config, sde, scaler)
+    keys = jax.random.split(jax.random.key(config.seed), len(PURPOSES))
+    return Experiment(
+        config=config,
+        sde=sde,
+        model=model,
+        loss_fn=losses.build_loss(config, sde, model),
+        optimizer=losses.build_optimizer(config),
+        scaler=scaler,
+        keys=dict(zip(PURPOSES, keys, strict=True)),
+    )
+
+
+def _device_keys(key: PRNGKeyArray, indices: np.ndarray) -> PRNGKeyArray:
+    """Returns one key for each example of this host, key[devices, B]."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, distributed.host_share(indices))
+    return keys.reshape(jax.local_device_count(), -1)
+
+
+def map_train_steps(experiment: Experiment, group: str = "training") -> jax.stages.Wrapped:
+    """Maps training steps over the devices: (key, state, batches) -> (state, metrics), all but key with a device axis.
+
+    The state is donated: its buffers are reused for the new one.
+
+    Args:
+      experiment: what is trained.
+      group: of its settings that has `microbatches`: "training" for the score's, or "classifier".
+    """
+    step = losses.make_train_step(
+        experiment.loss_fn,
+        experiment.optimizer,
+        ema_rate=experiment.config.model.ema_rate,
+        prepare=datasets.build_preparation(experiment.config, train=True),
+        microbatches=experiment.config[group].microbatches,
+    )
+    if experiment.config.training.on_nan == "skip":
+        step = losses.skip_nonfinite(step)
+    return distributed.pmap(losses.make_train_steps(step), donate_argnums=(1,), in_axes=(None, 0, 0))
+
+
+def build_train_program(experiment: Experiment, group: str = "training") -> Callable[..., Any]:
+    """Compiles `n_jitted_steps` training steps: (state, batches) -> (state, metrics); see `map_train_steps`.
+
+    They are compiled in the background from now on, or loaded from where an earlier run of the same configuration has
+    left them; the first call waits for it.
+    """
+    steps, key = map_train_steps(experiment, group), experiment.keys["train"]
+    batch = ahead.training_batch(experiment.config, group)
+    settings = json.dumps(experiment.config.to_dict(), sort_keys=True, default=str)
+    call = ahead.compile_in_background(
+        steps,
+        lambda: (key, *ahead.on_devices((experiment.state_shapes, batch))),
+        # A classifier's are made of its data, too, by which it normalizes.
+        made_of=f"training steps of batches {batch} for {settings}" if group == "training" else None,
+    )
+    return lambda state, batches: call(key, state, batches)
+
+
+def build_loss_program(experiment: Experiment) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
+    """Compiles the loss of test images: (replicated params, levels, example indices) -> float32[B]."""
+    prepare = datasets.build_preparation(experiment.config, train=False)
+
+    def loss(key: PRNGKeyArray, params: Any, levels: UInt8[Array, "B H W C"]) -> Float[Array, "B"]:
+        key_data, key_loss = rng.split(key)
+        return experiment.loss_fn(key_loss, params, prepare(key_data, levels), train=False)
+
+    program = distributed.pmap(loss)
+
+    def evaluate(params: Any, levels: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        keys = _device_keys(experiment.keys["eval"], indices)
+        return distributed.gather(program(keys, params, distributed.shard(distributed.host_share(levels))))
+
+    return evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """What guides samples to their labels besides the network, such as a classifier of noisy images.
+
+    Attributes:
+      apply: (params, score_fn, labels int[B]) -> the guided score function.
+      params: what it depends on, replicated: an argument of the compiled program, not a constant in it.
+      num_classes: that it knows, labels 0 .. num_classes - 1.
+    """
+
+    apply: Callable[[Any, ScoreFn, Int[Array, "B"]], ScoreFn]
+    params: Any
+    num_classes: int
+
+
+class SamplingProgram:
+    """The sampler as one compiled program: (replicated params, sample indices int[batch_size]) -> (levels, nfe).
+
+    Sample i follows from (seed, i) alone, its label too, whatever the batch or the device (but for a corrector whose
+    step size is a batch mean). It compiles at its first call, or before in `compile`, so that drawing can be timed by
+    itself.
+
+    Args:
+      experiment: its configuration says which sampler, which labels, and how the network guides to them.
+      batch_size: samples of a call, over all devices.
+      purpose: whose key the samples derive theirs from, one of `PURPOSES`.
+      guide: applied to the network's score if there are labels.
+
+    Attributes:
+      batch_size: as given.
+      labels: that samples have in turn; empty: none.
+      compile_seconds: what compiling took; None as long as it has not been done.
+
+    Raises:
+      ValueError: if `sampling.labels` asks for what neither the network nor the guide knows.
+    """
+
+    def __init__(self, experiment: Experiment, batch_size: int, purpose: str = "sample", *, guide: Guide | None = None):
+        shape = (batch_size // distributed.device_count(), *experiment.image_shape)
+        sampler = build_sampler(experiment.config, experiment.sde, shape)
+        self.batch_size = batch_size
+        self.labels = build_labels(experiment.config, guide_classes=guide.num_classes if guide else 0)
+        self.compile_seconds: float | None = None
+        self._key = experiment.keys[purpose]
+        self._guide = guide if self.labels else None
+        build_score, evaluations = _build_conditional_score(experiment, self.labels, self._guide)
+
+        def sample(key: PRNGKeyArray, params: Any, labels: Any, guide_params: Any) -> tuple[Array, Array, Array]:
+            x, nfe = sampler(key, build_score(params, labels, guide_params))
+            return experiment.scaler.to_levels(x), nfe * evaluations, x.sum(axis=(1, 2, 3))
+
+        self._mapped = distributed.pmap(sample)
+        self._compiled: Callable[..., Any] | None = None
+
+    def _inputs(self, params: Any, indices: np.ndarray) -> tuple[Any, ...]:
+        """Returns the arguments of the compiled program; without labels or guide nothing takes their place."""
+        labels = labels_of_samples(self.labels, indices) if self.labels else None
+        return (
+            _device_keys(self._key, indices),
+            params,
+            None if labels is None else distributed.shard(distributed.host_share(labels)),
+            self._guide.params if self._guide else None,
+        )
+
+    def compile(self, params: Any) -> Callable[..., Any]:
+        """Compiles the program if that has not been done, and returns it."""
+        if self._compiled is None:
+            start = time.monotonic()
+            self._compiled = distributed.compile_ahead(self._mapped, *self._inputs(params, np.arange(self.batch_size)))
+            self.compile_seconds = time.monotonic() - start
+        return self._compiled
+
+    def __call__(self, params: Any, indices: np.ndarray) -> tuple[np.ndarray, int]:
+        """Draws the samples of these indices.
+
+        Args:
+          params: of the network, replicated.
+          indices: int[batch_size].
+
+        Returns:
+          Levels, uint8[batch_size, H, W, C], and the largest number of network evaluations of any device.
+
+        Raises:
+          SolverError: if a sample is NaN.
+        """
+        levels, nfe, sums = self.compile(params)(*self._inputs(params, indices))
+        ode.require_solved(distributed.gather(sums), "samples")  # levels cannot be NaN
+        return distributed.gather(levels), int(distributed.gather(nfe).max())
+
+
+def _build_conditional_score(
+    experiment: Experiment, labels: Sequence[int], guide: Guide | None
+) -> tuple[Callable[[Any, Any, Any], ScoreFn], int]:
+    """Returns (params, labels, params of the guide) -> score function, and its evaluations of the network for each."""
+    smooth = experiment.config.sampling.method != "pc"  # every other one steps between the levels of training
+    classifier_free = build_classifier_free(experiment.config, experiment.sde, labels)
+
+    def build(params: Any, labels: Any, guide_params: Any) -> ScoreFn:
+        if classifier_free is None:
+            score_fn = experiment.score_fn(params, smooth=smooth)
+        else:
+            score_of = lambda labels: experiment.score_fn(params, smooth=smooth, class_labels=labels)  # noqa: E731
+            score_fn = classifier_free.guide(score_of, labels)
+        return guide.apply(guide_params, score_fn, labels) if guide else score_fn
+
+    return build, classifier_free.evaluations if classifier_free else 1
+
+
+def build_bpd_program(
+    experiment: Experiment,
+) -> Callable[[Any, np.ndarray, np.ndarray, int], dict[str, np.ndarray]]:
+    """Compiles bits/dim: (replicated params, levels, example indices, draw) -> arrays float[B].
+
+    The levels are dequantized anew in each draw. The arrays are "nats", log p(x), and "bpd" by the ODE, its "stderr"
+    over the probes and the "nfe" of its batch; and if `likelihood.bound_num_times` is set, of the same x by the SDE,
+    "bound_nats", which log p(x) is not below, "bound" in bits/dim and its "bound_stderr".
+    """
+    dequantize, likelihood, bound = _build_likelihoods(experiment.config, experiment.sde, experiment.scaler)
+
+    def bpd(key: PRNGKeyArray, params: Any, levels: UInt8[Array, "B H W C"]) -> dict[str, Array]:
+        key_data, key_probe, key_bound = rng.split(key, 3)
+        score_fn = experiment.score_fn(params, smooth=True)
+        x, log_q = dequantize(key_data, levels)
+        result = likelihood(key_probe, score_fn, x, log_q)
+        measured = {"nats": result.nats, "bpd": result.bpd, "stderr": result.stderr}
+        measured["nfe"] = jnp.broadcast_to(result.nfe, result.bpd.shape)
+        if bound is not None:
+            upper = bound(key_bound, score_fn, x, log_q)
+            measured |= {"bound_nats": -upper.nats, "bound": upper.bpd, "bound_stderr": upper.stderr}
+        return measured
+
+    program = distributed.pmap(bpd)
+
+    def measure(params: Any, levels: np.ndarray, indices: np.ndarray, draw: int) -> dict[str, np.ndarray]:
+        keys = _device_keys(jax.random.fold_in(experiment.keys["bpd"], draw), indices)
+        outputs = program(keys, params, distributed.shard(distributed.host_share(levels)))
+        return {name: distributed.gather(array) for name, array in outputs.items()}
+
+    return measure
+
+
+def describe(experiment: Experiment) -> None:
+    """Logs the size of the network and the devices."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(experiment.state_shapes.params)]
+    devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s) of {jax.process_count()} process(es)"
+    logging.info("network %s: %s parameters; %s", experiment.config.model.name, f"{sum(sizes):,}", devices)

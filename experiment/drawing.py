@@ -1,0 +1,206 @@
+"""Samples of a checkpoint, drawn in rounds on disk that a killed run picks up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jaxtyping import Int, UInt8
+from ml_collections import ConfigDict
+
+import checks
+from controllable_generation.labels import rows_of_labels
+from experiment.build import Experiment, SamplingProgram
+from losses import TrainState
+from parallel import distributed
+from report import plots
+from workdir import results
+from workdir.checkpoints import CheckpointError, Checkpoints
+from workdir.progress import track
+
+NUM_SHOWN = 100  # samples in a picture
+# Beginnings of the keys that samples depend on, besides the parameters. Of the data only what makes the network's
+# input and turns its output into levels: samples are the same wherever the images lie, or if there are none.
+_SETTINGS = (
+    "seed",
+    "data.image_size",
+    "data.image_width",
+    "data.num_channels",
+    "data.num_levels",
+    "data.centered",
+    "data.uniform_dequantization",
+    "model.",
+    "training.sde",
+    "training.continuous",
+    "sampling.",
+)
+
+
+# --- what samples depend on ------------------------------------------------------------------------------------------
+
+
+def depends_on_batch(config: ConfigDict) -> bool:
+    """Whether a sample depends on the others of its batch: the paper's Langevin corrector averages over them."""
+    sampling = config.sampling
+    return (sampling.method, sampling.corrector, sampling.langevin_norm) == ("pc", "langevin", "batch")
+
+
+def settings_of_samples(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the beginnings of the keys that samples depend on."""
+    return (*_SETTINGS, "eval.batch_size") if depends_on_batch(config) else _SETTINGS
+
+
+def warn_of_batch(config: ConfigDict, sampler: str = "the sampler") -> None:
+    """Logs that the samples of a sampler depend on the batch, if they do."""
+    if depends_on_batch(config):
+        logging.warning(
+            "%s: a sample depends on the others of its batch, since sampling.langevin_norm='batch'; with "
+            "sampling.langevin_norm='sample' it follows from the seed and its number alone",
+            sampler,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint to draw from: its number, training step, and averaged parameters (numpy arrays on the host)."""
+
+    number: int
+    step: int
+    params: Any
+
+
+def restore(experiment: Experiment, workdir: Path, number: int = 0) -> Snapshot:
+    """Restores a snapshot of a workdir.
+
+    Args:
+      experiment: that the workdir holds.
+      workdir: of the run.
+      number: of the snapshot; 0: the newest that is there.
+
+    Raises:
+      ValueError: if the number is negative.
+      CheckpointError: if there is no such snapshot, or it is damaged.
+    """
+    checks.not_negative("--snapshot", number)
+    template = experiment.state_template()
+    with Checkpoints(
+        workdir, snapshot_freq=experiment.config.training.snapshot_freq, template=template, read_only=True
+    ) as checkpoints:
+        present = checkpoints.numbers()
+        if not present:
+            raise CheckpointError(f"{checkpoints.directory} holds no checkpoint; train until one is written")
+        if number not in (0, *present):
+            raise CheckpointError(
+                f"checkpoint {number} is not in {checkpoints.directory}; present: {', '.join(map(str, present))}; set "
+                "--snapshot to one of these, or to 0 for the newest"
+            )
+        number = number or present[-1]
+        state: TrainState = checkpoints.restore_snapshot(number)
+    logging.info("restored checkpoint %d (step %d) from %s", number, int(state.step), workdir)
+    return Snapshot(number, int(state.step), state.params_ema)
+
+
+def evenly_chosen(num_images: int, num_shown: int) -> Int[np.ndarray, "n"]:
+    """Returns indices of images to show at even distances, since the first ones may all be of one class."""
+    shown = min(num_shown, num_images)
+    return np.arange(shown) * num_images // shown
+
+
+def picture(
+    levels: UInt8[np.ndarray, "N H W C"], labels: Sequence[int], num_levels: int, *, limit: int = NUM_SHOWN
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Lays out the first samples, with a row for each label if they have labels in turn.
+
+    Args:
+      levels: samples 0 .. N - 1.
+      labels: that they have in turn; empty: none.
+      num_levels: of the data.
+      limit: samples that are shown at the most.
+    """
+    if not labels:
+        return plots.grid_of_levels(levels[:limit], num_levels)
+    rows = rows_of_labels(len(levels), len(labels), limit)
+    return plots.grid_of_levels(levels[rows.ravel()], num_levels, num_columns=rows.shape[1])
+
+
+# --- rounds ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Samples and what they cost.
+
+    Attributes:
+      levels: uint8[N, H, W, C].
+      nfe: network evaluations of a sample, the largest number of any round and device.
+      seconds: of drawing all rounds, without compiling.
+      compile_seconds: of compiling the sampler.
+    """
+
+    levels: UInt8[np.ndarray, "N H W C"]
+    nfe: int
+    seconds: float
+    compile_seconds: float
+
+    @property
+    def per_second(self) -> float:
+        """Samples drawn in a second."""
+        return len(self.levels) / self.seconds
+
+    def to_arrays(self) -> dict[str, Any]:
+        """Returns the arrays of an .npz file."""
+        costs = {"nfe": self.nfe, "seconds": self.seconds, "compile_seconds": self.compile_seconds}
+        return {"samples": self.levels, **costs}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Samples:
+        """Builds them from what `to_arrays` returned."""
+        costs = int(arrays["nfe"]), float(arrays["seconds"]), float(arrays["compile_seconds"])
+        return cls(arrays["samples"], *costs)
+
+
+def batch_size(config: ConfigDict, num_images: int) -> int:
+    """Returns the samples of a round: eval.batch_size or all that are wanted, rounded up to what the devices divide."""
+    return distributed.round_up(min(config.eval.batch_size, num_images))
+
+
+def draw_samples(program: SamplingProgram, params: Any, folder: Path, num_images: int) -> Samples:
+    """Draws samples 0 .. num_images - 1, using the rounds that are in the folder already.
+
+    A round's file is named after its first sample and used if it holds as many as wanted from there: any batch size and
+    number of devices goes on from the rounds of any other.
+
+    Args:
+      program: the sampler.
+      params: of the network, replicated.
+      folder: of the rounds.
+      num_images: N.
+    """
+
+    def compute(first: int) -> dict[str, Any]:
+        program.compile(params)
+        start = time.monotonic()
+        levels, nfe = program(params, np.arange(first, first + program.batch_size))
+        assert program.compile_seconds is not None
+        return Samples(levels, nfe, time.monotonic() - start, program.compile_seconds).to_arrays()
+
+    def draw(first: int) -> Samples:
+        wanted = min(program.batch_size, num_images - first)
+        path = folder / f"samples_from_{first}.npz"
+        is_enough = lambda arrays: len(arrays["samples"]) >= wanted  # noqa: E731
+        arrays = results.cached(path, functools.partial(compute, first), is_enough=is_enough)
+        return Samples.from_arrays(arrays | {"samples": arrays["samples"][:wanted]})
+
+    rounds = [draw(first) for first in track(range(0, num_images, program.batch_size), "samples")]
+    return Samples(
+        levels=np.concatenate([each.levels for each in rounds]),
+        nfe=max(each.nfe for each in rounds),
+        seconds=sum(each.seconds for each in rounds),
+        compile_seconds=max(each.compile_seconds for each in rounds),
+    )

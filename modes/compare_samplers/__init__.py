@@ -1,0 +1,1 @@
+"""The mode "compare_samplers"."""

@@ -1,0 +1,162 @@
+"""The mode "compare_samplers": quality against network evaluations and seconds, for samplers of one checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+import checks
+import datasets
+from classifier import guidance as classifier_guidance
+from classifier.guidance import Classifier
+from experiment import drawing
+from experiment.build import Experiment, SamplingProgram
+from experiment.drawing import NUM_SHOWN, Samples, Snapshot
+from modes.compare_samplers.specs import SamplerSpec, choose_samplers
+from modes.evaluate.real_features import RealFeatures
+from parallel import distributed
+from report import CheckpointInfo, DataInfo, number_text, plots
+from report.comparison import Comparison, SamplerResult, write_comparison
+from workdir import folder as workdirs
+from workdir import locks, results
+
+PC_GRID = "uniform"  # times of the predictor-corrector sampler
+
+
+def _grid(spec: SamplerSpec, settings: Mapping[str, Any]) -> str:
+    """Returns the name of the times of a sampler's steps; empty if it chooses its own."""
+    if spec.is_adaptive:
+        return ""
+    return PC_GRID if spec.changes["method"] == "pc" else settings["sampling.time_grid"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparer:
+    """What the samplers of a comparison share.
+
+    Attributes:
+      snapshot: whose samples are compared.
+      folder: of the comparison.
+      num_images: samples of each sampler.
+      real: features of the real images.
+      classifiers: that guide the samples of each sampler, by its text; None for none.
+    """
+
+    snapshot: Snapshot
+    folder: Path
+    num_images: int
+    real: RealFeatures
+    classifiers: Mapping[str, Classifier | None]
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """Parameters of the network on every device."""
+        return distributed.replicate(self.snapshot.params)
+
+    def draw(self, spec: SamplerSpec, experiment: Experiment) -> tuple[Samples, int]:
+        """Draws the samples of one sampler, using what is in its folder; returns them and the batch size."""
+        folder = self.folder / spec.folder
+        names = drawing.settings_of_samples(experiment.config)
+        classifier = self.classifiers[spec.text]
+        params = classifier_guidance.all_params(self.snapshot.params, classifier)
+        results.open_folder(folder, experiment.config, names, params, flag="--output")
+        guide = classifier.guide() if classifier else None
+        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, self.num_images), guide=guide)
+        samples = drawing.draw_samples(program, self.params, folder, self.num_images)
+        if distributed.is_main_process():
+            grid = plots.grid_of_levels(samples.levels[:NUM_SHOWN], experiment.scaler.num_levels)
+            plots.save_png(folder / "samples.png", grid)
+        return samples, program.batch_size
+
+    def measure(self, spec: SamplerSpec, experiment: Experiment) -> SamplerResult:
+        """Draws and measures the samples of one sampler."""
+        samples, batch_size = self.draw(spec, experiment)
+        settings = experiment.sampler_settings()
+        result = SamplerResult(
+            sampler=spec.text,
+            family=spec.family,
+            steps=None if spec.is_adaptive else settings["sampling.num_steps"],
+            grid=_grid(spec, settings),
+            settings=settings,
+            nfe=samples.nfe,
+            seconds=samples.seconds,
+            compile_seconds=samples.compile_seconds,
+            batch_size=batch_size,
+            metrics=self.real.measure(samples.levels),
+        )
+        distance = result.metric("frechet_distance")
+        logging.info(
+            "%s: %d network evaluations, %.2f s and %.1f s of compiling, %s %s",
+            *(spec.text, samples.nfe, samples.seconds, samples.compile_seconds, distance.title),
+            number_text(distance.value, distance.stderr),
+        )
+        return result
+
+
+def _build_frame(experiment: Experiment, comparer: Comparer, data: DataInfo) -> Callable[..., Comparison]:
+    """Returns the comparison but for its results and for what is left out."""
+    snapshot, machine = comparer.snapshot, distributed.describe_devices()
+    return functools.partial(
+        Comparison,
+        checkpoint=CheckpointInfo(snapshot.number, snapshot.step, ema=True),
+        seed=experiment.config.seed,
+        num_images=comparer.num_images,
+        data=data,
+        features=comparer.real.feature_info,
+        reference=comparer.real.reference_info,
+        machine=machine | {"versions": workdirs.versions(), "commit": workdirs.commit()},
+    )
+
+
+def compare(
+    experiment: Experiment, workdir: Path, *, samplers: str, output: str, snapshot: int, num_images: int
+) -> Path:
+    """Measures samplers of one checkpoint one after the other, writing table, figure and numbers after each.
+
+    Args:
+      experiment: that the workdir holds.
+      workdir: of the run.
+      samplers: separated by commas, METHOD[:STEPS][:KEY=VALUE...]; empty: `sampler_specs.DEFAULT`.
+      output: folder inside the workdir; empty: "compare_ckpt_<number of the checkpoint>".
+      snapshot: number of the checkpoint; 0: the newest.
+      num_images: samples of each; 0: eval.num_samples.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: if a sampler is wrong, a number negative, the folder outside the workdir, or features cannot be had.
+      CheckpointError: if there is no such checkpoint.
+      WorkdirError: if the folder holds samples of other settings.
+    """
+    config = experiment.config
+    checks.not_negative("--num_images", num_images)
+    workdirs.output_folder(workdir, output)
+    chosen, skipped = choose_samplers(experiment, samplers)
+    for spec, of_sampler in chosen:
+        drawing.warn_of_batch(of_sampler.config, spec.text)
+    classifiers = {spec.text: classifier_guidance.load_classifier(each, workdir) for spec, each in chosen}
+    train, test = (datasets.build_source(config, split) for split in ("train", "test"))
+    restored = drawing.restore(experiment, workdir, snapshot)
+    folder = workdirs.output_folder(workdir, output or f"compare_ckpt_{restored.number}")
+    with locks.hold(folder, "--output"):
+        real = RealFeatures.compute(config, train, test, workdir)
+        if real.test is None:
+            raise ValueError(
+                f"the test split has {len(test)} images, too few for the floor that samplers are compared with"
+            )
+        comparer = Comparer(restored, folder, num_images or config.eval.num_samples, real, classifiers)
+        data = results.describe_data(config, train, test)
+        frame = _build_frame(experiment, comparer, data)
+        measured: list[SamplerResult] = []
+        for spec, of_sampler in chosen:
+            measured.append(comparer.measure(spec, of_sampler))
+            if distributed.is_main_process():
+                write_comparison(folder, frame(results=tuple(measured), skipped=skipped))
+        logging.info("table: %s", folder / "samplers.md")
+    return folder

@@ -1,0 +1,368 @@
+"""Evaluation of checkpoints: losses, samples and bits/dim, in files that a killed run picks up again; the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+import datasets
+from classifier import guidance as classifier_guidance
+from classifier.guidance import Classifier
+from controllable_generation.labels import build_labels
+from dequantization import PROTOCOLS
+from evaluation import gaussian_bits_per_dim
+from experiment.build import Experiment, SamplingProgram, build_bpd_program, build_loss_program
+from experiment.drawing import NUM_SHOWN, draw_samples, evenly_chosen
+from losses import TrainState
+from metrics.metric import Metric, mean_metric
+from modes.evaluate.real_features import RealFeatures, every_image
+from parallel import distributed
+from report import (
+    CheckpointInfo,
+    DataInfo,
+    Report,
+    SamplerInfo,
+    metric_text,
+    plots,
+    read_reports,
+    report_path,
+    save_report,
+    write_report,
+)
+from solvers import ode
+from workdir import results
+from workdir.checkpoints import Checkpoints
+from workdir.folder import WorkdirError
+from workdir.progress import track
+
+# Results in a folder are used again only if all of these, and the parameters, are what they were.
+SETTINGS = (
+    "seed",
+    "data.",
+    "model.",
+    "training.sde",
+    "training.continuous",
+    "training.reduce_mean",
+    "training.likelihood_weighting",
+    "training.importance_sampling",
+    "training.objective",
+    "sampling.",
+    "likelihood.",
+    "eval.batch_size",
+    "eval.bpd_dataset",
+)
+# A Gaussian is fitted to the training images if there are at least so many for each value of an image, and if an image
+# has no more than so many values: beyond, its covariance takes minutes and gigabytes.
+GAUSSIAN_IMAGES, GAUSSIAN_VALUES = 2, 12_288
+
+
+def check_evaluation(config: ConfigDict) -> None:
+    """Checks the settings of an evaluation.
+
+    Raises:
+      ValueError: naming the one that is wrong.
+    """
+    if config.eval.begin_ckpt > config.eval.end_ckpt:
+        raise ValueError(
+            f"eval.begin_ckpt={config.eval.begin_ckpt} is after eval.end_ckpt={config.eval.end_ckpt}; swap them"
+        )
+    distributed.check_batch_size("eval.batch_size", config.eval.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """What is shared by the checkpoints of a sweep; each program compiles at its first call.
+
+    Attributes:
+      experiment: that the workdir holds.
+      classifier: that guides the samples; None for none.
+    """
+
+    experiment: Experiment
+    classifier: Classifier | None = None
+
+    @property
+    def config(self) -> ConfigDict:
+        """Experiment configuration."""
+        return self.experiment.config
+
+    @functools.cached_property
+    def train(self) -> datasets.Source:
+        """Training split."""
+        return datasets.build_source(self.config, "train")
+
+    @functools.cached_property
+    def test(self) -> datasets.Source:
+        """Test split."""
+        return datasets.build_source(self.config, "test")
+
+    @property
+    def bpd_split(self) -> datasets.Source:
+        """Split that bits/dim are measured on."""
+        return self.test if self.config.eval.bpd_dataset == "test" else self.train
+
+    @functools.cached_property
+    def data(self) -> DataInfo:
+        """Says in a report which images there are."""
+        return results.describe_data(self.config, self.train, self.test)
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """Hashes of what losses and bits/dim depend on besides the settings; samples do not."""
+        if not (self.config.eval.enable_loss or self.config.eval.enable_bpd):
+            return {}
+        return {"data": self.data.hash}
+
+    @functools.cached_property
+    def no_gaussian(self) -> str:
+        """Why no Gaussian is fitted to the training images; empty if one is."""
+        dimension = math.prod(datasets.image_shape(self.config))
+        if dimension > GAUSSIAN_VALUES:
+            return f"an image has {dimension:,} values, more than the {GAUSSIAN_VALUES:,} that are fitted here"
+        if len(self.train) < GAUSSIAN_IMAGES * dimension:
+            few = f"{len(self.train):,} training images, fewer than {GAUSSIAN_IMAGES} for each of {dimension:,} values"
+            return f"there are {few}: its fit would mean nothing"
+        return ""
+
+    @functools.cached_property
+    def gaussian(self) -> Metric:
+        """bits/dim of the best Gaussian on the same split, which no checkpoint changes."""
+        num_levels = self.experiment.scaler.num_levels
+        return gaussian_bits_per_dim(every_image(self.train), every_image(self.bpd_split), num_levels)
+
+    @functools.cached_property
+    def loss(self) -> Callable[..., np.ndarray]:
+        """Program of the loss."""
+        return build_loss_program(self.experiment)
+
+    @functools.cached_property
+    def draw(self) -> SamplingProgram:
+        """Program of the sampler."""
+        guide = self.classifier.guide() if self.classifier else None
+        return SamplingProgram(self.experiment, self.config.eval.batch_size, guide=guide)
+
+    @functools.cached_property
+    def bpd(self) -> Callable[..., dict[str, np.ndarray]]:
+        """Program of bits/dim."""
+        return build_bpd_program(self.experiment)
+
+
+# --- measurements ----------------------------------------------------------------------------------------------------
+
+
+def measure_loss(evaluator: Evaluator, params: Any, folder: Path) -> np.ndarray:
+    """Measures the loss of every test image, float32[N]."""
+
+    def compute() -> dict[str, np.ndarray]:
+        batches = list(results.batches(evaluator.test, evaluator.config.eval.batch_size))
+        losses = [
+            evaluator.loss(params, evaluator.test.images(indices), indices)[:count]
+            for _, indices, count in track(batches, "loss")
+        ]
+        return {"loss": np.concatenate(losses)}
+
+    return results.cached(folder / "loss.npz", compute)["loss"]
+
+
+def measure_bpd(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, np.ndarray]:
+    """Measures bits/dim of every image of the split, the last partial batch included.
+
+    Returns:
+      The arrays of `build_bpd_program`, float[draws, N] each.
+    """
+    config = evaluator.config
+    source = evaluator.bpd_split
+    rounds = [
+        (draw, *batch)
+        for draw in range(config.eval.bpd_num_draws)
+        for batch in results.batches(source, config.eval.batch_size)
+    ]
+
+    def compute(draw: int, indices: np.ndarray, count: int) -> dict[str, np.ndarray]:
+        result = evaluator.bpd(params, source.images(indices), indices, draw)
+        ode.require_solved(result["bpd"], "bits/dim")
+        return {name: array[:count] for name, array in result.items()}
+
+    of_rounds = [
+        results.cached(folder / f"bpd_{draw}_{index}.npz", functools.partial(compute, draw, indices, count))
+        for draw, index, indices, count in track(rounds, "bits/dim")
+    ]
+    joined = {name: np.concatenate([result[name] for result in of_rounds]) for name in of_rounds[0]}
+    return {name: array.reshape(config.eval.bpd_num_draws, len(source)) for name, array in joined.items()}
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, folder: Path) -> dict[str, Any]:
+    """Draws samples and measures them; returns the report's fields about them."""
+    drawn = draw_samples(evaluator.draw, params, folder, evaluator.config.eval.num_samples)
+    levels = drawn.levels
+    num_levels = evaluator.experiment.scaler.num_levels
+    shown = levels[:NUM_SHOWN], evaluator.train.images(evenly_chosen(len(evaluator.train), NUM_SHOWN))
+    if distributed.is_main_process():
+        plots.save_png(folder / "samples.png", plots.grid_of_levels(shown[0], num_levels))
+        plots.save_png(folder / "samples_beside_real.png", plots.samples_beside_real(*shown, num_levels))
+    return {
+        "metrics": real.measure(levels),
+        "sampler": SamplerInfo(
+            evaluator.experiment.sampler_settings(),
+            drawn.nfe,
+            drawn.seconds,
+            num_samples=len(levels),
+            rounding=evaluator.experiment.scaler.rounding,
+        ),
+        "features": real.feature_info,
+        "reference": real.reference_info,
+        "files": {"grid": f"{folder.name}/samples.png", "real": f"{folder.name}/samples_beside_real.png"},
+    }
+
+
+def _mean_over_draws(name: str, values: np.ndarray, stderr: np.ndarray, *, note: str, probes: str) -> Metric:
+    """Returns the data-set mean of bits/dim float[draws, N], and says in the note how well each image's is known.
+
+    Every draw has noise and probes of its own: the spread of an image over its draws contains that over its probes.
+    One draw shows only the latter, `stderr`. Likewise the spread over the images contains all of theirs. `probes` names
+    in the note what the estimate of one draw is made of.
+    """
+    draws = len(values)
+    own = values.std(axis=0, ddof=1) / math.sqrt(draws) if draws > 1 else stderr[0]
+    if np.isfinite(own).all() and own.any():
+        over = f"draws and {probes}" if draws > 1 else f"{probes} alone"
+        note += f"; an image's own standard error over its {over} is {own.mean():.2g} on average"
+    return mean_metric(name, values.mean(axis=0), unit="bits/dim", note=note)
+
+
+def _bpd_metrics(evaluator: Evaluator, params: Any, folder: Path) -> tuple[Metric, ...]:
+    config, measured = evaluator.config, measure_bpd(evaluator, params, folder)
+    settings, protocol = config.likelihood, config.likelihood.dequantization
+    is_bound = PROTOCOLS[protocol].is_bound
+    noise = f"{config.eval.bpd_num_draws} draw(s) of dequantization {protocol}" + (
+        "" if is_bound else ", which adds no noise: this is no bound on the bits/dim of the levels"
+    )
+    end = "the standard error is over images, and with them over their draws and {}"
+    by_ode = (
+        f"{config.eval.bpd_dataset} split, {noise}; probability-flow ODE, trace {settings.trace} with "
+        f"{settings.num_probes} probe(s), rtol {settings.rtol:g}, atol {settings.atol:g}, "
+        f"{measured['nfe'].mean():.0f} network evaluations; {end.format('probes')}"
+    )
+    if is_bound and evaluator.no_gaussian:
+        logging.info("no bits/dim of a Gaussian to compare with: %s", evaluator.no_gaussian)
+        by_ode += f"; no Gaussian to compare with: {evaluator.no_gaussian}"
+    in_nats = "of an image: a density in the network's range, of the dequantized values; otherwise as in bits/dim"
+    nats = lambda name, values: mean_metric(name, values.mean(axis=0), unit="nats", note=in_nats)  # noqa: E731
+    metrics = [_mean_over_draws("bits_per_dim", measured["bpd"], measured["stderr"], note=by_ode, probes="probes")]
+    metrics.append(nats("log_likelihood", measured["nats"]))
+    if "bound" in measured:
+        probes, values = "times", (measured["bound"], measured["bound_stderr"])
+        by_sde = (
+            f"the same dequantized images, {noise}; variational bound of the reverse-time SDE with "
+            f"{settings.bound_num_times} network evaluations, each at a time and noise of its own; {end.format(probes)}"
+        )
+        metrics.append(_mean_over_draws("bits_per_dim_bound", *values, note=by_sde, probes=probes))
+        metrics.append(nats("log_likelihood_bound", measured["bound_nats"]))
+    # A Gaussian's bits/dim are a bound: they stand beside no number that is none.
+    return (*metrics, evaluator.gaussian) if is_bound and not evaluator.no_gaussian else tuple(metrics)
+
+
+def evaluate_checkpoint(
+    evaluator: Evaluator, state: TrainState, number: int, real: RealFeatures | None, folder: Path
+) -> Report:
+    """Measures what the configuration enables of one checkpoint, using what is on disk already."""
+    config, of_checkpoint = evaluator.config, folder / f"ckpt_{number}"
+    of_samples = classifier_guidance.all_params(state.params_ema, evaluator.classifier)
+    contents = evaluator.contents
+    results.open_folder(of_checkpoint, config, SETTINGS, of_samples, flag="--eval_folder", contents=contents)
+    params = distributed.replicate(state.params_ema)
+    fields: dict[str, Any] = _sampling_part(evaluator, params, real, of_checkpoint) if real else {"metrics": ()}
+    if config.eval.enable_bpd:
+        fields["metrics"] += _bpd_metrics(evaluator, params, of_checkpoint)
+    if config.eval.enable_loss:
+        fields["metrics"] += (mean_metric("loss", measure_loss(evaluator, params, of_checkpoint)),)
+    checkpoint = CheckpointInfo(number, int(state.step), ema=True)
+    return Report(checkpoint=checkpoint, seed=config.seed, data=evaluator.data, **fields)
+
+
+def other_reports(folder: Path, numbers: range, real: RealFeatures) -> list[Path]:
+    """Returns the reports of these checkpoints that another extractor or reference gave, and that must be made anew.
+
+    Numbers of different ones would stand side by side on one page. Samples stay: they do not depend on either.
+
+    Raises:
+      WorkdirError: if there is such a report of a checkpoint that is not evaluated now.
+    """
+    if not list(folder.glob("report_*.json")):
+        return []
+    of_real = real.feature_info, real.reference_info
+    others = [each for each in read_reports(folder) if each.features and (each.features, each.reference) != of_real]
+    for number in sorted(report.checkpoint.number for report in others):
+        if number not in numbers:
+            raise WorkdirError(
+                f"{report_path(folder, number)} has metrics of another feature extractor or reference; evaluate "
+                f"checkpoint {number} in the same sweep (eval.begin_ckpt, eval.end_ckpt), or choose a new --eval_folder"
+            )
+    return [report_path(folder, report.checkpoint.number) for report in others]
+
+
+def _write(folder: Path, workdir: Path, report: Report, others: list[str]) -> None:
+    """Writes the report of a checkpoint and, without the others, the page."""
+    save_report(folder, report)
+    for path in others:
+        logging.info("%s was of another feature extractor or reference and is made anew", path)
+        if Path(path) != report_path(folder, report.checkpoint.number):  # which is made anew already
+            Path(path).unlink()
+    write_report(folder, losses=workdir / plots.LOSSES_FILE)
+    log_report(report, folder)
+
+
+def _load_classifier(experiment: Experiment, workdir: Path) -> Classifier | None:
+    """Loads what guides the samples, if any are drawn, and checks their labels."""
+    if not experiment.config.eval.enable_sampling:
+        return None
+    classifier = classifier_guidance.load_classifier(experiment, workdir)
+    build_labels(experiment.config, guide_classes=classifier.num_classes if classifier else 0)
+    return classifier
+
+
+def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) -> None:
+    """Evaluates the checkpoints of a sweep, each as soon as it is there, and writes the report after each."""
+    config = experiment.config
+    evaluator = Evaluator(experiment, _load_classifier(experiment, workdir))
+    numbers = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
+    template = experiment.state_template()
+    with Checkpoints(
+        workdir, snapshot_freq=config.training.snapshot_freq, template=template, read_only=True
+    ) as checkpoints:
+        if not config.eval.wait_seconds:
+            checkpoints.require(numbers)
+        real = (
+            RealFeatures.compute(config, evaluator.train, evaluator.test, workdir)
+            if config.eval.enable_sampling
+            else None
+        )
+        others = distributed.once(lambda: list(map(str, other_reports(folder, numbers, real)))) if real else []
+        for number in numbers:
+            state = checkpoints.restore_snapshot(number, wait_seconds=config.eval.wait_seconds)
+            report = evaluate_checkpoint(evaluator, state, number, real, folder)
+            if distributed.is_main_process():
+                _write(folder, workdir, report, others)
+            others = []  # only once a checkpoint could be evaluated: a refusal must not cost a report
+
+
+def log_report(report: Report, folder: Path) -> None:
+    """Logs the numbers of a checkpoint and where its pictures and the report are."""
+    logging.info("checkpoint %d (step %d):", report.checkpoint.number, report.checkpoint.step)
+    width = max((len(metric.title) for metric in report.metrics), default=0)
+    for metric in report.metrics:
+        logging.info("  %-*s  %s", width, metric.title, metric_text(metric))
+    if "grid" in report.files:
+        logging.info("samples: %s", folder / report.files["grid"])
+    logging.info("report:  %s", folder / "report.md")

@@ -1,0 +1,169 @@
+"""The mode "memory": what training and evaluation will hold in the memory of a device, before anything is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from experiment import ahead
+from experiment.build import Experiment, build_experiment, map_train_steps
+from parallel import distributed
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Bytes on one device while a program runs.
+
+    Attributes:
+      held: what is there before and after, by name.
+      temporaries: most that the arrays in between take at one time, as XLA planned them.
+      gradients: of the temporaries, those of the parameters; 0: there are none.
+    """
+
+    held: dict[str, int]
+    temporaries: int
+    gradients: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it together."""
+        return sum(self.held.values()) + self.temporaries
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _compile(program: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compiled:
+    return program.lower(*arguments).compile()
+
+
+def _analyze(compiled: jax.stages.Compiled) -> Any:
+    """Returns what a program needs on each device."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise ValueError(f"JAX does not say how much memory programs need on {jax.default_backend()!r}")
+    return analysis
+
+
+def compile_training(experiment: Experiment) -> jax.stages.Compiled:
+    """Compiles the training steps of a run for the shapes of its arguments; they are those that the run compiles."""
+    state, batch = ahead.on_devices((experiment.state_shapes, ahead.training_batch(experiment.config)))
+    return _compile(map_train_steps(experiment), experiment.keys["train"], state, batch)
+
+
+def of_training(experiment: Experiment, compiled: jax.stages.Compiled) -> Footprint:
+    """Returns what the compiled training steps of a run hold.
+
+    Raises:
+      ValueError: if JAX does not tell the memory on this backend.
+    """
+    state, batch, analysis = experiment.state_shapes, ahead.training_batch(experiment.config), _analyze(compiled)
+    steps, images = jax.tree.leaves(batch)[0].shape[:2]
+    held = {
+        "parameters": _bytes(state.params),
+        "their moving average": _bytes(state.params_ema),
+        "state of the optimizer": _bytes(state.opt_state),
+        f"{steps} batches of {images} images" if steps > 1 else f"batch of {images} images": _bytes(batch),
+    }
+    # What is put out and does not take the place of something that came in: the metrics.
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return Footprint(held, analysis.temp_size_in_bytes + outputs, _bytes(state.params))
+
+
+def of_evaluation(experiment: Experiment, *, pulls_back: bool = False) -> Footprint:
+    """Compiles one evaluation of the score for a batch of `eval.batch_size`, of which samplers are made.
+
+    Args:
+      experiment: what is evaluated.
+      pulls_back: with the product of a vector and its Jacobian in the images, of which bits/dim are made.
+
+    Raises:
+      ValueError: if JAX does not tell the memory on this backend.
+    """
+    images = distributed.round_up(experiment.config.eval.batch_size) // distributed.device_count()
+    params = experiment.state_shapes.params
+    x = jax.ShapeDtypeStruct((images, *experiment.image_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((images,), jnp.float32)
+
+    def score(params: Any, x: Float[Array, "B H W C"], t: Float[Array, "B"]) -> Any:
+        score_fn = experiment.score_fn(params, smooth=True)
+        if not pulls_back:
+            return score_fn(x, t)
+        value, pullback = jax.vjp(lambda x: score_fn(x, t), x)
+        return value, pullback(x)  # x in the place of a vector of its shape
+
+    analysis = _analyze(_compile(distributed.pmap(score), *ahead.on_devices((params, x, t))))
+    held = {"parameters": _bytes(params), f"batch of {images} images": _bytes((x, t))}
+    return Footprint(held, analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def _row(name: str, size: int) -> str:
+    return f"  {name:<44}{size / MIB:>12,.2f} MiB {size:>18,} bytes"
+
+
+def _rows(title: str, footprint: Footprint) -> Iterator[str]:
+    yield f"\n{title}"
+    yield from (_row(name, size) for name, size in footprint.held.items())
+    yield _row("temporary arrays, most at one time", footprint.temporaries)
+    if footprint.gradients:
+        yield _row("  gradients of the parameters among them", footprint.gradients)
+    yield _row("all", footprint.total)
+
+
+def _hints(experiment: Experiment) -> Iterator[str]:
+    """Yields the settings that would need less, and what they cost."""
+    config, settings = experiment.config, experiment.config.training
+    images = settings.batch_size // distributed.device_count()
+    more = next((n for n in range(settings.microbatches + 1, images + 1) if images % n == 0), None)
+    if more:
+        parts = f"{images // more} images instead of {images // settings.microbatches}"
+        yield f"training.microbatches={more}: activations of {parts} at one time, the same numbers"
+    if not config.model.remat:
+        yield "model.remat=True: of a block what goes in, not all its features; a third more work, the same numbers"
+    if config.model.dtype == "float32":
+        yield "model.dtype=bfloat16: features of half the size, with 8 bits of precision"
+
+
+def report(experiment: Experiment) -> Iterator[str]:
+    """Yields the lines of the report as the programs are compiled."""
+    config, device = experiment.config, jax.devices()[0]
+    yield (
+        f"on each of {distributed.device_count()} device(s), as XLA plans it for {device.device_kind!r} "
+        f"({device.platform}); nothing is run"
+    )
+    yield (
+        f"training.batch_size={config.training.batch_size}, training.microbatches={config.training.microbatches}, "
+        f"model.dtype={config.model.dtype}, model.remat={config.model.remat}"
+    )
+    yield from _rows("a training step", of_training(experiment, compile_training(experiment)))
+    yield from _rows("an evaluation of the network (sampling, loss)", of_evaluation(experiment))
+    if config.eval.enable_bpd:
+        yield from _rows("the same with its Jacobian (bits/dim)", of_evaluation(experiment, pulls_back=True))
+    yield "\nwith less:"
+    yield from (f"  {hint}" for hint in _hints(experiment))
+
+
+def print_memory(config: ConfigDict) -> None:
+    """Prints, for each device, the bytes of state and batch, and the most that the arrays of a step take.
+
+    Args:
+      config: experiment configuration, whose batch sizes have been checked.
+
+    Raises:
+      ValueError: if a setting is wrong, or JAX does not tell the memory on this backend.
+    """
+    for line in report(build_experiment(config)):
+        print(line, flush=True)

@@ -1,0 +1,147 @@
+"""The mode "sample": samples of a checkpoint as files, without any data set."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+import checks
+from classifier import guidance as classifier_guidance
+from classifier.guidance import Classifier
+from controllable_generation.labels import build_labels, labels_of_samples
+from experiment import drawing
+from experiment.build import Experiment, SamplingProgram
+from experiment.drawing import Samples, Snapshot
+from parallel import distributed
+from report import plots
+from workdir import folder as workdirs
+from workdir import locks, results
+
+NUM_IMAGES = 64  # samples that are drawn if their number is not given; with labels, as many of each and no fewer
+ROUNDS = "rounds"  # sub-folder of what a killed run, and one of more samples, goes on from
+SAMPLES_FILE = "samples.npz"
+PNG_FOLDER = "png"
+
+Labels = tuple[int, ...]  # that the samples have in turn; empty: none
+
+
+def default_output(config: ConfigDict, number: int) -> str:
+    """Returns the folder of samples whose folder is not given, such as "samples/ckpt_2_pc_250_labels_0..9_scale_2".
+
+    With a classifier it ends as "_classifier_2", the factor on its gradient.
+    """
+    settings = config.sampling
+    name = f"samples/ckpt_{number}_{settings.method}"
+    name += f"_{settings.num_steps}" if settings.num_steps else ""
+    name += f"_labels_{settings.labels.replace(' ', '')}" if settings.labels else ""
+    name += f"_scale_{settings.guidance_scale:g}" if settings.guidance_scale != 1 else ""
+    return name + (f"_classifier_{settings.classifier_scale:g}" if settings.classifier_scale else "")
+
+
+def _default_number(labels: Labels) -> int:
+    """Returns how many samples are drawn if their number is not given."""
+    return math.ceil(NUM_IMAGES / len(labels)) * len(labels) if labels else NUM_IMAGES
+
+
+def _draw(
+    experiment: Experiment,
+    snapshot: Snapshot,
+    folder: Path,
+    *,
+    labels: Labels,
+    num_images: int,
+    classifier: Classifier | None,
+) -> Samples:
+    """Draws the samples, or reads them if they are complete; the file has their labels, too."""
+
+    def compute() -> dict[str, Any]:
+        guide = classifier.guide() if classifier else None
+        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, num_images), guide=guide)
+        params = distributed.replicate(snapshot.params)
+        arrays = drawing.draw_samples(program, params, folder / ROUNDS, num_images).to_arrays()
+        return arrays | ({"labels": labels_of_samples(labels, np.arange(num_images))} if labels else {})
+
+    is_complete = lambda stored: len(stored["samples"]) == num_images  # noqa: E731
+    return Samples.from_arrays(results.cached(folder / SAMPLES_FILE, compute, is_enough=is_complete))
+
+
+def _facts(experiment: Experiment, snapshot: Snapshot, samples: Samples, labels: Labels) -> dict[str, Any]:
+    """Returns what is to be known of the samples, for programs."""
+    return {
+        "checkpoint": {"number": snapshot.number, "step": snapshot.step, "ema": True},
+        "seed": experiment.config.seed,
+        "num_images": len(samples.levels),
+        "labels": list(labels),
+        "sampler": experiment.sampler_settings(),
+        "nfe": samples.nfe,
+        "seconds": samples.seconds,
+        "compile_seconds": samples.compile_seconds,
+        "images_per_second": samples.per_second,
+        "num_levels": experiment.scaler.num_levels,
+        "machine": distributed.describe_devices(),
+    }
+
+
+def _write_pngs(folder: Path, levels: UInt8[np.ndarray, "N H W C"], num_levels: int) -> None:
+    """Writes 00000.png, 00001.png, ...; afterwards the folder holds these and none of an earlier, larger number."""
+    for index, image in enumerate(plots.levels_to_uint8(levels, num_levels)):
+        plots.save_png(folder / f"{index:05d}.png", image)
+    for path in folder.glob("*.png"):
+        if path.stem.isdecimal() and int(path.stem) >= len(levels):
+            path.unlink()
+
+
+def write_samples(
+    experiment: Experiment, workdir: Path, *, output: str, snapshot: int, num_images: int, png: bool
+) -> Path:
+    """Draws samples of a checkpoint and writes samples.npz, samples.png and settings.json.
+
+    Args:
+      experiment: that the workdir holds.
+      workdir: of the run.
+      output: folder inside the workdir; empty: named after checkpoint and sampler.
+      snapshot: number of the checkpoint; 0: the newest.
+      num_images: N; 0: `NUM_IMAGES`, rounded up to as many of each label.
+      png: write each sample as a file of its own, too.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: if a number is negative, the folder outside the workdir, or labels are asked for that nothing knows.
+      FileNotFoundError: if there is no classifier where one is to guide.
+      CheckpointError: if there is no such checkpoint.
+      WorkdirError: if the folder holds samples of other settings.
+    """
+    config = experiment.config
+    checks.not_negative("--num_images", num_images)
+    if png and config.data.num_channels > plots.MAX_PNG_CHANNELS:
+        raise ValueError(f"--png with data.num_channels={config.data.num_channels}: a PNG holds 1 to 4; leave it away")
+    classifier = classifier_guidance.load_classifier(experiment, workdir)
+    labels = build_labels(config, guide_classes=classifier.num_classes if classifier else 0)
+    workdirs.output_folder(workdir, output)
+    drawing.warn_of_batch(config)
+    restored = drawing.restore(experiment, workdir, snapshot)
+    folder = workdirs.output_folder(workdir, output or default_output(config, restored.number))
+    with locks.hold(folder, "--output"):
+        params = classifier_guidance.all_params(restored.params, classifier)
+        results.open_folder(folder, config, drawing.settings_of_samples(config), params, flag="--output")
+        num_images = num_images or _default_number(labels)
+        samples = _draw(experiment, restored, folder, labels=labels, num_images=num_images, classifier=classifier)
+        if distributed.is_main_process():
+            num_levels = experiment.scaler.num_levels
+            plots.save_png(folder / "samples.png", drawing.picture(samples.levels, labels, num_levels))
+            if png:
+                _write_pngs(folder / PNG_FOLDER, samples.levels, num_levels)
+            results.record_facts(folder, _facts(experiment, restored, samples, labels))
+        logging.info(
+            "%d samples, %d network evaluations each, in %.1f s: %s",
+            *(len(samples.levels), samples.nfe, samples.seconds, folder),
+        )
+    return folder

@@ -1,0 +1,1 @@
+"""Devices, processes, and randomness that does not depend on either."""

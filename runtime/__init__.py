@@ -1,1 +1,0 @@
-"""What happens while a run is on: programs, loops, the workdir, progress."""

@@ -1,0 +1,1 @@
+"""The folder of a run: its layout, checkpoints, results that resume, locks, log and progress."""

@@ -1,0 +1,320 @@
+"""Checkpoints by Orbax: written in the background, visible only when complete, verified when read.
+
+`checkpoints/` keeps every snapshot, number k taken at step k * snapshot_freq; `checkpoints-meta/` keeps the two newest
+states to resume from. A checksum of each array is stored beside the arrays, so that a damaged file is noticed. What a
+run finds damaged it moves to `checkpoints-damaged/`: the number is then free to be written again, and nothing is lost.
+
+The state is the same on all processes: process 0 alone reads and writes it, so that no other needs the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from losses import TrainState
+from parallel import distributed
+from storage import files
+from workdir.tensorstore_specs import spare_specs
+
+NUM_RESUMABLE = 2  # a damaged newest state leaves the one before it
+POLL_SECONDS = 1.0
+
+# What Orbax and TensorStore raise for files that are missing, cut short or changed.
+_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+DAMAGED = "checkpoints-damaged"  # folder beside those of the checkpoints
+_UNFINISHED = "*.orbax-checkpoint-tmp*"  # folders that Orbax writes in, until it renames them
+# In what TensorStore raises: the system's number, where it tells it, and the kind of every error.
+_OS_ERROR, _STATUS = re.compile(r"os_error_code='(\d+)'"), re.compile(r"[A-Z]{4}[A-Z_]*: ")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing or damaged, or cannot be written."""
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).data) for path, leaf in leaves}
+
+
+def _short(error: BaseException) -> str:
+    """Returns what an error of TensorStore or Orbax says, without the pages of settings and trees that follow."""
+    return str(error).split(" [tensorstore_spec", 1)[0].partition("\n")[0]
+
+
+def _number_of(error: BaseException) -> int | None:
+    """Returns the number of the system's error that one of Orbax or TensorStore stands for; None if it is none."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = _OS_ERROR.search(str(error))
+    return int(told.group(1)) if told else None
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Removes what is left of a write that failed, which may fill the very disk that is full."""
+    for folder in directory.glob(_UNFINISHED):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns what the system refused, now or before in the background, into a sentence.
+
+    Raises:
+      CheckpointError: naming the disk.
+    """
+    directory = Path(manager.directory)
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        number = _number_of(error)
+        if number is None and not _STATUS.match(str(error)):
+            raise
+        _remove_unfinished(directory)
+        reason = f"{directory}: {_short(error)}"
+        if number is not None:
+            reason = files.explain(OSError(number, os.strerror(number), str(directory)))
+        raise CheckpointError(f"a checkpoint could not be written in {reason}") from error
+
+
+def _save(manager: ocp.CheckpointManager, number: int, state: TrainState) -> None:
+    info = {"step": int(state.step), "checksums": _checksums(state)}
+    arrays = ocp.args.StandardSave(state)
+    with _writing(manager):
+        manager.save(number, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(info)), force=True)
+
+
+def _restore(manager: ocp.CheckpointManager, number: int, template: TrainState) -> TrainState:
+    name = f"checkpoint {number} in {manager.directory}"
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(template), info=ocp.args.JsonRestore())
+    try:
+        restored = manager.restore(number, args=args)
+        stored = dict(restored["info"]["checksums"])
+    except _READ_ERRORS as error:
+        raise CheckpointError(f"{name} cannot be read: {_short(error)}") from error
+    found = _checksums(restored["state"])
+    damaged = sorted(path for path in found if found[path] != stored.get(path))
+    if damaged:
+        raise CheckpointError(f"{name} is damaged: the checksum of {damaged[0]} differs ({len(damaged)} arrays)")
+    return restored["state"]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir; every process calls the same methods, and gets what process 0 finds.
+
+    Args:
+      workdir: of the run.
+      snapshot_freq: steps between the kept snapshots.
+      template: a state of the right structure; its values do not matter.
+      read_only: for evaluation, which may run beside the training that writes.
+
+    Attributes:
+      restored_from: folder of the state that `restore_newest` returned last; None before.
+    """
+
+    def __init__(self, workdir: str | Path, *, snapshot_freq: int, template: TrainState, read_only: bool = False):
+        spare_specs()
+        root = Path(workdir).absolute()
+        self.directory = root / "checkpoints"  # of the kept snapshots
+        self._snapshot_freq, self._read_only = snapshot_freq, read_only
+        self._damaged = root / DAMAGED
+        self.restored_from: Path | None = None
+        self._template = jax.tree.map(np.asarray, template)
+        self._open(root, read_only)
+
+    @distributed.on_main
+    def _open(self, root: Path, read_only: bool) -> None:
+        self._snapshots = self._manager(self.directory, max_to_keep=None, read_only=read_only)
+        self._resumable = self._manager(root / "checkpoints-meta", max_to_keep=NUM_RESUMABLE, read_only=read_only)
+
+    def __enter__(self) -> Checkpoints:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Waits for what is being written and frees the threads.
+
+        Raises:
+          CheckpointError: if something could not be written, unless another error is on its way already.
+        """
+        if not distributed.is_main_process():  # not `on_main`: after an error the others may not come by here
+            return
+        for manager in (self._snapshots, self._resumable):
+            try:
+                with _writing(manager):
+                    manager.close()
+            except Exception as failure:
+                if error is None:
+                    raise
+                logging.warning("%s", _short(failure))
+
+    @staticmethod
+    def _manager(directory: Path, *, max_to_keep: int | None, read_only: bool) -> ocp.CheckpointManager:
+        if not read_only:
+            directory.mkdir(parents=True, exist_ok=True)  # Orbax makes it for all processes or not at all
+        # Not Orbax's own read_only: all that it adds to opening without cleaning up is three warnings.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep,
+            create=False,
+            cleanup_tmp_directories=not read_only,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}, barrier_sync_key_prefix=directory.name
+            ),
+        )
+        try:
+            return ocp.CheckpointManager(directory, options=options)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{directory} cannot be opened: a _CHECKPOINT_METADATA in it is damaged ({error}); delete that file, "
+                "which only says when its checkpoint was written"
+            ) from error
+
+    @distributed.on_main
+    def save(self, state: TrainState) -> None:
+        """Writes a state, numpy arrays on the host: to the snapshots if its step is one, else as resumable."""
+        step = int(state.step)
+        number, offset = divmod(step, self._snapshot_freq)
+        manager, number = (self._snapshots, number) if offset == 0 else (self._resumable, step)
+        if number not in manager.all_steps():
+            _save(manager, number, state)
+
+    @distributed.on_main
+    def save_snapshot(self, number: int, state: TrainState) -> None:
+        """Writes a state as snapshot `number`, whatever its step is: one that another program took.
+
+        Raises:
+          CheckpointError: if there is such a snapshot.
+        """
+        if number in self._snapshots.all_steps():
+            raise CheckpointError(f"checkpoint {number} is in {self.directory} already; it was not overwritten")
+        _save(self._snapshots, number, state)
+
+    @distributed.on_main
+    def wait(self) -> None:
+        """Returns when everything saved so far is on disk; raises what failed in the background."""
+        for manager in (self._snapshots, self._resumable):
+            with _writing(manager):
+                manager.wait_until_finished()
+
+    @distributed.on_main
+    def numbers(self) -> list[int]:
+        """Returns the numbers of the complete snapshots, ascending."""
+        self._snapshots.reload()
+        return sorted(self._snapshots.all_steps())
+
+    def restore_newest(self) -> TrainState | None:
+        """Restores the newest readable state of either folder; None if there is none at all.
+
+        A damaged state is named in the log and the one before it is taken. A run that writes then moves the damaged
+        ones aside: it will come by their steps again, and must not find the numbers taken.
+
+        Raises:
+          CheckpointError: if there are states, but every one is damaged.
+        """
+        state = distributed.once_tree(self._read_newest, self._template)
+        folder = distributed.once(lambda: str(self.restored_from or ""))
+        self.restored_from = Path(folder) if folder else None
+        return state
+
+    def _read_newest(self) -> TrainState | None:
+        candidates = [(number * self._snapshot_freq, self._snapshots, number) for number in self._snapshots.all_steps()]
+        candidates += [(step, self._resumable, step) for step in self._resumable.all_steps()]
+        damaged = []
+        for _, manager, number in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
+            try:
+                state = _restore(manager, number, self._template)
+            except CheckpointError as error:
+                damaged.append((manager, number, str(error)))
+                logging.warning("%s; using the one before it", error)
+                continue
+            logging.info("restored step %d from %s", int(state.step), manager.directory)
+            self.restored_from = Path(manager.directory) / str(number)
+            if not self._read_only:
+                for of_damaged, damaged_number, _ in damaged:
+                    self._set_aside(of_damaged, damaged_number)
+            return state
+        if damaged:
+            reasons = "; ".join(reason for _, _, reason in damaged)
+            raise CheckpointError(
+                f"no checkpoint of this workdir can be read: {reasons}; nothing was changed: put a copy of one in its "
+                "place, or choose a new --workdir to begin anew"
+            )
+        return None
+
+    def _set_aside(self, manager: ocp.CheckpointManager, number: int) -> None:
+        """Moves a damaged checkpoint to a folder where it is in nobody's way."""
+        source = Path(manager.directory) / str(number)
+        if source.exists():
+            self._damaged.mkdir(exist_ok=True)
+            name = f"{source.parent.name}-{number}"
+            taken = len(list(self._damaged.glob(f"{name}*")))
+            target = self._damaged / (f"{name}-{taken + 1}" if taken else name)
+            source.rename(target)
+            logging.warning("moved the damaged checkpoint %d to %s; the run writes it anew", number, target)
+        manager.reload()
+
+    @distributed.on_main
+    def require(self, numbers: Iterable[int]) -> None:
+        """Checks that snapshots are there.
+
+        Raises:
+          CheckpointError: naming the first that is missing, and those that are there.
+        """
+        present = self.numbers()
+        missing = [number for number in numbers if number not in present]
+        if missing:
+            listed = ", ".join(map(str, present)) or "none"
+            raise CheckpointError(
+                f"checkpoint {missing[0]} is not in {self.directory}; present: {listed}; set eval.begin_ckpt and "
+                "eval.end_ckpt to these, or eval.wait_seconds to wait for a run that still trains"
+            )
+
+    def restore_snapshot(self, number: int, *, wait_seconds: float = 0.0) -> TrainState:
+        """Restores one kept snapshot.
+
+        Args:
+          number: of the snapshot.
+          wait_seconds: how long to wait for it if it is not there yet.
+
+        Raises:
+          CheckpointError: if it is missing after that time, or damaged.
+        """
+
+        def read() -> TrainState:
+            _wait_until(lambda: number in self.numbers(), wait_seconds)
+            self.require([number])
+            try:
+                return _restore(self._snapshots, number, self._template)
+            except CheckpointError as error:
+                others = ", ".join(str(other) for other in self.numbers() if other != number) or "none"
+                raise CheckpointError(
+                    f"{error}; choose another one (there are: {others}) by eval.begin_ckpt and eval.end_ckpt, or "
+                    "--snapshot"
+                ) from error
+
+        state = distributed.once_tree(read, self._template)
+        assert state is not None
+        return state
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(POLL_SECONDS, left))

@@ -1,0 +1,121 @@
+"""Results on disk that a killed run picks up again, and that results of other settings are never mixed with."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+import datasets
+from parallel import distributed
+from report import DataInfo
+from storage import files, guards
+from workdir import folder as workdirs
+from workdir.folder import WorkdirError
+
+SETTINGS_FILE = "settings.json"
+SAME_RESULTS = ("model.remat",)  # settings without effect on any number
+FACTS = "facts"  # key of settings.json under which the results are described; no setting
+
+
+def describe_data(config: ConfigDict, train: datasets.Source, test: datasets.Source) -> DataInfo:
+    """Says in a report which images there are."""
+    name, num_levels = config.data.dataset, config.data.num_levels
+    return DataInfo(name, len(train), len(test), num_levels, files.content_hash(train.fingerprint, test.fingerprint))
+
+
+def cached(
+    path: Path,
+    compute: Callable[[], dict[str, Any]],
+    *,
+    is_enough: Callable[[dict[str, np.ndarray]], bool] = lambda stored: True,
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz file, computing and writing it, whole or not at all, if it is not there.
+
+    Process 0 looks, reads and writes; all processes get the arrays, and all compute them if they must be.
+
+    Args:
+      path: of the file.
+      compute: returns the arrays.
+      is_enough: whether the arrays of a file that is there will do.
+    """
+
+    def read() -> dict[str, np.ndarray] | None:
+        if not path.exists():
+            return None
+        try:
+            stored = files.read_npz(path)
+        except ValueError as error:
+            logging.warning("%s; computing it again", error)
+            return None
+        return stored if is_enough(stored) else None
+
+    stored = distributed.once_arrays(read)
+    if stored is not None:
+        return stored
+    arrays = compute()
+    distributed.once(lambda: files.write_atomically(path, lambda file: np.savez(file, **arrays)))
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+@distributed.on_main
+def open_folder(
+    folder: Path,
+    config: ConfigDict,
+    names: tuple[str, ...],
+    params: Any,
+    *,
+    flag: str,
+    contents: Mapping[str, str] | None = None,
+) -> None:
+    """Makes a folder of results, or checks that what it holds was made with the same settings and parameters.
+
+    Args:
+      folder: of the results; its settings.json says what they depend on.
+      config: experiment configuration.
+      names: beginnings of the keys that the results depend on.
+      params: of the network, numpy arrays.
+      flag: of the command line that names the folder, for the message.
+      contents: hashes of what the results depend on besides, by name; one that the folder does not state yet, since
+        nothing in it depended on that, is added.
+
+    Raises:
+      WorkdirError: naming what differs.
+    """
+    settings_given = workdirs.flatten(config).items()
+    given = {key: value for key, value in settings_given if key.startswith(names) and key not in SAME_RESULTS}
+    given["params_crc32"] = functools.reduce(lambda crc, leaf: zlib.crc32(leaf, crc), jax.tree.leaves(params), 0)
+    hashes = {f"{name}_sha256": digest for name, digest in (contents or {}).items()}
+    path = folder / SETTINGS_FILE
+    stored = guards.read_json(path) if path.exists() else given
+    of_contents = {key for key in stored if key.endswith("_sha256")}
+    settings = {key: value for key, value in stored.items() if key not in {FACTS, *of_contents}}
+    differing = [key for key in settings.keys() | given.keys() if settings.get(key) != given.get(key)]
+    differing += [key for key in of_contents & hashes.keys() if stored[key] != hashes[key]]
+    if differing:
+        now = given | hashes
+        listed = "; ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in sorted(differing))
+        raise WorkdirError(f"{folder} holds results of other settings ({listed}); choose a new {flag}")
+    if not path.exists() or hashes.keys() - stored.keys():
+        files.write_json(path, stored | hashes)
+
+
+def record_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Adds to the settings.json of an opened folder what is to be known of its results, in the place of what was."""
+    path = folder / SETTINGS_FILE
+    files.write_json(path, guards.read_json(path) | {FACTS: facts})
+
+
+def batches(source: datasets.Source, batch_size: int) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Yields (round, indices int[batch_size], how many of them count); the last batch is filled up with image 0."""
+    for start in range(0, len(source), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(source)))
+        padded = np.concatenate([indices, np.zeros(batch_size - len(indices), indices.dtype)])
+        yield start // batch_size, padded, len(indices)
