@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 import checks
+from errors import UserError
 from parallel import distributed, rng
 from sources.base import Source
 from sources.digits import load_digits
@@ -75,7 +76,7 @@ def rules_of(config: ConfigDict) -> Rules:
     """Returns what `config.data` says is done to pictures of any size and kind.
 
     Raises:
-      ValueError: if data.resize is unknown.
+      UserError: if data.resize is unknown.
     """
     data = config.data
     checks.one_of("data.resize", data.resize, RESIZE)
@@ -87,7 +88,7 @@ def tfds_name(config: ConfigDict) -> str:
     """Returns the name that TFDS has for the configured data set; empty if it is not one of TFDS.
 
     Raises:
-      ValueError: if data.category is unknown.
+      UserError: if data.category is unknown.
     """
     name = config.data.dataset
     return name.removeprefix(PREFIX) if name.startswith(PREFIX) else TFDS_NAMES.get(name, lambda config: "")(config)
@@ -96,7 +97,7 @@ def tfds_name(config: ConfigDict) -> str:
 def check_name(config: ConfigDict) -> None:
     """Raises a ValueError if there is no data set of the configured name; which ones TFDS has, it says when asked."""
     if config.data.dataset == PREFIX:
-        raise ValueError(f"data.dataset={PREFIX!r} names no data set of TFDS; expected one, such as {PREFIX}mnist")
+        raise UserError(f"data.dataset={PREFIX!r} names no data set of TFDS; expected one, such as {PREFIX}mnist")
     if not config.data.dataset.startswith(PREFIX):
         checks.one_of("data.dataset", config.data.dataset, (*SOURCES, f"{PREFIX}NAME"))
 
@@ -116,25 +117,25 @@ def build_source(config: ConfigDict, split: str) -> Source:
       split: "train" or "test".
 
     Raises:
-      ValueError: if the data set is unknown, the configuration names no files for it, or its images differ from the
+      UserError: if the data set is unknown, the configuration names no files for it, or its images differ from the
         configuration, or the labels of the training split in number; or if another host has other images.
-      FileNotFoundError: if its files are missing.
+      UserError: if its files are missing.
     """
     source = open_source(config, split)
     found, expected = source.images(np.array([0])).shape[1:], image_shape(config)
     if found != expected:
-        raise ValueError(
+        raise UserError(
             f"{config.data.dataset} has images of (height, width, channels) {found}, but data.image_size, "
             f"data.image_width and data.num_channels say {expected}; set them to the data's"
         )
     if source.num_levels != config.data.num_levels:
-        raise ValueError(
+        raise UserError(
             f"{config.data.dataset} has {source.num_levels} levels, but data.num_levels={config.data.num_levels}; "
             f"bits/dim would be wrong: set data.num_levels={source.num_levels}"
         )
     if split == "train" and config.model.num_classes not in (0, source.num_classes):
         carried = f"labels of {source.num_classes} classes" if source.num_classes else "no labels"
-        raise ValueError(
+        raise UserError(
             f"the images of {config.data.dataset} carry {carried}, but model.num_classes={config.model.num_classes}; "
             f"set model.num_classes={source.num_classes}"
         )
@@ -285,7 +286,7 @@ class Scaler:
 def build_scaler(config: ConfigDict) -> Scaler:
     """Builds the scaling that `config.data` describes."""
     if not 2 <= config.data.num_levels <= 256:
-        raise ValueError(f"data.num_levels={config.data.num_levels}; expected 2 to 256, what uint8 images can hold")
+        raise UserError(f"data.num_levels={config.data.num_levels}; expected 2 to 256, what uint8 images can hold")
     return Scaler(config.data.num_levels, config.data.centered, config.data.uniform_dequantization)
 
 

@@ -110,7 +110,7 @@ def build_dequantization(config: ConfigDict, scaler: Scaler, sde: SDE, *, eps: f
       or one for each example; log q is the log-density in nats of the noise that was drawn, in the units of x.
 
     Raises:
-      ValueError: if the name is unknown.
+      UserError: if the name is unknown.
     """
     name = config.likelihood.dequantization
     checks.one_of("likelihood.dequantization", name, PROTOCOLS)

@@ -14,6 +14,7 @@ from absl import logging
 from jaxtyping import Float, Integer, Num
 from scipy.special import softmax, xlogy
 
+from errors import UserError
 from metrics.frechet import FeatureStatistics, frechet_distance
 from metrics.frechet_unbiased import frechet_distance_unbiased
 from metrics.metric import Metric, as_features, make_metric, mean_metric, stderr_of_mean
@@ -62,13 +63,13 @@ def inception_score(
       name: of the metric.
 
     Raises:
-      ValueError: if a row is no distribution, or there are fewer than two images in a split.
+      UserError: if a row is no distribution, or there are fewer than two images in a split.
     """
     if num_splits < 1:
-        raise ValueError(f"num_splits={num_splits}; expected 1 or more")
+        raise UserError(f"num_splits={num_splits}; expected 1 or more")
     p = as_features("probabilities", probabilities, min_samples=2 * num_splits)
     if p.min() < 0.0 or np.abs(p.sum(axis=1) - 1.0).max() > 1e-3:  # float32 softmax is good to 1e-6
-        raise ValueError(
+        raise UserError(
             "probabilities are negative or do not sum to 1; give class scores to inception_score_from_logits"
         )
     divergences = [(xlogy(q, q) - xlogy(q, q.mean(axis=0))).sum(axis=1) for q in np.array_split(p, num_splits)]
@@ -108,14 +109,14 @@ def gaussian_bits_per_dim(
       The mean over the test images, in bits/dim, with its standard error over them.
 
     Raises:
-      ValueError: if a split has fewer than two images, their shapes differ, or a level is out of range.
+      UserError: if a split has fewer than two images, their shapes differ, or a level is out of range.
     """
     train, test = (np.asarray(levels) for levels in (train_levels, test_levels))
     if train.shape[1:] != test.shape[1:]:
-        raise ValueError(f"training images have shape {train.shape[1:]}, test images {test.shape[1:]}; expected one")
+        raise UserError(f"training images have shape {train.shape[1:]}, test images {test.shape[1:]}; expected one")
     y_train, y_test = (as_features("images", y.reshape(len(y), -1)) / num_levels for y in (train, test))
     if any(np.min(y) < 0.0 or np.max(y) >= 1.0 for y in (y_train, y_test)):
-        raise ValueError(f"num_levels={num_levels}, but levels are not all in 0 .. {num_levels - 1}; give the data's")
+        raise UserError(f"num_levels={num_levels}, but levels are not all in 0 .. {num_levels - 1}; give the data's")
     D, u_variance = y_train.shape[1], 1.0 / (12.0 * num_levels**2)  # variance of u / num_levels
     centered = y_train - y_train.mean(axis=0)
     cov = centered.T @ centered / len(centered) + u_variance * np.eye(D)  # what maximizes the training likelihood
@@ -237,7 +238,7 @@ def sample_metrics(
       say FID, KID and Inception Score only where that is true: metrics.naming.
 
     Raises:
-      ValueError: if features are not finite, of different dimensions or too few, or the extractor is unknown.
+      UserError: if features are not finite, of different dimensions or too few, or the extractor is unknown.
     """
     real = PreparedReference.of(reference)
     metrics = _against(samples, real, extractor)

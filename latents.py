@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 import checks
+from errors import UserError
 from sde_lib import SDE, ScoreFn
 from solvers.adaptive import integrate_flow
 
@@ -70,7 +71,7 @@ def build_codec(config: ConfigDict, sde: SDE) -> Codec:
       sde: forward SDE.
 
     Raises:
-      ValueError: if a tolerance is not positive.
+      UserError: if a tolerance is not positive.
     """
     checks.positive("sampling.rtol", config.sampling.rtol)
     checks.positive("sampling.atol", config.sampling.atol)
@@ -88,9 +89,9 @@ def _check_directions(norms: Float[np.ndarray, "2 B"], sums: Float[np.ndarray, "
     """Refuses pairs that no shortest arc joins: `norms` of both latents, `sums` the norm of the sum of directions."""
     for pair, total in enumerate(sums):
         if not (np.isfinite(norms[:, pair]) & (norms[:, pair] > 0)).all():
-            raise ValueError(f"latents of pair {pair} have norms {norms[:, pair]}; expected finite ones above 0")
+            raise UserError(f"latents of pair {pair} have norms {norms[:, pair]}; expected finite ones above 0")
         if total < _OPPOSITE:
-            raise ValueError(
+            raise UserError(
                 f"latents of pair {pair} are opposite, and no arc between them is the shortest; leave the pair out, or "
                 "go by way of a third"
             )
@@ -118,10 +119,10 @@ def slerp(
       float32, S latents for each pair.
 
     Raises:
-      ValueError: if the shapes differ, a latent is zero or not finite, or the two of a pair are opposite.
+      UserError: if the shapes differ, a latent is zero or not finite, or the two of a pair are opposite.
     """
     if np.shape(first) != np.shape(second):
-        raise ValueError(f"latents have shapes {np.shape(first)} and {np.shape(second)}; expected the same")
+        raise UserError(f"latents have shapes {np.shape(first)} and {np.shape(second)}; expected the same")
     a = np.asarray(weights, np.float64)[None, :, None]
     z = np.stack([_rows(first), _rows(second)])
     norms = np.linalg.norm(z, axis=2)
@@ -151,11 +152,11 @@ def scale_temperature(
       float32, S latents for each of the B.
 
     Raises:
-      ValueError: if a factor is negative or not finite.
+      UserError: if a factor is negative or not finite.
     """
     factors = np.asarray(temperatures, np.float64)
     if not (np.isfinite(factors) & (factors >= 0)).all():
-        raise ValueError(f"temperatures={list(temperatures)}: expected factors of 0 or more")
+        raise UserError(f"temperatures={list(temperatures)}: expected factors of 0 or more")
     latents = np.asarray(latents, np.float64)
     return (factors.reshape(1, -1, *[1] * (latents.ndim - 1)) * latents[:, None]).astype(np.float32)
 

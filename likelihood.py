@@ -135,7 +135,7 @@ def build_likelihood(
       and `log_q`, float[B] or None.
 
     Raises:
-      ValueError: if the trace's name is unknown or a number out of range.
+      UserError: if the trace's name is unknown or a number out of range.
     """
     settings = config.likelihood
     checks.one_of("likelihood.trace", settings.trace, TRACES)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
+from errors import UserError
 from models.factory import told_classes
 from models.score import get_model_fn, get_score_fn
 from parallel import distributed, rng
@@ -298,9 +299,9 @@ def _check_times_and_objective(training: ConfigDict) -> None:
             ),
         ):
             if chosen:
-                raise ValueError(f"training.{name} needs training.continuous=True: {reason}")
+                raise UserError(f"training.{name} needs training.continuous=True: {reason}")
     if training.importance_sampling and not training.likelihood_weighting:
-        raise ValueError(
+        raise UserError(
             "training.importance_sampling=True needs training.likelihood_weighting=True: its times are drawn for the "
             "weights g(t)^2; with the weights std(t)^2 set training.importance_sampling=False"
         )
@@ -310,7 +311,7 @@ def build_loss(config: ConfigDict, sde: SDE, model: nn.Module) -> LossFn:
     """Builds the training objective that `config.training` names, with labels if the network is told classes.
 
     Raises:
-      ValueError: if the objective is unknown, times are importance-sampled for weights that they do not fit, a discrete
+      UserError: if the objective is unknown, times are importance-sampled for weights that they do not fit, a discrete
         objective is asked for with an SDE that has none or with a setting of the continuous ones, or labels would be
         left out never or always.
     """
@@ -319,7 +320,7 @@ def build_loss(config: ConfigDict, sde: SDE, model: nn.Module) -> LossFn:
         return loss_fn
     probability = config.training.label_dropout
     if not 0 < probability < 1:
-        raise ValueError(
+        raise UserError(
             f"training.label_dropout={probability}: expected a probability between 0 and 1, such as 0.1, since the "
             "network is told classes: images without their label teach it the score of any class, which guidance, "
             "bits/dim and the test loss need"
@@ -343,7 +344,7 @@ def _build_objective(config: ConfigDict, sde: SDE, model: nn.Module) -> LossFn:
         return make_smld_loss(sde, model, reduce_mean=training.reduce_mean)
     if isinstance(sde, VPSDE):
         return make_ddpm_loss(sde, model, reduce_mean=training.reduce_mean)
-    raise ValueError(
+    raise UserError(
         f"training.continuous=False is defined for training.sde 'vesde' (SMLD) and 'vpsde' (DDPM), "
         f"not for {training.sde!r}; set training.continuous=True"
     )
@@ -434,14 +435,14 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """Builds the optimizer that `config.optim` describes.
 
     Raises:
-      ValueError: if the optimizer is unknown or a setting would silently train nothing.
+      UserError: if the optimizer is unknown or a setting would silently train nothing.
     """
     optim = config.optim
     checks.one_of("optim.optimizer", optim.optimizer, ("Adam",))
     if optim.grad_clip == 0:
-        raise ValueError("optim.grad_clip=0 would set every gradient to zero; a negative value turns clipping off")
+        raise UserError("optim.grad_clip=0 would set every gradient to zero; a negative value turns clipping off")
     if optim.lr <= 0 or optim.warmup < 0:
-        raise ValueError(f"optim.lr={optim.lr}, optim.warmup={optim.warmup}; expected lr > 0 and warmup >= 0 steps")
+        raise UserError(f"optim.lr={optim.lr}, optim.warmup={optim.warmup}; expected lr > 0 and warmup >= 0 steps")
     return make_optimizer(
         lr=optim.lr,
         beta1=optim.beta1,

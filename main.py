@@ -21,28 +21,18 @@ import jax
 from absl import app
 
 import run_lib
+from errors import UserError
 from experiment import background, startup, stored_programs
 from modes import command_line
 from modes.command_line import FLAGS, Mode
 from parallel import distributed
-from solvers.ode import SolverError
 from storage.files import cache_folder, explain
-from training.divergence import DivergedError
 from workdir import folder as workdirs
 from workdir import logs
-from workdir.checkpoints import CheckpointError
 from workdir.locks import LockedError
 
-# What a user can mend: told in one sentence. Anything else is our fault and ends with its traceback.
-USER_ERRORS = (
-    ValueError,
-    OSError,
-    workdirs.WorkdirError,
-    CheckpointError,
-    SolverError,
-    DivergedError,
-    distributed.ProcessError,
-)
+# Told in one sentence; anything else is a bug and ends with its traceback.
+USER_ERRORS = (UserError, OSError)
 EXIT_FAILED = 1
 MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
 GARBAGE_THRESHOLD = 100_000  # objects made before Python looks for garbage among the young ones; its default is 700

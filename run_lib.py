@@ -72,8 +72,8 @@ def prepare(config: ConfigDict) -> None:
       config: experiment configuration; only `config.data` counts.
 
     Raises:
-      ValueError: if a setting is wrong, or the data cannot be had.
-      FileNotFoundError: if files or TensorFlow are missing.
+      UserError: if a setting is wrong, or the data cannot be had.
+      UserError: if files or TensorFlow are missing.
     """
     preparing.prepare_data(smoke.shrink(config) if config.training.smoke else config)
 
@@ -85,7 +85,7 @@ def memory(config: ConfigDict) -> None:
       config: experiment configuration.
 
     Raises:
-      ValueError: if a setting is wrong, or JAX does not tell the memory on this backend.
+      UserError: if a setting is wrong, or JAX does not tell the memory on this backend.
     """
     config = smoke.shrink(config) if config.training.smoke else config
     require_score_network(config)
@@ -103,7 +103,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       workdir: folder of the run; made if need be.
 
     Raises:
-      ValueError: if a setting is wrong, or does not go with the step to resume from.
+      UserError: if a setting is wrong, or does not go with the step to resume from.
       WorkdirError: if the workdir cannot be written, holds another experiment, or another run trains there.
       CheckpointError: if the workdir has checkpoints, but all are damaged, or one cannot be written.
     """
@@ -134,7 +134,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path) -> None:
       workdir: folder of its run; made if need be.
 
     Raises:
-      ValueError: if a setting is wrong, the data have no labels, or the step to resume from does not go with a setting.
+      UserError: if a setting is wrong, the data have no labels, or the step to resume from does not go with a setting.
       WorkdirError: if the workdir cannot be written, or it or its classifier is of another experiment.
       CheckpointError: if the classifier has checkpoints, but all are damaged.
     """
@@ -168,7 +168,7 @@ def evaluate(config: ConfigDict, workdir: str | Path, eval_folder: str = "eval")
       eval_folder: folder of the results, inside the workdir.
 
     Raises:
-      ValueError: if a setting is wrong.
+      UserError: if a setting is wrong.
       WorkdirError: if the workdir holds another experiment, or the folder results of other settings.
       CheckpointError: if a checkpoint is missing or damaged.
     """
@@ -204,7 +204,7 @@ def sample(
       The folder of the samples.
 
     Raises:
-      ValueError: if a setting is wrong.
+      UserError: if a setting is wrong.
       WorkdirError: if the workdir holds another experiment, or the folder samples of other settings.
       CheckpointError: if the checkpoint is missing or damaged.
     """
@@ -220,9 +220,9 @@ def compare_reports(files: Sequence[str]) -> None:
       files: report_<k>.json of --mode eval, two or more.
 
     Raises:
-      ValueError: if a file is no report, or what a number depends on differs: extractor, reference, number of samples,
+      UserError: if a file is no report, or what a number depends on differs: extractor, reference, number of samples,
         rounding, data.
-      FileNotFoundError: if there is no such file.
+      UserError: if there is no such file.
     """
     print(report.compare_reports(files))
 
@@ -253,7 +253,7 @@ def compare_samplers(
       The folder of the results.
 
     Raises:
-      ValueError: if a sampler or a setting is wrong.
+      UserError: if a sampler or a setting is wrong.
       WorkdirError: if the workdir holds another experiment, or the folder samples of other settings.
       CheckpointError: if the checkpoint is missing or damaged.
     """
@@ -290,8 +290,8 @@ def encode(
       images: .npz file of levels, uint8[N, H, W, C] by the name "samples" or "images"; empty: the test split.
 
     Raises:
-      ValueError: if a setting is wrong, or there are not so many images of the right kind.
-      FileNotFoundError: if the file of images is missing.
+      UserError: if a setting is wrong, or there are not so many images of the right kind.
+      UserError: if the file of images is missing.
       WorkdirError: if the workdir holds another experiment, or the folder results of other settings.
       CheckpointError: if the checkpoint is missing or damaged.
       SolverError: if an integration failed.
@@ -326,8 +326,8 @@ def restore(
       The folder of the results.
 
     Raises:
-      ValueError: if a setting is wrong, or there is no image that can be used.
-      FileNotFoundError: if a file of the settings is missing.
+      UserError: if a setting is wrong, or there is no image that can be used.
+      UserError: if a file of the settings is missing.
       WorkdirError: if the workdir holds another experiment, or the folder results of other settings or images.
       CheckpointError: if the checkpoint is missing or damaged.
       SolverError: if a restoration diverged.
@@ -345,8 +345,8 @@ def convert_weights(checkpoint: str | Path, output: str | Path = "") -> None:
       output: file to write; empty: where the extractor looks.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it does not hold the weights of that network.
+      UserError: if there is no such file.
+      UserError: if it does not hold the weights of that network.
     """
     inception_weights.convert_weights(checkpoint, output)
 
@@ -367,8 +367,8 @@ def stats(config: ConfigDict, output: str = "", *, split: str = "train", keep_fe
       The .npz file.
 
     Raises:
-      ValueError: if a setting is wrong, or the file holds other statistics.
-      FileNotFoundError: if data or weights are missing.
+      UserError: if a setting is wrong, or the file holds other statistics.
+      UserError: if data or weights are missing.
       WorkdirError: if the folder of the file cannot be written.
     """
     config = smoke.shrink(config) if config.training.smoke else config

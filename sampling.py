@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
+from errors import UserError
 from parallel import distributed, rng
 from sde_lib import SDE, VESDE, VPSDE, ReverseSDE, ScoreFn, expand
 from solvers import SOLVERS
@@ -211,20 +212,20 @@ def _check_pairing(settings: ConfigDict, sde: SDE) -> None:
     """Refuses pairings that are not defined, with the reason."""
     predictor, corrector = settings.predictor, settings.corrector
     if predictor == corrector == "none":
-        raise ValueError("sampling.predictor and sampling.corrector are both 'none': nothing would move; set one")
+        raise UserError("sampling.predictor and sampling.corrector are both 'none': nothing would move; set one")
     if predictor == "ancestral_sampling":
         if not isinstance(sde, VESDE | VPSDE):
-            raise ValueError(
+            raise UserError(
                 f"sampling.predictor='ancestral_sampling' needs the Markov chain of SMLD or DDPM (training.sde 'vesde' "
                 f"or 'vpsde'); {type(sde).__name__} has none: use 'reverse_diffusion' or 'euler_maruyama'"
             )
         if isinstance(sde, VPSDE) and sde.beta_max == sde.N:
-            raise ValueError(
+            raise UserError(
                 f"sampling.predictor='ancestral_sampling' divides by sqrt(1 - beta_i), which is 0 in the first of "
                 f"N={sde.N} steps; use more steps (sampling.num_steps)"
             )
         if settings.probability_flow:
-            raise ValueError(
+            raise UserError(
                 "sampling.predictor='ancestral_sampling' is a random chain and has no probability flow; set "
                 "sampling.probability_flow=False, or use 'reverse_diffusion' or 'euler_maruyama'"
             )
@@ -239,7 +240,7 @@ def _build_pc(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
     checks.one_of("sampling.langevin_norm", settings.langevin_norm, ("batch", "sample"))
     checks.one_of("sampling.pc_order", settings.pc_order, ("corrector_first", "predictor_first"))
     if settings.num_steps < 0:
-        raise ValueError(f"sampling.num_steps={settings.num_steps}: expected 0 (model.num_scales) or more")
+        raise UserError(f"sampling.num_steps={settings.num_steps}: expected 0 (model.num_scales) or more")
     sde = sde.with_steps(settings.num_steps or config.model.num_scales)
     _check_pairing(settings, sde)
     if settings.corrector != "none":
@@ -314,10 +315,10 @@ def build_sampler(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampl
       shape: shape of a batch of samples, (B, H, W, C); B counts the examples of one device.
 
     Raises:
-      ValueError: if a name is unknown, a number out of range, or the pairing is not defined; the message says why.
+      UserError: if a name is unknown, a number out of range, or the pairing is not defined; the message says why.
     """
     checks.one_of("sampling.method", config.sampling.method, METHODS)
     if len(shape) < 2 or min(shape) < 1:
-        raise ValueError(f"shape={shape}: expected a batch axis and at least one more, none of them empty")
+        raise UserError(f"shape={shape}: expected a batch axis and at least one more, none of them empty")
     sampler = METHODS[config.sampling.method](config, sde, tuple(shape))
     return _with_clipping(sampler, sde, data_range(config)) if config.sampling.clip else sampler

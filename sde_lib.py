@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
+from errors import UserError
 from parallel import rng
 
 # score(x, t) = grad_x log p_t(x): (float[B, ...], float[B]) -> float[B, ...]
@@ -122,7 +123,7 @@ class SDE(abc.ABC):
 
     def _check_fields(self) -> None:
         if self.N < 1:
-            raise ValueError(f"N={self.N} steps: expected at least 1; set model.num_scales or sampling.num_steps")
+            raise UserError(f"N={self.N} steps: expected at least 1; set model.num_scales or sampling.num_steps")
         checks.inner_time("sampling_eps", self.sampling_eps, self.T)
 
 
@@ -174,7 +175,7 @@ class VESDE(SDE):
     def __post_init__(self) -> None:
         self._check_fields()
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
+            raise UserError(
                 f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: expected 0 < sigma_min < sigma_max; "
                 "set model.sigma_min and model.sigma_max"
             )
@@ -233,7 +234,7 @@ class _LinearBetaSDE(SDE):
     def __post_init__(self) -> None:
         self._check_fields()
         if not 0 < self.beta_min <= self.beta_max:
-            raise ValueError(
+            raise UserError(
                 f"beta_min={self.beta_min}, beta_max={self.beta_max}: expected 0 < beta_min <= beta_max; "
                 "set model.beta_min and model.beta_max"
             )
@@ -301,7 +302,7 @@ class VPSDE(_LinearBetaSDE):
     def check_steps(self) -> None:
         """Raises ValueError if beta_i would exceed 1, where DDPM's chain is not defined."""
         if self.beta_max > self.N:
-            raise ValueError(
+            raise UserError(
                 f"the discretization of VPSDE (DDPM) in N={self.N} steps has beta_i up to beta_max / N = "
                 f"{self.beta_max / self.N:.3g}, expected at most 1; use at least {math.ceil(self.beta_max)} steps "
                 "(sampling.num_steps), or the predictor euler_maruyama without a corrector"
@@ -354,9 +355,9 @@ def build_sde(config: ConfigDict) -> SDE:
     """Builds the SDE that `config.training.sde` names, with N = `config.model.num_scales`.
 
     Raises:
-      ValueError: if the name is unknown or a constant is out of range.
+      UserError: if the name is unknown or a constant is out of range.
     """
     name = config.training.sde.lower()
     if name not in SDES:
-        raise ValueError(f"training.sde={config.training.sde!r} is unknown; known: {', '.join(sorted(SDES))}")
+        raise UserError(f"training.sde={config.training.sde!r} is unknown; known: {', '.join(sorted(SDES))}")
     return SDES[name](config)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
+from errors import UserError
 from parallel import rng
 from sde_lib import SDE, ScoreFn, expand
 from solvers.noise_levels import NoiseLevels, noise_levels, time_of_log_snr
@@ -139,11 +140,11 @@ def build_variational_bound(config: ConfigDict, sde: SDE, *, eps: float) -> Vari
       `log_q`, float[B], log-density in nats of the noise in x (see dequantization.py), 0 for data that are real values.
 
     Raises:
-      ValueError: if the number of times is not even and positive, or `eps` not between 0 and T.
+      UserError: if the number of times is not even and positive, or `eps` not between 0 and T.
     """
     num_times = config.likelihood.bound_num_times
     if num_times < 2 or num_times % 2:
-        raise ValueError(
+        raise UserError(
             f"likelihood.bound_num_times={num_times}: expected an even number of 2 or more, for the standard error "
             "takes the times in pairs; or 0 for no bound"
         )

@@ -14,6 +14,7 @@ import checks
 import datasets
 import losses
 from classifier.loss import make_classifier_loss
+from errors import UserError
 from experiment.build import Experiment, build_experiment
 from parallel import distributed
 from storage import files, guards
@@ -51,7 +52,7 @@ class Normalization:
         """Measures every image of a split, in float64; levels stand for the middle of their values.
 
         Raises:
-          ValueError: if a channel is the same everywhere.
+          UserError: if a channel is the same everywhere.
         """
         total, squares, count = np.zeros(()), np.zeros(()), 0
         for start in range(0, len(source), CHUNK):
@@ -61,7 +62,7 @@ class Normalization:
         mean = total / count
         variance = squares / count - np.square(mean)
         if np.min(variance) < 1e-12:  # what rounding leaves of 0
-            raise ValueError("a channel of the training images has one value only, so that there is nothing to learn")
+            raise UserError("a channel of the training images has one value only, so that there is nothing to learn")
         return cls(tuple(mean.tolist()), tuple(np.sqrt(variance).tolist()))
 
     @classmethod
@@ -79,14 +80,12 @@ class Normalization:
         """Reads a file that `of_folder` has written.
 
         Raises:
-          ValueError: if it is damaged.
+          UserError: if it is damaged.
         """
         try:
             return guards.build(cls, guards.parse_json(distributed.once(path.read_text)))
         except ValueError as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); remove it and give --mode train_classifier again"
-            ) from error
+            raise UserError(f"{path} is damaged ({error}); remove it and give --mode train_classifier again") from error
 
 
 # --- the experiment --------------------------------------------------------------------------------------------------
@@ -96,17 +95,17 @@ def check_settings(config: ConfigDict) -> None:
     """Checks the settings of `config.classifier`, but for its schedule.
 
     Raises:
-      ValueError: naming the first that is wrong.
+      UserError: naming the first that is wrong.
     """
     settings = config.classifier
     for name in COUNTS:
         if not isinstance(settings[name], int) or settings[name] < 1:
-            raise ValueError(f"classifier.{name}={settings[name]!r}; expected a whole number, 1 or more")
+            raise UserError(f"classifier.{name}={settings[name]!r}; expected a whole number, 1 or more")
     checks.positive("classifier.lr", settings.lr)
     for name in ("warmup", "weight_decay"):
         checks.not_negative(f"classifier.{name}", settings[name])
     if not 0.0 <= settings.ema_rate < 1.0:
-        raise ValueError(f"classifier.ema_rate={settings.ema_rate}; expected 0 <= rate < 1")
+        raise UserError(f"classifier.ema_rate={settings.ema_rate}; expected 0 <= rate < 1")
 
 
 def classifier_config(config: ConfigDict, num_classes: int) -> ConfigDict:
@@ -135,7 +134,7 @@ def build_classifier_experiment(config: ConfigDict, normalization: Normalization
       normalization: of its images.
 
     Raises:
-      ValueError: naming the first setting that is wrong and what is expected.
+      UserError: naming the first setting that is wrong and what is expected.
     """
     experiment, settings = build_experiment(config), config.classifier
     return dataclasses.replace(
@@ -156,16 +155,16 @@ def count_classes(config: ConfigDict, train: datasets.Source, test: datasets.Sou
     """Returns the number of classes that a classifier of these data tells apart.
 
     Raises:
-      ValueError: if the images carry no labels, or those of the two splits do not go together.
+      UserError: if the images carry no labels, or those of the two splits do not go together.
     """
     name = f"data.dataset={config.data.dataset!r}"
     if not train.num_classes or not test.num_classes:
         hint = "; give train.npz and test.npz an array 'labels'" if config.data.dataset == "npz" else ""
-        raise ValueError(f"{name} has no labels, which a classifier is trained on{hint}")
+        raise UserError(f"{name} has no labels, which a classifier is trained on{hint}")
     if train.num_classes == 1:
-        raise ValueError(f"{name} has one class only, so that there is nothing to tell apart")
+        raise UserError(f"{name} has one class only, so that there is nothing to tell apart")
     if test.num_classes > train.num_classes:
-        raise ValueError(
+        raise UserError(
             f"{name} has {train.num_classes} classes to train on, but {test.num_classes} to test on; label both splits "
             "by the same classes"
         )

@@ -22,6 +22,7 @@ from classifier.experiment import (
     classifier_config,
 )
 from classifier.gradient import condition_on_class
+from errors import UserError
 from experiment.build import Experiment, Guide
 from losses import TrainState
 from models.wideresnet import CIFAR10_MEAN, CIFAR10_STD, make_classifier_grad_fn, make_logit_fn
@@ -92,16 +93,16 @@ def check_guidance(config: ConfigDict) -> None:
     """Checks the settings of guidance by a classifier; no file is read.
 
     Raises:
-      ValueError: if the scale is negative, or there are no labels to guide to.
+      UserError: if the scale is negative, or there are no labels to guide to.
     """
     checks.not_negative("sampling.classifier_scale", config.sampling.classifier_scale)
     if config.sampling.classifier_scale and not config.sampling.labels:
-        raise ValueError(
+        raise UserError(
             f"sampling.classifier_scale={config.sampling.classifier_scale} guides towards labels, but sampling.labels "
             "is empty; set the labels, such as 0..9, or sampling.classifier_scale=0"
         )
     if config.sampling.classifier and not config.sampling.classifier_scale:
-        raise ValueError(
+        raise UserError(
             f"sampling.classifier={config.sampling.classifier!r} is not used, since sampling.classifier_scale=0; set "
             "the scale, 1 for Bayes' rule, or sampling.classifier=''"
         )
@@ -115,8 +116,8 @@ def load_classifier(experiment: Experiment, workdir: Path) -> Classifier | None:
       workdir: of it; its sub-folder "classifier" is taken if `sampling.classifier` is empty.
 
     Raises:
-      ValueError: if a setting is wrong, or the classifier is of other data or another SDE.
-      FileNotFoundError: if the folder holds no classifier.
+      UserError: if a setting is wrong, or the classifier is of other data or another SDE.
+      UserError: if the folder holds no classifier.
       CheckpointError: if it holds no checkpoint that can be read.
     """
     check_guidance(experiment.config)
@@ -153,14 +154,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         "of a classifier"
     )
     if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no classifier; {way_out}")
+        raise UserError(f"{folder} holds no classifier; {way_out}")
     stored = workdirs.read_config(path)
     if stored.get("model.name") != NETWORK:
-        raise ValueError(f"{folder} holds a score network, {stored.get('model.name')!r}, no classifier; {way_out}")
+        raise UserError(f"{folder} holds a score network, {stored.get('model.name')!r}, no classifier; {way_out}")
     if missing := [key for key in NEEDED if key not in stored]:
-        raise ValueError(f"{path} does not state {missing[0]}; {way_out}")
+        raise UserError(f"{path} does not state {missing[0]}; {way_out}")
     if wrong := [key for key in COUNTS if type(stored.get(key, 1)) is not int or stored.get(key, 1) < 1]:
-        raise ValueError(f"{path} has {wrong[0]}={stored[wrong[0]]!r}; expected a whole number, 1 or more; {way_out}")
+        raise UserError(f"{path} has {wrong[0]}={stored[wrong[0]]!r}; expected a whole number, 1 or more; {way_out}")
     return stored
 
 
@@ -168,7 +169,7 @@ def _check_same_images(folder: Path, stored: Mapping[str, Any], experiment: Expe
     """Checks that a classifier knows the images of a score network, at its noise levels.
 
     Raises:
-      ValueError: naming what differs.
+      UserError: naming what differs.
     """
     given = workdirs.flatten(experiment.config)
     constants = [f"model.{field.name}" for field in dataclasses.fields(experiment.sde)]  # type: ignore[arg-type]
@@ -176,7 +177,7 @@ def _check_same_images(folder: Path, stored: Mapping[str, Any], experiment: Expe
     differing = [key for key in keys if stored.get(key) != given[key]]
     if differing:
         listed = "; ".join(f"{key}: {stored.get(key)!r} there, {given[key]!r} now" for key in differing)
-        raise ValueError(
+        raise UserError(
             f"the classifier in {folder} is of another experiment ({listed}); train one with --mode train_classifier "
             "and this configuration, or set sampling.classifier to the folder of one that fits"
         )
@@ -189,7 +190,7 @@ def _normalization(folder: Path, stored: Mapping[str, Any]) -> Normalization:
         return Normalization.read(path)
     if stored["data.dataset"] == "CIFAR10" and not stored.get("data.centered"):
         return Normalization(CIFAR10_MEAN, CIFAR10_STD)
-    raise FileNotFoundError(
+    raise UserError(
         f"{path} does not exist, and without it only a classifier of CIFAR-10 in [0, 1] that --mode import brought is "
         "known; run --mode train_classifier again"
     )

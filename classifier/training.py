@@ -85,7 +85,7 @@ def train_classifier(config: ConfigDict, workdir: Path, train: datasets.Source, 
       test: test split.
 
     Raises:
-      ValueError: if a setting is wrong or the data have no labels.
+      UserError: if a setting is wrong or the data have no labels.
       WorkdirError: if the folder cannot be written or holds another classifier.
       CheckpointError: if there are checkpoints, but all are damaged.
     """

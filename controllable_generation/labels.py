@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 import checks
+from errors import UserError
 from models.factory import told_classes
 from sde_lib import SDE, ScoreFn, expand
 
@@ -30,25 +31,25 @@ def parse_labels(text: str, num_classes: int) -> tuple[int, ...]:
       num_classes: labels go from 0 to num_classes - 1.
 
     Raises:
-      ValueError: if the text is another, or a label out of range or there twice.
+      UserError: if the text is another, or a label out of range or there twice.
     """
     labels: list[int] = []
     for part in text.split(",") if text else ():
         match = PART.fullmatch(part)
         if not match:
-            raise ValueError(f"sampling.labels={text!r}: {part!r} is no label; expected such as 3, 0..9 or 0,2,5")
+            raise UserError(f"sampling.labels={text!r}: {part!r} is no label; expected such as 3, 0..9 or 0,2,5")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"sampling.labels={text!r}: {part!r} goes down; write {last}..{first}")
+            raise UserError(f"sampling.labels={text!r}: {part!r} goes down; write {last}..{first}")
         if last >= num_classes:
-            raise ValueError(
+            raise UserError(
                 f"sampling.labels={text!r}: there is no label {last}; the {num_classes} classes are 0 to "
                 f"{num_classes - 1}"
             )
         labels += range(first, last + 1)
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise ValueError(f"sampling.labels={text!r}: label {twice[0]} is there twice; leave one out")
+        raise UserError(f"sampling.labels={text!r}: label {twice[0]} is there twice; leave one out")
     return tuple(labels)
 
 
@@ -60,12 +61,12 @@ def build_labels(config: ConfigDict, *, guide_classes: int = 0) -> tuple[int, ..
       guide_classes: classes that something besides the network guides to, such as a classifier; 0: nothing does.
 
     Raises:
-      ValueError: if labels are asked for that nothing knows, or the list is malformed.
+      UserError: if labels are asked for that nothing knows, or the list is malformed.
     """
     text = config.sampling.labels
     known = [classes for classes in (told_classes(config), guide_classes) if classes]
     if text and not known:
-        raise ValueError(
+        raise UserError(
             f"sampling.labels={text!r}, but the network was trained without labels (model.num_classes=0) and no "
             "classifier guides it; set sampling.labels='', or train a classifier (--mode train_classifier) and set "
             "sampling.classifier_scale, or train a network with model.num_classes"
@@ -154,13 +155,13 @@ def build_classifier_free(config: ConfigDict, sde: SDE, labels: Sequence[int]) -
       labels: that samples are to have, see `build_labels`.
 
     Raises:
-      ValueError: if a setting is out of range, or there is nothing to guide or to guide to.
+      UserError: if a setting is out of range, or there is nothing to guide or to guide to.
     """
     settings, num_classes = config.sampling, told_classes(config)
     checks.not_negative("sampling.guidance_scale", settings.guidance_scale)
     interval = tuple(settings.guidance_interval)
     if len(interval) != 2 or not 0 <= interval[0] < (interval[1] or math.inf):
-        raise ValueError(
+        raise UserError(
             f"sampling.guidance_interval={interval}: expected (low, high), noise levels sigma with 0 <= low < high, or "
             "high = 0 for no bound"
         )
@@ -168,7 +169,7 @@ def build_classifier_free(config: ConfigDict, sde: SDE, labels: Sequence[int]) -
         return ClassifierFree(sde, num_classes, settings.guidance_scale, (interval[0], interval[1] or math.inf))
     if settings.guidance_scale != 1:
         reason = "sampling.labels is empty" if num_classes else "the network is told no classes (model.num_classes=0)"
-        raise ValueError(
+        raise UserError(
             f"sampling.guidance_scale={settings.guidance_scale} guides towards labels, but {reason}; set the labels, "
             "such as 0..9, of a network that was trained with them, or sampling.guidance_scale=1.0"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from errors import UserError
 from storage import guards
 
 _THRESHOLD = 128  # of 8 bits, from which a pixel of a picture counts as white
@@ -29,10 +30,10 @@ def _box(numbers: str, H: int, W: int) -> tuple[slice, slice]:
     """Returns the rows and columns of a box."""
     parts = numbers.split(",")
     if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"restore.mask='box:{numbers}': expected box:TOP,LEFT,HEIGHT,WIDTH, four whole numbers")
+        raise UserError(f"restore.mask='box:{numbers}': expected box:TOP,LEFT,HEIGHT,WIDTH, four whole numbers")
     top, left, height, width = map(int, parts)
     if not (height > 0 and width > 0 and top + height <= H and left + width <= W):
-        raise ValueError(f"restore.mask='box:{numbers}' is empty or not inside the image of {H}x{W} pixels")
+        raise UserError(f"restore.mask='box:{numbers}' is empty or not inside the image of {H}x{W} pixels")
     return slice(top, top + height), slice(left, left + width)
 
 
@@ -43,7 +44,7 @@ def _random(share: str, H: int, W: int, seed: int) -> Float[np.ndarray, "H W"]:
     except ValueError:
         hidden = -1.0
     if not 0 < hidden < 1:
-        raise ValueError(f"restore.mask='random:{share}': expected the share of pixels to be drawn, between 0 and 1")
+        raise UserError(f"restore.mask='random:{share}': expected the share of pixels to be drawn, between 0 and 1")
     num_hidden = min(max(round(hidden * H * W), 1), H * W - 1)
     order = np.random.Generator(np.random.Philox(seed)).permutation(H * W)
     return (order >= num_hidden).astype(np.float64).reshape(H, W)
@@ -52,13 +53,13 @@ def _random(share: str, H: int, W: int, seed: int) -> Float[np.ndarray, "H W"]:
 def _picture(path: str, H: int, W: int) -> Float[np.ndarray, "H W"]:
     """Reads a picture: what is white is to be drawn."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"restore.mask={path!r}: no such file; expected {_FORMS}")
+        raise UserError(f"restore.mask={path!r}: no such file; expected {_FORMS}")
     try:
         levels = guards.read_picture(guards.read_content(path), lambda picture: np.asarray(picture.convert("L")))
     except (ValueError, OSError) as error:
-        raise ValueError(f"restore.mask={path!r} is not a picture that can be read ({error})") from error
+        raise UserError(f"restore.mask={path!r} is not a picture that can be read ({error})") from error
     if levels.shape != (H, W):
-        raise ValueError(
+        raise UserError(
             f"restore.mask={path!r} has {levels.shape[0]}x{levels.shape[1]} pixels; expected {H}x{W}, as the images"
         )
     return (levels < _THRESHOLD).astype(np.float64)
@@ -77,8 +78,8 @@ def read_mask(setting: str, image_shape: tuple[int, int, int], seed: int) -> Flo
       1 where pixels are known, 0 where they are to be drawn.
 
     Raises:
-      ValueError: if the setting is malformed, or hides nothing or everything.
-      FileNotFoundError: if there is no such picture.
+      UserError: if the setting is malformed, or hides nothing or everything.
+      UserError: if there is no such picture.
     """
     H, W, _ = image_shape
     kind, _, rest = setting.partition(":")
@@ -90,7 +91,7 @@ def read_mask(setting: str, image_shape: tuple[int, int, int], seed: int) -> Flo
     elif setting:
         mask = _picture(setting, H, W)
     else:
-        raise ValueError(f"restore.mask is empty; set it to {_FORMS}")
+        raise UserError(f"restore.mask is empty; set it to {_FORMS}")
     if mask.min() == mask.max():
-        raise ValueError(f"restore.mask={setting!r} hides {'nothing' if mask.max() else 'everything'}; expected a part")
+        raise UserError(f"restore.mask={setting!r} hides {'nothing' if mask.max() else 'everything'}; expected a part")
     return np.broadcast_to(mask[..., None], image_shape).copy()

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
+from errors import UserError
 from sde_lib import expand
 from sources.resize import resize
 
@@ -314,20 +315,20 @@ def from_functions(
       picture_shape: of a picture that is a measurement; None if it is no picture.
 
     Raises:
-      ValueError: if the functions are not linear, or not the transposes of each other.
+      UserError: if the functions are not linear, or not the transposes of each other.
     """
     generator = np.random.Generator(np.random.Philox(0))
     x, other = (jnp.asarray(generator.standard_normal((1, *image_shape)), jnp.float32) for _ in range(2))
     y = apply(x)
     if not np.allclose(apply(2.0 * x - other), 2.0 * y - apply(other), rtol=1e-3, atol=1e-4):
-        raise ValueError("apply is not linear: apply(2 x - z) differs from 2 apply(x) - apply(z)")
+        raise UserError("apply is not linear: apply(2 x - z) differs from 2 apply(x) - apply(z)")
     z = jnp.asarray(generator.standard_normal(y.shape), jnp.float32)
     back = transpose(z)
     if back.shape != x.shape:
-        raise ValueError(f"transpose makes images of shape {back.shape[1:]}; expected {image_shape}")
+        raise UserError(f"transpose makes images of shape {back.shape[1:]}; expected {image_shape}")
     left, right = float(_dot(y, z)[0]), float(_dot(x, back)[0])
     if abs(left - right) > 1e-3 * float(jnp.linalg.norm(y) * jnp.linalg.norm(z)):
-        raise ValueError(f"transpose is not apply's: <A x, y> = {left:.6g}, but <x, A^T y> = {right:.6g}")
+        raise UserError(f"transpose is not apply's: <A x, y> = {left:.6g}, but <x, A^T y> = {right:.6g}")
 
     def solve(v: Array, a: Coefficient, b: Coefficient) -> Array:
         matrix = lambda u: _coefficient(a, u) * apply(transpose(u)) + _coefficient(b, u) * u  # noqa: E731

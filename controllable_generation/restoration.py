@@ -18,6 +18,7 @@ from controllable_generation import guidance, operators
 from controllable_generation.masks import read_mask
 from controllable_generation.operators import ImageShape, Operator
 from controllable_generation.projection import put_in_each_step
+from errors import UserError
 from parallel import rng
 from sampling import StepTransform, data_range
 from sde_lib import SDE, ScoreFn
@@ -48,7 +49,7 @@ def _inpaint(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operat
 
 def _colorize(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
     if image_shape[2] < 2:
-        raise ValueError(
+        raise UserError(
             f"restore.operator='colorize': images have {image_shape[2]} channel; a grey image says all of them"
         )
     return operators.grayscale(image_shape)
@@ -57,7 +58,7 @@ def _colorize(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Opera
 def _super_resolution(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
     checks.one_of("restore.downsampling", settings.downsampling, ("box", "bicubic"))
     if settings.factor < 2 or any(size % settings.factor for size in image_shape[:2]):
-        raise ValueError(
+        raise UserError(
             f"restore.factor={settings.factor}: expected 2 or more, a divisor of both {image_shape[0]} and "
             f"{image_shape[1]}, the height and width of the images"
         )
@@ -71,7 +72,7 @@ def _gaussian_blur(settings: ConfigDict, image_shape: ImageShape, seed: int) -> 
 
 def _motion_blur(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
     if settings.blur_length < 1:
-        raise ValueError(f"restore.blur_length={settings.blur_length}: expected 1 pixel (no blur) or more")
+        raise UserError(f"restore.blur_length={settings.blur_length}: expected 1 pixel (no blur) or more")
     return operators.motion_blur(image_shape, settings.blur_length, settings.blur_angle)
 
 
@@ -105,15 +106,15 @@ def _load_operator(setting: str, image_shape: ImageShape) -> Operator:
     """Calls the function that "FILE.py:FUNCTION" names with the shape of the images."""
     path, _, name = setting.rpartition(":")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"restore.operator={setting!r}: {path} is not a file; expected FILE.py:FUNCTION")
+        raise UserError(f"restore.operator={setting!r}: {path} is not a file; expected FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"restore.operator={setting!r}: {path} is not a Python file")
+        raise UserError(f"restore.operator={setting!r}: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     operator = getattr(module, name, lambda image_shape: None)(image_shape)
     if not isinstance(operator, Operator) or operator.image_shape != image_shape:
-        raise ValueError(
+        raise UserError(
             f"restore.operator={setting!r}: expected a function of {path} that returns an Operator for images of shape "
             f"{image_shape}, such as controllable_generation.from_functions makes"
         )
@@ -128,8 +129,8 @@ def build_operator(config: ConfigDict, image_shape: ImageShape) -> Operator:
       image_shape: (H, W, C) of the images.
 
     Raises:
-      ValueError: if a setting is unknown, out of range, or does not go with the images.
-      FileNotFoundError: if a file that it names is missing.
+      UserError: if a setting is unknown, out of range, or does not go with the images.
+      UserError: if a file that it names is missing.
     """
     name = config.restore.operator
     if ".py:" in name:
@@ -149,16 +150,16 @@ def noise_in_range(config: ConfigDict) -> float:
 def _check_projection(config: ConfigDict, operator: Operator) -> None:
     settings, method = config.restore, config.sampling.method
     if method in ADAPTIVE:
-        raise ValueError(
+        raise UserError(
             f"restore.method={settings.method!r} changes the steps of a sampler, and sampling.method={method!r} has "
             "none of its own; use 'pc' or a solver of fixed steps, or restore.method='pigdm'"
         )
     if settings.method == "projection":
         if settings.scale > 1:
-            raise ValueError(f"restore.scale={settings.scale}: a projection goes at most the whole way, 1")
+            raise UserError(f"restore.scale={settings.scale}: a projection goes at most the whole way, 1")
         return
     if settings.noise or settings.scale != 1 or not operator.is_orthogonal:
-        raise ValueError(
+        raise UserError(
             "restore.method='replacement' puts exact values in the place of others: it needs restore.noise=0, "
             f"restore.scale=1 and an operator that keeps white noise white, not noise={settings.noise}, "
             f"scale={settings.scale}, {settings.operator!r}; use 'projection', or a guidance such as 'pigdm'"
@@ -224,7 +225,7 @@ def build_restoration(config: ConfigDict, sde: SDE, operator: Operator) -> Resto
       operator: A, from `build_operator`.
 
     Raises:
-      ValueError: if the method is unknown, a number out of range, or the method not defined for the operator, the
+      UserError: if the method is unknown, a number out of range, or the method not defined for the operator, the
         noise or the sampler.
     """
     settings = config.restore

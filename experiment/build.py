@@ -25,6 +25,7 @@ import models
 import sde_lib
 from controllable_generation.labels import build_classifier_free, build_labels, labels_of_samples
 from dequantization import Dequantize, build_dequantization
+from errors import UserError
 from experiment import ahead
 from experiment.alike import loop_over_alike
 from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
@@ -133,9 +134,9 @@ def _check_values(config: ConfigDict) -> None:
     for name in COUNTS:
         group, key = name.split(".")
         if config[group][key] < 1:
-            raise ValueError(f"{name}={config[group][key]}; expected 1 or more")
+            raise UserError(f"{name}={config[group][key]}; expected 1 or more")
     if not 0.0 <= config.model.ema_rate < 1.0:
-        raise ValueError(f"model.ema_rate={config.model.ema_rate}; expected 0 <= rate < 1")
+        raise UserError(f"model.ema_rate={config.model.ema_rate}; expected 0 <= rate < 1")
     checks.one_of("eval.bpd_dataset", config.eval.bpd_dataset, ("test", "train"))
     checks.one_of("training.on_nan", config.training.on_nan, ("stop", "skip"))
 
@@ -156,7 +157,7 @@ def check_sampling(config: ConfigDict, sde: SDE) -> None:
     """Checks how samples are drawn, and of which classes if the network is told them; a guide may know others.
 
     Raises:
-      ValueError: naming the setting that is wrong.
+      UserError: naming the setting that is wrong.
     """
     build_sampler(config, sde, (1, *datasets.image_shape(config)))
     if told_classes(config):
@@ -167,7 +168,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     """Builds and checks everything that a configuration describes; nothing is compiled.
 
     Raises:
-      ValueError: naming the first setting that is wrong and what is expected.
+      UserError: naming the first setting that is wrong and what is expected.
     """
     _check_values(config)
     sde = sde_lib.build_sde(config)
@@ -284,7 +285,7 @@ class SamplingProgram:
       compile_seconds: what compiling took; None as long as it has not been done.
 
     Raises:
-      ValueError: if `sampling.labels` asks for what neither the network nor the guide knows.
+      UserError: if `sampling.labels` asks for what neither the network nor the guide knows.
     """
 
     def __init__(self, experiment: Experiment, batch_size: int, purpose: str = "sample", *, guide: Guide | None = None):

@@ -84,7 +84,7 @@ def restore(experiment: Experiment, workdir: Path, number: int = 0) -> Snapshot:
       number: of the snapshot; 0: the newest that is there.
 
     Raises:
-      ValueError: if the number is negative.
+      UserError: if the number is negative.
       CheckpointError: if there is no such snapshot, or it is damaged.
     """
     checks.not_negative("--snapshot", number)

@@ -32,6 +32,7 @@ import optax
 from absl import logging
 from jax.experimental import serialize_executable
 
+from errors import UserError
 from storage import files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +95,7 @@ class Place:
         try:
             digest, content = self.path.read_bytes().split(b"\n", 1)
             if hashlib.sha256(content).hexdigest().encode() != digest:
-                raise ValueError("its content is not what was written")
+                raise UserError("its content is not what was written")
             compiled = serialize_executable.deserialize_and_load(*pickle.loads(content))
         except Exception as error:  # whatever it is, the program can be made again
             logging.warning("cannot use the program in %s, which is made again: %s", self.path, error)

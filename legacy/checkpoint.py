@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from errors import UserError
 from legacy.msgpack_file import read_msgpack, write_msgpack
 from legacy.parameters import Leaf
 from legacy.torch_file import is_torch_file, read_torch
@@ -113,9 +114,9 @@ def _number(value: Any, name: str, kind: type) -> Any:
         value = value.item()
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not whole):
-        raise ValueError(f"{name} is {type(value).__name__}, no number")
+        raise UserError(f"{name} is {type(value).__name__}, no number")
     if kind is int and not 0 <= value <= MAX_STEP:
-        raise ValueError(f"{name}={value} is no number of steps")
+        raise UserError(f"{name}={value} is no number of steps")
     return kind(value)
 
 
@@ -124,7 +125,7 @@ def _map(tree: Any, name: str) -> Mapping[Any, Any]:
     for part in name.split("/"):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     if not isinstance(tree, Mapping):
-        raise ValueError(f"it has no map {name}")
+        raise UserError(f"it has no map {name}")
     return tree
 
 
@@ -135,7 +136,7 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     flat = {}
     for path, value in flatten_dict(dict(tree), sep="/").items():
         if not isinstance(value, np.ndarray):
-            raise ValueError(f"{prefix}{path} is {type(value).__name__}, no array")
+            raise UserError(f"{prefix}{path} is {type(value).__name__}, no array")
         flat[path] = Tensor(f"{prefix}{path}", value.shape, value)
     return flat
 
@@ -229,7 +230,7 @@ class _TorchReader:
     def _tensor(self, name: str, source: str, value: Any) -> tuple[str, Tensor]:
         """Returns the original path of a parameter, or its name if it is unknown, and one of its tensors."""
         if not isinstance(value, np.ndarray):
-            raise ValueError(f"{source} is {type(value).__name__}, no tensor")
+            raise UserError(f"{source} is {type(value).__name__}, no tensor")
         leaf = self.leaves.get(name)
         if leaf is None:
             return name, Tensor(source, value.shape, value)
@@ -246,7 +247,7 @@ class _TorchReader:
         """Returns the averaged parameters; those that are not trained are their own average."""
         names = [name for name in self.model if not self._untrained(name)]
         if not isinstance(shadow, list) or len(shadow) not in (len(names), len(self.model)):
-            raise ValueError(f"ema.shadow_params does not have a tensor for each of the {len(names)} parameters")
+            raise UserError(f"ema.shadow_params does not have a tensor for each of the {len(names)} parameters")
         names = list(self.model) if len(shadow) == len(self.model) else names
         averaged = [
             self._tensor(name, f"ema.shadow_params[{i}]", value)
@@ -260,10 +261,10 @@ class _TorchReader:
         """Returns Adam's moments, zero where there are none, and the number of its updates."""
         groups, states = optimizer.get("param_groups"), optimizer.get("state")
         if not isinstance(groups, list) or len(groups) != 1 or not isinstance(states, Mapping):
-            raise ValueError("optimizer is not the state of Adam on one group of parameters")
+            raise UserError("optimizer is not the state of Adam on one group of parameters")
         numbers = groups[0].get("params") if isinstance(groups[0], Mapping) else None
         if not isinstance(numbers, list) or len(numbers) != len(self.model) or any(type(n) is not int for n in numbers):
-            raise ValueError(f"optimizer.param_groups does not list the {len(self.model)} parameters of the model")
+            raise UserError(f"optimizer.param_groups does not list the {len(self.model)} parameters of the model")
         tensors: dict[str, dict[str, Tensor]] = {group: {} for group in _TORCH_MOMENTS}
         steps = set()
         for number, (name, value) in zip(numbers, self.model.items(), strict=True):
@@ -281,16 +282,16 @@ class _TorchReader:
                 )
                 tensors[group].update([self._tensor(name, source, found)])
         if len(steps) > 1:
-            raise ValueError(f"optimizer.state counts different steps: {sorted(steps)}")
+            raise UserError(f"optimizer.state counts different steps: {sorted(steps)}")
         return tensors, steps.pop() if steps else 0
 
 
 def _from_torch(content: Any, leaves: list[TorchLeaf]) -> LegacyCheckpoint:
     if not isinstance(content, Mapping):
-        raise ValueError("it holds no dictionary")
+        raise UserError("it holds no dictionary")
     model = _map(content, "model") if "model" in content else content
     if not all(isinstance(name, str) and isinstance(value, np.ndarray) for name, value in model.items()):
-        raise ValueError("its model is not a dictionary of tensors")
+        raise UserError("its model is not a dictionary of tensors")
     named = {plain_name(name): value for name, value in model.items()}
     named = {name: value for name, value in named.items() if name not in _TORCH_BUFFERS}
     reader = _TorchReader(named, {leaf.name: leaf for leaf in leaves})
@@ -315,17 +316,17 @@ def read_checkpoint(path: str | Path, config: ConfigDict, leaves: list[Leaf]) ->
       leaves: the network's parameters, see `match_parameters`.
 
     Raises:
-      ValueError: naming the file, if it cannot be opened, is neither or damaged.
+      UserError: naming the file, if it cannot be opened, is neither or damaged.
     """
     try:
         with open(path, "rb") as file:
             start = file.read(4)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     try:
         if is_torch_file(start):
             return _from_torch(read_torch(path), match_torch_parameters(config, leaves))
         return _from_msgpack(read_msgpack(path))
     except ValueError as error:
         reason = str(error)
-        raise ValueError(reason if str(path) in reason else f"{path}: {reason}") from error
+        raise UserError(reason if str(path) in reason else f"{path}: {reason}") from error

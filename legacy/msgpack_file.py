@@ -11,6 +11,7 @@ import flax.serialization
 import msgpack
 import numpy as np
 
+from errors import UserError
 from storage import files
 
 MAX_BYTES = 2**34  # several times the largest checkpoint of the paper
@@ -32,16 +33,16 @@ _FORMAT_ERRORS = (ValueError, TypeError, OverflowError, msgpack.exceptions.Unpac
 def _array(data: bytes) -> np.ndarray:
     entry = msgpack.unpackb(data, raw=True, max_array_len=MAX_RANK, max_map_len=0)
     if not isinstance(entry, list) or len(entry) != 3:
-        raise ValueError("an array is not (shape, type, values)")
+        raise UserError("an array is not (shape, type, values)")
     shape, name, values = entry
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"{shape!r} is not the shape of an array")
+        raise UserError(f"{shape!r} is not the shape of an array")
     dtype = name.decode("ascii") if isinstance(name, bytes) else name
     if dtype not in DTYPES:
-        raise ValueError(f"arrays of type {dtype!r} are not supported")
+        raise UserError(f"arrays of type {dtype!r} are not supported")
     # A declared shape is never believed: nothing is allocated but what the file holds.
     if not isinstance(values, bytes) or len(values) != math.prod(shape) * np.dtype(dtype).itemsize:
-        raise ValueError(f"an array of shape {tuple(shape)} and type {dtype} does not have that many bytes")
+        raise UserError(f"an array of shape {tuple(shape)} and type {dtype} does not have that many bytes")
     return np.frombuffer(values, np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 
@@ -53,7 +54,7 @@ def _extension(code: int, data: bytes) -> Any:
     if code == COMPLEX:
         real, imaginary = msgpack.unpackb(data, max_array_len=2, max_map_len=0)
         return np.asarray(complex(real, imaginary))
-    raise ValueError(f"extension type {code} is unknown")
+    raise UserError(f"extension type {code} is unknown")
 
 
 class _Counter:
@@ -66,7 +67,7 @@ class _Counter:
         """Adds the entries of a list, or of a map before its keys were compared."""
         self.entries += len(value)
         if self.entries > MAX_ENTRIES:
-            raise ValueError(f"it has more than {MAX_ENTRIES} entries")
+            raise UserError(f"it has more than {MAX_ENTRIES} entries")
         return value
 
     def pairs(self, value: list[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -79,7 +80,7 @@ def _indexed(value: Any) -> list[Any]:
     if isinstance(value, list):
         return value
     if not isinstance(value, Mapping) or any(str(i) not in value for i in range(len(value))):
-        raise ValueError("an array in chunks is not complete")
+        raise UserError("an array in chunks is not complete")
     return [value[str(i)] for i in range(len(value))]
 
 
@@ -87,14 +88,14 @@ def _join_chunks(value: Any, depth: int = 0) -> Any:
     if not isinstance(value, dict):
         return value
     if depth == MAX_DEPTH:
-        raise ValueError(f"maps are nested more than {MAX_DEPTH} times")
+        raise UserError(f"maps are nested more than {MAX_DEPTH} times")
     if not all(isinstance(key, str) for key in value):
-        raise ValueError("a map has a name that is no text")
+        raise UserError("a map has a name that is no text")
     if CHUNKED not in value:
         return {key: _join_chunks(inner, depth + 1) for key, inner in value.items()}
     shape, chunks = _indexed(value.get("shape")), _indexed(value.get("chunks"))
     if not chunks or not all(isinstance(chunk, np.ndarray) and chunk.ndim == 1 for chunk in chunks):
-        raise ValueError("an array in chunks has something else among them")
+        raise UserError("an array in chunks has something else among them")
     return np.concatenate(chunks).reshape([int(n) for n in shape])
 
 
@@ -119,20 +120,20 @@ def read_msgpack(path: str | Path) -> dict[str, Any]:
       Nested dictionaries with numpy arrays, or whatever else stood there, as leaves.
 
     Raises:
-      ValueError: naming the file, if it is cut short or no such file.
-      FileNotFoundError: if there is none.
+      UserError: naming the file, if it is cut short or no such file.
+      UserError: if there is none.
     """
     path = Path(path)
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} has more than {MAX_BYTES} bytes: no checkpoint of score_sde")
+        raise UserError(f"{path} has more than {MAX_BYTES} bytes: no checkpoint of score_sde")
     try:
         tree = _unpack(path.read_bytes())
         if not isinstance(tree, dict):
-            raise ValueError("it does not hold a map")
+            raise UserError("it does not hold a map")
         return _join_chunks(tree)
     except _FORMAT_ERRORS as error:
         reason = str(error) or type(error).__name__  # a StackError, of maps nested too deeply, says nothing
-        raise ValueError(f"{path} is damaged or no msgpack file of Flax: {reason}") from error
+        raise UserError(f"{path} is damaged or no msgpack file of Flax: {reason}") from error
 
 
 def write_msgpack(path: str | Path, tree: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from errors import UserError
 from models import blocks, create_model, layers, normalization, refinenet, wideresnet
 from models.convolution import Conv
 from models.ddpm import DDPM
@@ -166,10 +167,10 @@ def match_parameters(config: ConfigDict) -> list[Leaf]:
     """Lists the parameters of the network that a configuration describes.
 
     Raises:
-      ValueError: if it is told classes, which no network of the original is.
+      UserError: if it is told classes, which no network of the original is.
     """
     if told_classes(config):
-        raise ValueError(
+        raise UserError(
             f"model.num_classes={config.model.num_classes}: score_sde has no networks that are told classes, so there "
             "is nothing to import or export; set model.num_classes=0"
         )
@@ -188,7 +189,7 @@ def params_from_score_sde(config: ConfigDict, flat: Mapping[str, Any]) -> dict[s
       The tree of parameters, numpy arrays in their original precision, or what they were if they are abstract.
 
     Raises:
-      ValueError: if parameters are missing, left over, or of another shape, naming them.
+      UserError: if parameters are missing, left over, or of another shape, naming them.
     """
     leaves = match_parameters(config)
     _check_names({leaf.original for leaf in leaves}, set(flat))
@@ -196,7 +197,7 @@ def params_from_score_sde(config: ConfigDict, flat: Mapping[str, Any]) -> dict[s
     for leaf in leaves:
         value = flat[leaf.original]
         if np.shape(value) not in (leaf.shape, leaf.original_shape):
-            raise ValueError(
+            raise UserError(
                 f"{leaf.original} has shape {np.shape(value)}, but the network of this configuration has "
                 f"{leaf.original_shape} there; check config.model and config.data against the checkpoint's"
             )
@@ -211,7 +212,7 @@ def params_to_score_sde(config: ConfigDict, params: Mapping[str, Any]) -> dict[s
       {slash-joined path: array}, numpy arrays, or what they were if they are abstract.
 
     Raises:
-      ValueError: if `params` is not the tree of this network.
+      UserError: if `params` is not the tree of this network.
     """
     leaves, flat = match_parameters(config), flatten_dict(dict(params))
     _check_names({"/".join(leaf.path) for leaf in leaves}, {"/".join(path) for path in flat})
@@ -227,7 +228,7 @@ def _reshape(value: Any, shape: tuple[int, ...]) -> Any:
 def _check_names(expected: set[str], got: set[str]) -> None:
     missing, unknown = sorted(expected - got), sorted(got - expected)
     if missing or unknown:
-        raise ValueError(
+        raise UserError(
             f"these are not the parameters of this configuration's network: {len(missing)} missing "
             f"({', '.join(missing[:3])}...), {len(unknown)} unknown ({', '.join(unknown[:3])}...); "
             "check config.model against the checkpoint's"

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 
+from errors import UserError
 from storage import guards
 
 MAX_PICKLE_BYTES = 2**23  # a pickle holds names and shapes, a tenth of this; the values lie beside it
@@ -63,12 +64,12 @@ class _Storage(NamedTuple):
 
 def _parse_storage(persistent_id: Any) -> _Storage:
     if not isinstance(persistent_id, tuple) or len(persistent_id) not in (5, 6) or persistent_id[0] != "storage":
-        raise ValueError("a reference is not to the values of a tensor")
+        raise UserError("a reference is not to the values of a tensor")
     _, kind, key, _, size = persistent_id[:5]
     if persistent_id[5:] not in ((), (None,)):
-        raise ValueError("values that are part of other values are not supported")
+        raise UserError("values that are part of other values are not supported")
     if not isinstance(kind, _StorageType) or not isinstance(key, str) or type(size) is not int or size < 0:
-        raise ValueError("a reference to values is malformed")
+        raise UserError("a reference to values is malformed")
     return _Storage(key, np.dtype(kind.code), size)
 
 
@@ -78,16 +79,16 @@ def _parse_storage(persistent_id: Any) -> _Storage:
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any) -> np.ndarray:
     """Returns the values as a view, after checking that it stays inside the storage."""
     if not isinstance(storage, np.ndarray) or storage.ndim != 1:
-        raise ValueError("a tensor has no values")
+        raise UserError("a tensor has no values")
     if not isinstance(size, tuple) or not isinstance(stride, tuple) or len(size) != len(stride):
-        raise ValueError("a tensor has no shape")
+        raise UserError("a tensor has no shape")
     if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
-        raise ValueError("a tensor's shape, strides or offset are not counts")
+        raise UserError("a tensor's shape, strides or offset are not counts")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 in size:
         return np.zeros(size, storage.dtype)
     if last >= storage.size or math.prod(size) > storage.size:
-        raise ValueError(f"a tensor of shape {size} is larger than its values")
+        raise UserError(f"a tensor of shape {size} is larger than its values")
     steps = [step * storage.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
 
@@ -100,31 +101,31 @@ class _NumpyType:
 
     def __setstate__(self, state: Any) -> None:
         if self.dtype is None or not isinstance(state, tuple) or state[1] not in ("<", "|"):
-            raise ValueError("a numpy number is of an unknown type")
+            raise UserError("a numpy number is of an unknown type")
 
 
 def _numpy_scalar(dtype: Any, data: Any) -> np.ndarray:
     if not isinstance(dtype, _NumpyType) or dtype.dtype is None or not isinstance(data, bytes):
-        raise ValueError("a numpy number is malformed")
+        raise UserError("a numpy number is malformed")
     return np.frombuffer(data, dtype.dtype, count=1).reshape(())
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
     """How the second pickle protocol stores bytes."""
     if encoding != "latin1" or not isinstance(text, str):
-        raise ValueError("bytes are malformed")
+        raise UserError("bytes are malformed")
     return text.encode("latin1")
 
 
 def _check_key(key: Any) -> None:
     """Refuses keys that are tuples: one may refer to itself so often that its hash is never done."""
     if type(key) not in (str, int):
-        raise ValueError(f"a dictionary has a key of type {type(key).__name__}")
+        raise UserError(f"a dictionary has a key of type {type(key).__name__}")
 
 
 def _ordered_dict(pairs: Any = ()) -> collections.OrderedDict[Any, Any]:
     if not isinstance(pairs, (list, tuple)) or not all(isinstance(each, (list, tuple)) for each in pairs):
-        raise ValueError("an ordered dictionary is not made of pairs")
+        raise UserError("an ordered dictionary is not made of pairs")
     for key, _ in pairs:
         _check_key(key)
     return collections.OrderedDict(pairs)
@@ -132,7 +133,7 @@ def _ordered_dict(pairs: Any = ()) -> collections.OrderedDict[Any, Any]:
 
 def _size(counts: Any) -> tuple[Any, ...]:
     if not isinstance(counts, (list, tuple)):
-        raise ValueError("a shape is not made of counts")
+        raise UserError("a shape is not made of counts")
     return tuple(counts)
 
 
@@ -170,7 +171,7 @@ class _PickleBytes:
         """Counts bytes, and stops at too many."""
         self._left -= num_bytes
         if self._left < 0:
-            raise ValueError(f"a pickle has more than {MAX_PICKLE_BYTES} bytes")
+            raise UserError(f"a pickle has more than {MAX_PICKLE_BYTES} bytes")
 
     def read(self, num_bytes: int) -> bytes:
         """Reads so many bytes, or what is left of the file."""
@@ -204,7 +205,7 @@ class _Unpickler(pickle._Unpickler):
     def _reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack[-1]
         if not any(function is known for known in _FUNCTIONS.values()):
-            raise ValueError("it calls something that is no function")
+            raise UserError("it calls something that is no function")
         # A pickle may refer to a long argument in two bytes, as often as it likes.
         sizes = [len(each) for each in arguments if isinstance(each, (str, bytes, list, tuple))]
         self._bytes.take(BYTES_OF_ITEM * sum(sizes))
@@ -216,7 +217,7 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(value, _NumpyType):
             value.__setstate__(state)
         elif not isinstance(value, dict):
-            raise ValueError(f"it sets attributes of a value of type {type(value).__name__}")
+            raise UserError(f"it sets attributes of a value of type {type(value).__name__}")
 
     def _append(self) -> None:
         self._extend([self.stack.pop()])
@@ -226,12 +227,12 @@ class _Unpickler(pickle._Unpickler):
 
     def _extend(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise ValueError("it appends to something that is no list")
+            raise UserError("it appends to something that is no list")
         self.stack[-1].extend(items)
 
     def _set_items(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict):
-            raise ValueError("it sets entries of something that is no dictionary")
+            raise UserError("it sets entries of something that is no dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
             _check_key(key)
             self.stack[-1][key] = value
@@ -255,7 +256,7 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Returns our stand-in for a function, never the function itself."""
         if (module, name) not in _FUNCTIONS:
-            raise ValueError(f"it asks for {module}.{name}, which no checkpoint needs; it was not run")
+            raise UserError(f"it asks for {module}.{name}, which no checkpoint needs; it was not run")
         return _FUNCTIONS[module, name]
 
     def persistent_load(self, pid: Any) -> np.ndarray:
@@ -272,11 +273,11 @@ def _read_zip(file: BinaryIO) -> Any:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.endswith("/data.pkl")]
         if len(pickles) != 1 or members[pickles[0]].file_size > MAX_PICKLE_BYTES:
-            raise ValueError("it is not an archive of torch.save")
+            raise UserError("it is not an archive of torch.save")
         root = pickles[0].removesuffix("data.pkl")
         order = f"{root}byteorder"
         if order in members and (members[order].file_size > 8 or guards.read_entry(archive, order) != b"little"):
-            raise ValueError("its byte order is not little-endian")
+            raise UserError("its byte order is not little-endian")
         storages: dict[str, np.ndarray] = {}
 
         def load(storage: _Storage) -> np.ndarray:
@@ -284,18 +285,18 @@ def _read_zip(file: BinaryIO) -> Any:
                 info = members[f"{root}data/{storage.key}"]
                 stored = info.compress_type == zipfile.ZIP_STORED
                 if not stored or info.file_size != storage.size * storage.dtype.itemsize:
-                    raise ValueError(f"the size of {info.filename} is not what the tensors say")
+                    raise UserError(f"the size of {info.filename} is not what the tensors say")
                 storages[storage.key] = np.frombuffer(guards.read_entry(archive, info), storage.dtype)
             return _of_type(storages[storage.key], storage)
 
         if members[pickles[0]].compress_type != zipfile.ZIP_STORED:
-            raise ValueError("its pickle is compressed")
+            raise UserError("its pickle is compressed")
         return _Unpickler(io.BytesIO(guards.read_entry(archive, pickles[0])), load).load()
 
 
 def _of_type(values: np.ndarray, storage: _Storage) -> np.ndarray:
     if (values.dtype, values.size) != (storage.dtype, storage.size):
-        raise ValueError("two tensors disagree about their values")
+        raise UserError("two tensors disagree about their values")
     return values
 
 
@@ -309,27 +310,27 @@ def _read_legacy(file: BinaryIO, num_bytes: int) -> Any:
         if storage.key not in storages:
             left -= storage.size * storage.dtype.itemsize
             if left < 0:
-                raise ValueError("its tensors are larger than the file")
+                raise UserError("its tensors are larger than the file")
             storages[storage.key] = np.zeros(storage.size, storage.dtype)  # filled below: the values come last
         return _of_type(storages[storage.key], storage)
 
     def no_storage(storage: _Storage) -> np.ndarray:
-        raise ValueError("its header refers to tensors")
+        raise UserError("its header refers to tensors")
 
     magic, version, system = (_Unpickler(file, no_storage).load() for _ in range(3))
     if magic != LEGACY_MAGIC or version != LEGACY_VERSION or not isinstance(system, dict):
-        raise ValueError("it is not a file of torch.save")
+        raise UserError("it is not a file of torch.save")
     if system.get("little_endian") is not True:
-        raise ValueError("its byte order is not little-endian")
+        raise UserError("its byte order is not little-endian")
     content = _Unpickler(file, load).load()
     keys = _Unpickler(file, no_storage).load()
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
-        raise ValueError("the list of its storages is not what the tensors say")
+        raise UserError("the list of its storages is not what the tensors say")
     for key in keys:
         size = struct.unpack("<q", file.read(8))[0]
         values = file.read(storages[key].nbytes) if size == storages[key].size else b""
         if len(values) != storages[key].nbytes:
-            raise ValueError("it is cut short")
+            raise UserError("it is cut short")
         storages[key][:] = np.frombuffer(values, storages[key].dtype)
     return content
 
@@ -343,8 +344,8 @@ def read_torch(path: str | Path) -> Any:
     """Reads a file of `torch.save`: dictionaries, lists, numbers, and numpy arrays for tensors.
 
     Raises:
-      ValueError: naming the file, if it is damaged, no such file, or holds anything but such values.
-      FileNotFoundError: if there is none.
+      UserError: naming the file, if it is damaged, no such file, or holds anything but such values.
+      UserError: if there is none.
     """
     assert sys.byteorder == "little"
     with open(path, "rb") as file:
@@ -353,4 +354,4 @@ def read_torch(path: str | Path) -> Any:
         try:
             return _read_zip(file) if is_zip else _read_legacy(file, Path(path).stat().st_size)
         except _ERRORS as error:
-            raise ValueError(f"{path} cannot be read as a checkpoint of PyTorch: {error}") from error
+            raise UserError(f"{path} cannot be read as a checkpoint of PyTorch: {error}") from error

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from errors import UserError
 from legacy.parameters import Leaf, trace_network
 
 WRAPPER = "module."  # what DataParallel puts before every name
@@ -34,14 +35,14 @@ def _check_supported(config: ConfigDict) -> None:
     """Checks that score_sde_pytorch has this network, and that it computes the same."""
     name = config.model.name
     if name == "ddpm" and not config.model.conditional:
-        raise ValueError(
+        raise UserError(
             "model.name='ddpm' with model.conditional=False: score_sde_pytorch tells this network the noise level all "
             "the same, so that it is another one; set model.conditional=True"
         )
     if name == "ddpm" and config.model.normalization != "GroupNorm":
-        raise ValueError("score_sde_pytorch has model.name='ddpm' only with model.normalization='GroupNorm'")
+        raise UserError("score_sde_pytorch has model.name='ddpm' only with model.normalization='GroupNorm'")
     if name not in ("ncsnpp", "ddpm"):
-        raise ValueError(
+        raise UserError(
             f"model.name={name!r} is not supported for PyTorch checkpoints, only 'ncsnpp' and 'ddpm': "
             "score_sde_pytorch interpolates the feature maps of NCSN and NCSNv2 between other points"
         )
@@ -67,7 +68,7 @@ def match_torch_parameters(config: ConfigDict, leaves: list[Leaf]) -> list[Torch
       leaves: its parameters, see `match_parameters`.
 
     Raises:
-      ValueError: if score_sde_pytorch has no such network.
+      UserError: if score_sde_pytorch has no such network.
     """
     _check_supported(config)
     numbers = {name: number for number, name in enumerate(_layers_in_order(config))}

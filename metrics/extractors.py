@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 import checks
+from errors import UserError
 from metrics import efficientnet, inception, tfgan
 from metrics.images import RGB, check_channels
 
@@ -72,7 +73,7 @@ def resolve_extractor(name: str, *, channels: int, weights: str = "") -> str:
       weights: file of the Inception network's weights; empty: where --mode convert_weights puts them.
 
     Raises:
-      ValueError: if the name is unknown, or the network takes no images of so many channels.
+      UserError: if the name is unknown, or the network takes no images of so many channels.
     """
     checks.one_of("eval.extractor", name, (AUTO, *KEYS))
     if name not in (AUTO, "classifier"):
@@ -95,11 +96,11 @@ def build_extractor(key: str, *, num_levels: int, weights: str = "") -> Extracto
       weights: "inception": file of its weights; "tfgan": folder or URL of a SavedModel; empty: the usual ones.
 
     Raises:
-      ValueError: if the key has no fixed weights, or the weights are damaged or another network's.
-      FileNotFoundError: if weights are missing; it says how to get them.
+      UserError: if the key has no fixed weights, or the weights are damaged or another network's.
+      UserError: if weights are missing; it says how to get them.
     """
     if key == "classifier":
-        raise ValueError("the extractor 'classifier' has no fixed weights; build_feature_extractor trains it on data")
+        raise UserError("the extractor 'classifier' has no fixed weights; build_feature_extractor trains it on data")
     checks.one_of("eval.extractor", key, KEYS)
     if key == "efficientnet_lite0":
         return efficientnet.build_efficientnet(num_levels=num_levels)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from errors import UserError
+
 SSIM_WINDOW = 7  # pixels: side of the uniform window in which SSIM compares two images
 SMALLEST_WINDOW = 3  # of one pixel there is no covariance
 
@@ -40,13 +42,13 @@ def ssim(truth: Float[np.ndarray, "H W C"], image: Float[np.ndarray, "H W C"]) -
       image: in [0, 1].
 
     Raises:
-      ValueError: if the images are too small for a window.
+      UserError: if the images are too small for a window.
     """
     from skimage.metrics import structural_similarity  # lazily: half a second
 
     window = ssim_window(*truth.shape[:2])
     if window is None:
-        raise ValueError(
+        raise UserError(
             f"images of shape {truth.shape} are too small for SSIM; expected {SMALLEST_WINDOW} pixels or more"
         )
     truth, image = _as_float64(truth, image)
@@ -57,8 +59,8 @@ def _as_float64(truth: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.nd
     """Checks that both have one shape; scikit-image would compute in float32 what is given so.
 
     Raises:
-      ValueError: naming the shapes, if they differ.
+      UserError: naming the shapes, if they differ.
     """
     if truth.shape != image.shape:
-        raise ValueError(f"truth has shape {truth.shape}, image {image.shape}; expected the same [H, W, C]")
+        raise UserError(f"truth has shape {truth.shape}, image {image.shape}; expected the same [H, W, C]")
     return truth.astype(np.float64), image.astype(np.float64)

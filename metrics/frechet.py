@@ -100,7 +100,7 @@ def frechet_distance(
       name: of the metric.
 
     Raises:
-      ValueError: if features are not finite, fewer than two, or of another dimension than the reference.
+      UserError: if features are not finite, fewer than two, or of another dimension than the reference.
     """
     sides = [
         side if isinstance(side, FeatureStatistics) else as_features(label, side)

@@ -129,7 +129,7 @@ def frechet_distance_unbiased(
       bias is not proportional to 1 / n.
 
     Raises:
-      ValueError: if features are not finite, fewer than two, or of another dimension than the reference.
+      UserError: if features are not finite, fewer than two, or of another dimension than the reference.
     """
     x = as_features("features", features)
     exact = reference if isinstance(reference, FeatureStatistics) else FeatureStatistics.from_features(reference)

@@ -9,6 +9,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
+from errors import UserError
 from storage.files import content_hash
 
 RGB = 3  # channels that networks trained on photographs take
@@ -30,22 +31,22 @@ def check_levels(name: str, levels: UInt8[np.ndarray, "N H W C"], num_levels: in
     """Checks that an array holds images of levels.
 
     Raises:
-      ValueError: naming it, if it has another type or shape, no image, or a level that is not below `num_levels`.
+      UserError: naming it, if it has another type or shape, no image, or a level that is not below `num_levels`.
     """
     if levels.ndim != 4 or levels.dtype != np.uint8 or not len(levels):
-        raise ValueError(f"{name} is {levels.dtype}{list(levels.shape)}; expected uint8[N, H, W, C] with N >= 1")
+        raise UserError(f"{name} is {levels.dtype}{list(levels.shape)}; expected uint8[N, H, W, C] with N >= 1")
     if levels.max() >= num_levels:
-        raise ValueError(f"{name} has level {levels.max()}, not below num_levels={num_levels}; give the data's levels")
+        raise UserError(f"{name} has level {levels.max()}, not below num_levels={num_levels}; give the data's levels")
 
 
 def check_channels(extractor: str, channels: int) -> None:
     """Checks that a network trained on photographs can take images of so many channels.
 
     Raises:
-      ValueError: if they are neither grey nor RGB.
+      UserError: if they are neither grey nor RGB.
     """
     if channels not in (1, RGB):
-        raise ValueError(
+        raise UserError(
             f"the extractor {extractor!r} takes grey and RGB images, not {channels} channels; choose 'classifier', "
             "which is trained on the data themselves"
         )
@@ -55,7 +56,7 @@ def check_photographs(extractor: str, levels: UInt8[np.ndarray, "N H W C"], num_
     """Checks that a network trained on photographs can take these images.
 
     Raises:
-      ValueError: if they have neither 1 nor 3 channels, or are no images of so many levels.
+      UserError: if they have neither 1 nor 3 channels, or are no images of so many levels.
     """
     check_levels("levels", levels, num_levels)
     check_channels(extractor, levels.shape[-1])

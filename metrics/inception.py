@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from errors import UserError
 from metrics.pretrained import PRECISION, ConvNorm, PretrainedExtractor, check_params, param_shapes
 from storage.files import cache_folder, read_npz
 
@@ -232,18 +233,18 @@ def build_inception(*, num_levels: int, weights: str = "") -> PretrainedExtracto
       weights: the file; empty: where that mode puts it by default.
 
     Raises:
-      FileNotFoundError: if there is none; it says how to get it.
-      ValueError: if it is damaged or holds something else.
+      UserError: if there is none; it says how to get it.
+      UserError: if it is damaged or holds something else.
     """
     path, model = weights_path(weights), Inception()
     if not path.exists():
-        raise FileNotFoundError(
+        raise UserError(
             f"the weights of the Inception network are not in {path}; to get them: {how_to_get_weights(path)}"
         )
     try:
         params = check_params(str(path), read_npz(path), param_shapes(model, SIDE))
     except ValueError as error:
-        raise ValueError(f"{error}; to make it anew: {how_to_get_weights(path)}") from error
+        raise UserError(f"{error}; to make it anew: {how_to_get_weights(path)}") from error
     return PretrainedExtractor(
         key="inception",
         name="Inception of 2015-12-05, pool_3, trained on ImageNet",

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from errors import UserError
 from legacy.torch_file import read_torch
 from metrics.images import flatten_params, params_hash
 from metrics.inception import SIDE, Inception, weights_path
@@ -40,7 +41,7 @@ def torch_layer(layer: str, part: str) -> str:
 def _read_pth(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     state = read_torch(path)
     if not isinstance(state, Mapping) or not all(isinstance(value, np.ndarray) for value in state.values()):
-        raise ValueError(f"{path} holds no dictionary of tensors; expected pt_inception-2015-12-05-6726825d.pth")
+        raise UserError(f"{path} holds no dictionary of tensors; expected pt_inception-2015-12-05-6726825d.pth")
     return params_from_torch(state, shapes, torch_layer)
 
 
@@ -106,10 +107,10 @@ def _read_constants(path: Path) -> dict[str, np.ndarray]:
         try:
             run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=GRAPH_SECONDS)
         except subprocess.TimeoutExpired as error:
-            raise ValueError(f"TensorFlow did not read {path} in {GRAPH_SECONDS} s; use the .pth file") from error
+            raise UserError(f"TensorFlow did not read {path} in {GRAPH_SECONDS} s; use the .pth file") from error
         if run.returncode:
             reason = (run.stderr.strip() or "no message").splitlines()[-1]
-            raise ValueError(f"{path} cannot be read by TensorFlow: {reason}; the .pth file needs no TensorFlow")
+            raise UserError(f"{path} cannot be read by TensorFlow: {reason}; the .pth file needs no TensorFlow")
         return read_npz(output)
 
 
@@ -150,22 +151,22 @@ def convert_weights(checkpoint: str | Path, output: str | Path = "") -> tuple[Pa
       (file, SHA-256 of the parameters).
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it does not hold the weights of this network, or the output cannot be written.
+      UserError: if there is no such file.
+      UserError: if it does not hold the weights of this network, or the output cannot be written.
     """
     source, target, shapes = Path(checkpoint), weights_path(str(output)), param_shapes(Inception(), SIDE)
     if not source.exists():
-        raise FileNotFoundError(f"--checkpoint {source} does not exist")
+        raise UserError(f"--checkpoint {source} does not exist")
     try:
         arrays = _read(source, shapes)
     except OSError as error:
-        raise ValueError(f"--checkpoint {source} cannot be read: {error.strerror}") from error
+        raise UserError(f"--checkpoint {source} cannot be read: {error.strerror}") from error
     params = check_params(str(source), arrays, shapes)
     flat: dict[str, Any] = {**flatten_params(params)}
     digest = params_hash(params)
     try:
         write_atomically(target, lambda file: np.savez(file, **flat))
     except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror}; choose another --output") from error
+        raise UserError(f"cannot write {target}: {error.strerror}; choose another --output") from error
     logging.info("wrote %s: %d arrays, SHA-256 of the parameters %s", target, len(flat), digest)
     return target, digest

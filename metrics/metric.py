@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Num
 
+from errors import UserError
 from storage import guards
 
 
@@ -73,12 +74,12 @@ def mean_metric(name: str, values: Num[np.ndarray, "N"], *, unit: str = "", note
       note: how they were computed.
 
     Raises:
-      ValueError: if a value is not finite, or there are fewer than two.
+      UserError: if a value is not finite, or there are fewer than two.
     """
     values = np.asarray(values, np.float64)
     check_finite(name, values)
     if values.ndim != 1 or len(values) < 2:
-        raise ValueError(f"{name} has shape {values.shape}; expected [N] with N >= 2, one value for each image")
+        raise UserError(f"{name} has shape {values.shape}; expected [N] with N >= 2, one value for each image")
     return make_metric(name, values.mean(), stderr_of_mean(values), len(values), unit=unit, note=note)
 
 
@@ -86,16 +87,16 @@ def check_finite(name: str, array: np.ndarray) -> None:
     """Raises a ValueError if a value is NaN or infinite."""
     bad = array.size - int(np.isfinite(array).sum())
     if bad:
-        raise ValueError(f"{name} has {bad} values that are NaN or infinite; look for images that are not finite")
+        raise UserError(f"{name} has {bad} values that are NaN or infinite; look for images that are not finite")
 
 
 def as_features(name: str, features: Num[np.ndarray, "N D"], min_samples: int = 2) -> np.ndarray:
     """Returns features as float64[N, D]; raises a ValueError if they are not that, too few or not finite."""
     features = np.asarray(features, np.float64)
     if features.ndim != 2:
-        raise ValueError(f"{name} has shape {features.shape}; expected [N, D], one row for each image")
+        raise UserError(f"{name} has shape {features.shape}; expected [N, D], one row for each image")
     if len(features) < min_samples:
-        raise ValueError(f"{name} has {len(features)} rows; expected {min_samples} or more images")
+        raise UserError(f"{name} has {len(features)} rows; expected {min_samples} or more images")
     check_finite(name, features)
     return features
 
@@ -112,7 +113,7 @@ def as_feature_pair(
 def check_dimensions(features: int, reference: int) -> None:
     """Raises a ValueError if the two numbers of dimensions differ."""
     if features != reference:
-        raise ValueError(
+        raise UserError(
             f"features have {features} dimensions, the reference {reference}; use the same extractor for both"
         )
 

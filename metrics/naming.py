@@ -69,7 +69,7 @@ def with_labels(
       num_reference: images of the reference; 0 if it is not known.
 
     Raises:
-      ValueError: if the extractor is unknown.
+      UserError: if the extractor is unknown.
     """
     checks.one_of("extractor", extractor, tuple(FEATURES))
     return tuple(

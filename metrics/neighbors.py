@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
+from errors import UserError
 from metrics.metric import Metric, as_features, check_dimensions, make_metric, stderr_of_mean
 from metrics.pairwise import row_blocks
 
@@ -59,7 +60,7 @@ class Balls:
     ) -> Balls:
         """Computes the radii; raises a ValueError if features are not finite or not more than neighbours."""
         if min(num_neighbors) < 1:
-            raise ValueError(f"num_neighbors={min(num_neighbors)}; expected 1 or more")
+            raise UserError(f"num_neighbors={min(num_neighbors)}; expected 1 or more")
         y = as_features(name, features, max(num_neighbors) + 1)
         center = y.mean(axis=0)
         rows = y - center
@@ -121,7 +122,7 @@ def precision_recall(
       (precision, recall), both from 0 to 1.
 
     Raises:
-      ValueError: as `kernel_distance`, or if a set does not have more than `num_neighbors` images.
+      UserError: as `kernel_distance`, or if a set does not have more than `num_neighbors` images.
     """
     real = _balls(reference, num_neighbors)
     x, y = real.moved(features), real.rows
@@ -171,7 +172,7 @@ def density_coverage(
       (density, coverage).
 
     Raises:
-      ValueError: as `kernel_distance`, or if the reference does not have more than `num_neighbors` images.
+      UserError: as `kernel_distance`, or if the reference does not have more than `num_neighbors` images.
     """
     real = _balls(reference, num_neighbors)
     x = real.moved(features)

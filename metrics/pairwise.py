@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Num
 
+from errors import UserError
 from metrics.metric import Metric, as_feature_pair, make_metric, stderr_of_mean
 
 BLOCK_ELEMENTS = 2**24  # of a block of a matrix of all pairs: 128 MiB of float64, whatever the number of images
@@ -98,7 +99,7 @@ def kernel_distance(
       name: of the metric.
 
     Raises:
-      ValueError: if features are not finite, fewer than two, or of another dimension than the reference.
+      UserError: if features are not finite, fewer than two, or of another dimension than the reference.
     """
     x, y = as_feature_pair(features, reference)
     note = "unbiased, so it may be below 0; mean over all pairs, standard error of both sides"
@@ -127,14 +128,14 @@ def kernel_distance_blocks(
       name: of the metric.
 
     Raises:
-      ValueError: as `kernel_distance`, or if a block would hold fewer than two images of a set.
+      UserError: as `kernel_distance`, or if a block would hold fewer than two images of a set.
     """
     x, y = as_feature_pair(features, reference)
     if max_block_size < 2:
-        raise ValueError(f"max_block_size={max_block_size}; expected 2 or more")
+        raise UserError(f"max_block_size={max_block_size}; expected 2 or more")
     num_blocks = math.ceil(max(len(x), len(y)) / max_block_size)
     if min(len(x), len(y)) < 2 * num_blocks:
-        raise ValueError(
+        raise UserError(
             f"max_block_size={max_block_size} makes {num_blocks} blocks, too many for {len(x)} and {len(y)} images; "
             "use larger blocks, or kernel_distance"
         )
@@ -176,11 +177,11 @@ def kernel_distance_subsets(
       name: of the metric.
 
     Raises:
-      ValueError: as `kernel_distance`, or if `subset_size` or `num_subsets` is less than two.
+      UserError: as `kernel_distance`, or if `subset_size` or `num_subsets` is less than two.
     """
     x, y = as_feature_pair(features, reference)
     if subset_size < 2 or num_subsets < 2:
-        raise ValueError(f"subset_size={subset_size}, num_subsets={num_subsets}; expected 2 or more of both")
+        raise UserError(f"subset_size={subset_size}, num_subsets={num_subsets}; expected 2 or more of both")
     generator = np.random.Generator(np.random.Philox(seed))
     draw = lambda z: generator.choice(len(z), min(subset_size, len(z)), replace=False)  # noqa: E731
     values = _mmd2_of_parts(x, y, [(draw(x), draw(y)) for _ in range(num_subsets)])

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
+from errors import UserError
+
 MAX_LEVELS = 256  # of uint8
 COMPARED = 5000  # images of which all pairs are compared, at the most
 COMPARED_BYTES = 2**30  # the same, in bytes of their levels
@@ -103,10 +105,10 @@ def farthest_pair(
       compared_bytes: the same, in bytes of their levels; two images always are.
 
     Raises:
-      ValueError: if there are fewer than two images.
+      UserError: if there are fewer than two images.
     """
     if len(radii) < 2:
-        raise ValueError(f"{len(radii)} image(s) have no distance from each other; give two or more")
+        raise UserError(f"{len(radii)} image(s) have no distance from each other; give two or more")
     order = np.argsort(-radii, kind="stable")
     size = read(order[:1]).nbytes
     chosen = order[: max(2, min(compared, compared_bytes // size))]

@@ -14,6 +14,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
+from errors import UserError
 from metrics.images import RGB, apply_in_batches, check_photographs, params_hash
 from parallel import distributed
 
@@ -97,7 +98,7 @@ def check_params(source: str, params: Mapping[str, Any], shapes: Mapping[str, tu
       shapes: see `param_shapes`.
 
     Raises:
-      ValueError: naming arrays that are missing, unknown, of another shape, or not finite.
+      UserError: naming arrays that are missing, unknown, of another shape, or not finite.
     """
     wrong = [f"{path} is missing" for path in sorted(shapes.keys() - params.keys())]
     wrong += [f"{path} is unknown" for path in sorted(params.keys() - shapes.keys())]
@@ -109,7 +110,7 @@ def check_params(source: str, params: Mapping[str, Any], shapes: Mapping[str, tu
             wrong.append(f"{path} is not of finite numbers")
     if wrong:
         more = f", and {len(wrong) - NUM_NAMED} more" if len(wrong) > NUM_NAMED else ""
-        raise ValueError(f"{source} does not hold the weights of this network: {'; '.join(wrong[:NUM_NAMED])}{more}")
+        raise UserError(f"{source} does not hold the weights of this network: {'; '.join(wrong[:NUM_NAMED])}{more}")
     flat = {path: np.asarray(params[path], np.float32) for path in shapes}
     return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -200,7 +201,7 @@ class PretrainedExtractor:
         """Returns (features, logits) of images given as levels, float64; grey ones are seen as RGB.
 
         Raises:
-          ValueError: if images have neither 1 nor 3 channels, or a level is not below `num_levels`.
+          UserError: if images have neither 1 nor 3 channels, or a level is not below `num_levels`.
         """
         check_photographs(self.key, levels, self.num_levels)
         factor = np.float32(MAX_LEVEL / (self.num_levels - 1))

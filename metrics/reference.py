@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from errors import UserError
 from metrics.frechet import FeatureStatistics
 from metrics.metric import as_features, check_finite
 from storage import guards
@@ -97,7 +98,7 @@ class Moments:
         """Takes in a batch of finite rows.
 
         Raises:
-          ValueError: if a value is NaN or infinite.
+          UserError: if a value is NaN or infinite.
         """
         rows = as_features("features", rows, min_samples=1)
         mean = rows.mean(axis=0)
@@ -112,10 +113,10 @@ class Moments:
         """Returns the statistics of all rows so far.
 
         Raises:
-          ValueError: if there are fewer than two.
+          UserError: if there are fewer than two.
         """
         if self.num_samples < 2:
-            raise ValueError(f"{self.num_samples} image(s) have no covariance; give two or more")
+            raise UserError(f"{self.num_samples} image(s) have no covariance; give two or more")
         return FeatureStatistics(self._mean, self._squares / (self.num_samples - 1), self.num_samples)
 
 
@@ -141,16 +142,16 @@ def load_reference(path: str | Path) -> Reference:
     """Reads statistics from an .npz file, ours or another program's; nothing in it is run.
 
     Raises:
-      ValueError: naming the file, if it is damaged or no such file, its arrays do not fit together or are not finite,
+      UserError: naming the file, if it is damaged or no such file, its arrays do not fit together or are not finite,
         or the covariance is none.
-      FileNotFoundError: if there is none.
+      UserError: if there is none.
     """
     arrays = read_npz(path)
     if "pool_3" in arrays:
         return _from_rows(path, arrays["pool_3"])
     mean, cov = arrays.get("mean", arrays.get("mu")), arrays.get("cov", arrays.get("sigma"))
     if mean is None or cov is None:
-        raise ValueError(
+        raise UserError(
             f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; expected mean and cov of --mode stats, mu and "
             "sigma, or pool_3"
         )
@@ -161,7 +162,7 @@ def load_reference(path: str | Path) -> Reference:
     if "features" in arrays:
         features = _read_rows(path, "features", arrays["features"])
         if features.shape != (num_samples, len(mean)):
-            raise ValueError(
+            raise UserError(
                 f"{path} has features {features.shape}; expected one of {len(mean)} for each of {num_samples} images"
             )
     statistics = FeatureStatistics(mean.astype(np.float64), cov.astype(np.float64), num_samples)
@@ -170,7 +171,7 @@ def load_reference(path: str | Path) -> Reference:
 
 def _read_rows(path: str | Path, name: str, rows: np.ndarray) -> np.ndarray:
     if rows.dtype.kind != "f":
-        raise ValueError(f"{path}: {name} is {rows.dtype}{list(rows.shape)}; expected floating-point rows [N, D]")
+        raise UserError(f"{path}: {name} is {rows.dtype}{list(rows.shape)}; expected floating-point rows [N, D]")
     return as_features(f"{path}: {name}", rows)
 
 
@@ -182,7 +183,7 @@ def _from_rows(path: str | Path, rows: np.ndarray) -> Reference:
 
 def _read_count(path: str | Path, value: np.ndarray) -> int:
     if value.shape != () or value.dtype.kind not in "iu" or value < 0:
-        raise ValueError(f"{path} has num_samples {value}; expected a whole number, 0 if it is not known")
+        raise UserError(f"{path} has num_samples {value}; expected a whole number, 0 if it is not known")
     return int(value)
 
 
@@ -190,7 +191,7 @@ def _read_provenance(path: str | Path, value: np.ndarray) -> Provenance:
     try:
         provenance = guards.build(Provenance, guards.parse_json(str(value)))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} does not say as this version does where it comes from ({error}); make it anew with --mode stats"
         ) from error
     return provenance
@@ -200,20 +201,20 @@ def _check_statistics(path: str | Path, mean: np.ndarray, cov: np.ndarray) -> No
     """Checks that two arrays are a mean and a covariance, up to rounding.
 
     Raises:
-      ValueError: naming the file and what is wrong.
+      UserError: naming the file and what is wrong.
     """
     if mean.ndim != 1 or not len(mean) or cov.shape != (len(mean), len(mean)):
-        raise ValueError(f"{path} has mean {mean.shape} and covariance {cov.shape}; expected [D] and [D, D]")
+        raise UserError(f"{path} has mean {mean.shape} and covariance {cov.shape}; expected [D] and [D, D]")
     for name, array in (("mean", mean), ("covariance", cov)):
         if array.dtype.kind != "f":
-            raise ValueError(f"{path} has a {name} of {array.dtype}; expected floating-point numbers")
+            raise UserError(f"{path} has a {name} of {array.dtype}; expected floating-point numbers")
         check_finite(f"{path}: {name}", array)
     cov = cov.astype(np.float64)
     if np.abs(cov - cov.T).max() > ROUNDING * np.abs(cov).max():
-        raise ValueError(f"{path} has a covariance that is not symmetric; the file is damaged, make it anew")
+        raise UserError(f"{path} has a covariance that is not symmetric; the file is damaged, make it anew")
     values = np.linalg.eigvalsh(cov)
     if values[0] < -ROUNDING * max(values[-1], 0.0):
-        raise ValueError(
+        raise UserError(
             f"{path} has a covariance with the negative eigenvalue {values[0]:.3g}, the largest being "
             f"{values[-1]:.3g}; no data have it: the file is damaged, make it anew"
         )

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from errors import UserError
 from metrics.images import RGB, apply_in_batches, as_rgb, check_photographs
 from storage.files import content_hash
 
@@ -38,11 +39,11 @@ def _import_tfgan() -> tuple[Any, Any]:
     above tensorflow_gan.python.eval, all that is wanted here. That, and TensorFlow Hub, need the Keras before 3.
 
     Raises:
-      FileNotFoundError: if it is not installed; it says how to.
+      UserError: if it is not installed; it says how to.
     """
     spec = importlib.util.find_spec("tensorflow_gan")
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"the extractor 'tfgan' needs tensorflow_gan; to install it: {HOW_TO_INSTALL}")
+        raise UserError(f"the extractor 'tfgan' needs tensorflow_gan; to install it: {HOW_TO_INSTALL}")
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     folder = Path(spec.submodule_search_locations[0])
@@ -63,12 +64,12 @@ def _find_model(handle: str) -> Path:
         try:
             return Path(importlib.import_module("tensorflow_hub").resolve(handle))
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"TensorFlow Hub cannot get {handle}: {error}; download it where there is a network, and give its "
                 "unpacked folder as the weights of the extractor 'tfgan'"
             ) from error
     if not (Path(handle) / "saved_model.pb").exists():
-        raise FileNotFoundError(f"{handle} is no SavedModel: it has no saved_model.pb; the extractor 'tfgan' needs one")
+        raise UserError(f"{handle} is no SavedModel: it has no saved_model.pb; the extractor 'tfgan' needs one")
     return Path(handle)
 
 
@@ -110,7 +111,7 @@ class TfganExtractor:
         """Returns (features, logits) of images given as levels, float64; grey ones are seen as RGB.
 
         Raises:
-          ValueError: if images have neither 1 nor 3 channels, or a level is not below `num_levels`.
+          UserError: if images have neither 1 nor 3 channels, or a level is not below `num_levels`.
         """
         check_photographs(self.key, levels, self.num_levels)
         middle = np.float32((self.num_levels - 1) / 2)
@@ -127,7 +128,7 @@ def _load(folder: Path) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
         outputs = tfgan.run_classifier_fn(tensorflow.constant(x), model)
         missing = [name for name in OUTPUTS if name not in outputs] if isinstance(outputs, Mapping) else OUTPUTS
         if missing:
-            raise ValueError(f"the SavedModel {folder} has no output {missing[0]}; the extractor 'tfgan' needs it")
+            raise UserError(f"the SavedModel {folder} has no output {missing[0]}; the extractor 'tfgan' needs it")
         features, logits = (np.asarray(outputs[name]).reshape(len(x), -1) for name in OUTPUTS)
         return features, logits
 
@@ -143,8 +144,8 @@ def build_tfgan(*, num_levels: int, weights: str = "") -> TfganExtractor:
         which TensorFlow Hub downloads unless it has it cached.
 
     Raises:
-      FileNotFoundError: if tensorflow_gan is not installed, or the folder is no SavedModel; it says what to do.
-      ValueError: if it cannot be downloaded, or has other outputs.
+      UserError: if tensorflow_gan is not installed, or the folder is no SavedModel; it says what to do.
+      UserError: if it cannot be downloaded, or has other outputs.
     """
     handle = weights or TFHUB_URL
     folder = _find_model(handle)

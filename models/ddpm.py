@@ -37,7 +37,7 @@ def build(
     """Builds DDPM; arguments are named after the settings of `config.model`.
 
     Raises:
-      ValueError: if group normalization cannot divide the channels, or classes are to be told to residual blocks that
+      UserError: if group normalization cannot divide the channels, or classes are to be told to residual blocks that
         are told nothing.
     """
     require_conditional(conditional, num_classes)

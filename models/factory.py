@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import checks
+from errors import UserError
 from models import ddpm, ncsnpp, ncsnv2, wideresnet
 from models.layers import ACTIVATIONS
 from models.normalization import NORMS
@@ -32,7 +33,7 @@ def _one_of(config: ConfigDict, key: str, known: Collection[str]) -> str:
 def _at_least(config: ConfigDict, key: str, smallest: int) -> int:
     value = config.model[key]
     if not isinstance(value, int) or value < smallest:
-        raise ValueError(f"model.{key}={value!r}: expected a whole number of at least {smallest}")
+        raise UserError(f"model.{key}={value!r}: expected a whole number of at least {smallest}")
     return value
 
 
@@ -40,12 +41,12 @@ def _channel_multiples(config: ConfigDict) -> tuple[int, ...]:
     """Returns model.ch_mult after checking that the image can be halved between its levels."""
     multiples = tuple(config.model.ch_mult)
     if not multiples or min(multiples) < 1:
-        raise ValueError(f"model.ch_mult={multiples}: expected a positive multiple of model.nf for each level")
+        raise UserError(f"model.ch_mult={multiples}: expected a positive multiple of model.nf for each level")
     shrinkage = 2 ** (len(multiples) - 1)
     for key in ("image_size", "image_width"):
         size = config.data[key]
         if size % shrinkage:
-            raise ValueError(
+            raise UserError(
                 f"data.{key}={size} cannot be halved {len(multiples) - 1} times for the {len(multiples)} levels of "
                 f"model.ch_mult={multiples}; choose a multiple of {shrinkage}, or fewer levels"
             )
@@ -57,9 +58,9 @@ def _fir_kernel(config: ConfigDict) -> tuple[float, ...] | None:
         return None
     kernel = tuple(config.model.fir_kernel)
     if not all(isinstance(tap, int | float) for tap in kernel):
-        raise ValueError(f"model.fir_kernel={kernel}: expected a list of numbers, the taps of a separable filter")
+        raise UserError(f"model.fir_kernel={kernel}: expected a list of numbers, the taps of a separable filter")
     if len(kernel) < 2 or sum(kernel) <= 0:
-        raise ValueError(
+        raise UserError(
             f"model.fir_kernel={kernel}: expected at least 2 taps with a positive sum, such as [1, 3, 3, 1]"
         )
     return tuple(float(tap) for tap in kernel)
@@ -67,20 +68,20 @@ def _fir_kernel(config: ConfigDict) -> tuple[float, ...] | None:
 
 def _init_scale(config: ConfigDict) -> float:
     if config.model.init_scale < 0:
-        raise ValueError(f"model.init_scale={config.model.init_scale}: expected 0 (which stands for 1e-10) or more")
+        raise UserError(f"model.init_scale={config.model.init_scale}: expected 0 (which stands for 1e-10) or more")
     return config.model.init_scale
 
 
 def _dropout(config: ConfigDict) -> float:
     if not 0 <= config.model.dropout < 1:
-        raise ValueError(f"model.dropout={config.model.dropout}: expected a probability in [0, 1)")
+        raise UserError(f"model.dropout={config.model.dropout}: expected a probability in [0, 1)")
     return float(config.model.dropout)
 
 
 def _embedding_type(config: ConfigDict) -> str:
     embedding_type = _one_of(config, "embedding_type", ("fourier", "positional"))
     if embedding_type == "fourier" and not config.training.continuous:
-        raise ValueError(
+        raise UserError(
             "model.embedding_type='fourier' embeds log(sigma), but training.continuous=False labels noise levels by "
             "index; set model.embedding_type='positional' or training.continuous=True"
         )
@@ -160,11 +161,11 @@ def create_model(config: ConfigDict) -> nn.Module:
     too.
 
     Raises:
-      ValueError: if a setting is unknown or out of range, or settings contradict each other.
+      UserError: if a setting is unknown or out of range, or settings contradict each other.
     """
     build = NETWORKS[_one_of(config, "name", NETWORKS)]
     if config.model.num_classes and "num_classes" not in _arguments(build):
-        raise ValueError(
+        raise UserError(
             f"model.num_classes={config.model.num_classes}: model.name={config.model.name!r} cannot be told classes; "
             f"networks that can: {', '.join(name for name in SCORE_NETWORKS if _takes_classes(name))}"
         )
@@ -190,10 +191,10 @@ def require_score_network(config: ConfigDict) -> None:
     """Checks that the network is one of a score.
 
     Raises:
-      ValueError: if it is a classifier.
+      UserError: if it is a classifier.
     """
     if config.model.name not in SCORE_NETWORKS:
-        raise ValueError(
+        raise UserError(
             f"model.name={config.model.name!r} is a classifier, which this mode cannot use; score networks: "
             f"{', '.join(sorted(SCORE_NETWORKS))}"
         )
@@ -207,10 +208,10 @@ def check_labels(config: ConfigDict, model: nn.Module) -> None:
       model: network; its `counts_levels`, if it has that, says that it takes its label for the index of a level.
 
     Raises:
-      ValueError: if there are no levels to count in continuous time.
+      UserError: if there are no levels to count in continuous time.
     """
     if config.training.continuous and getattr(model, "counts_levels", False):
-        raise ValueError(
+        raise UserError(
             "this network takes the label for the index of a level (model.scale_by_sigma=True, or "
             "model.name='ncsn'), which it is not with training.continuous=True; set training.continuous=False, or "
             "for model.name='ncsnpp' model.embedding_type='fourier'"

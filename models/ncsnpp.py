@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from errors import UserError
 from models.blocks import BigGANBlock, BlockOptions, Combine, DDPMBlock, Downsample, Features, Upsample
 from models.convolution import Conv
 from models.initializers import default_init
@@ -60,10 +61,10 @@ def require_conditional(conditional: bool, num_classes: int) -> None:
     """Checks that a network that is told classes has where to tell them: beside the noise level.
 
     Raises:
-      ValueError: if its residual blocks are told nothing.
+      UserError: if its residual blocks are told nothing.
     """
     if num_classes and not conditional:
-        raise ValueError(
+        raise UserError(
             f"model.num_classes={num_classes} adds the label to the embedding of the noise level, which "
             "model.conditional=False leaves out; set model.conditional=True"
         )
@@ -276,7 +277,7 @@ def build(
     """Builds NCSN++ or DDPM++; arguments are named after the settings of `config.model`.
 
     Raises:
-      ValueError: if the normalization is another than GroupNorm, or cannot divide the channels, or classes are to be
+      UserError: if the normalization is another than GroupNorm, or cannot divide the channels, or classes are to be
         told to residual blocks that are told nothing.
     """
     require(normalization, "GroupNorm")

@@ -150,7 +150,7 @@ def build_ncsn(
     Arguments are named after the settings of `config.model`.
 
     Raises:
-      ValueError: if the images cannot be halved, or the normalization has no form that depends on a label.
+      UserError: if the images cannot be halved, or the normalization has no form that depends on a label.
     """
     require(normalization, "InstanceNorm++")
     require_halvings(image_size, LAYOUTS[64].num_halvings)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from errors import UserError
 from models import initializers
 from models.precision import at_least_float32
 from models.rematerialization import keep
@@ -29,13 +30,13 @@ def num_groups(channels: int, groups: int | None = None) -> int:
     """Returns the groups of a group normalization: `groups`, or NCSN++'s 4 channels each, but at most 32 groups.
 
     Raises:
-      ValueError: if there is no group, or the groups do not divide the channels.
+      UserError: if there is no group, or the groups do not divide the channels.
     """
     wanted = min(channels // 4, 32) if groups is None else groups
     if wanted == 0 or channels % wanted:
         rule = f"min({channels} // 4, 32) = {wanted}" if groups is None else f"{wanted}"
         multiple = "4 channels, of 32 above 128" if groups is None else f"{wanted} channels"
-        raise ValueError(
+        raise UserError(
             f"group normalization of {channels} channels: {rule} groups do not divide them; choose model.nf and "
             f"model.ch_mult so that every level has a multiple of {multiple}"
         )
@@ -192,7 +193,7 @@ def require(normalization: str, only: str) -> None:
     """Checks that a network's one normalization is the configured one.
 
     Raises:
-      ValueError: if it is not.
+      UserError: if it is not.
     """
     if normalization != only:
-        raise ValueError(f"model.normalization={normalization!r}: this network has {only!r} only; set that")
+        raise UserError(f"model.normalization={normalization!r}: this network has {only!r} only; set that")

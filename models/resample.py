@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from errors import UserError
 from models.convolution import Pair, Window, convolve
 from models.precision import at_least_float32
 
@@ -26,12 +27,12 @@ def require_halvings(image_size: Pair, num_halvings: int) -> None:
     """Checks that images can be halved as often as a network does.
 
     Raises:
-      ValueError: if they cannot.
+      UserError: if they cannot.
     """
     factor = FACTOR**num_halvings
     if any(size % factor for size in image_size):
         times = "twice" if num_halvings == 2 else f"{num_halvings} times"
-        raise ValueError(
+        raise UserError(
             f"images of {image_size[0]}x{image_size[1]} pixels (data.image_size, data.image_width) cannot be halved "
             f"{times}, as this network does; choose multiples of {factor}"
         )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from errors import UserError
 from models import initializers, resample
 from models.convolution import Conv
 from models.layers import Dense, FourierFeatures
@@ -150,10 +151,10 @@ def build(
     """Builds the classifier; arguments are named after the settings of `config.model`.
 
     Raises:
-      ValueError: if there are no classes, or the image cannot be halved twice.
+      UserError: if there are no classes, or the image cannot be halved twice.
     """
     if num_classes < 2:
-        raise ValueError(f"model.num_classes={num_classes}: a classifier needs 2 or more; set the data set's number")
+        raise UserError(f"model.num_classes={num_classes}: a classifier needs 2 or more; set the data set's number")
     resample.require_halvings(image_size, len(BASE_WIDTHS) - 1)
     return WideResNet(blocks_per_group, channel_multiplier, num_classes, remat, dtype)
 

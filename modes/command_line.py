@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from errors import UserError
 from parallel import distributed
 from parallel.membership import START_SECONDS
 from workdir import folder as workdirs
@@ -114,39 +115,39 @@ def check_process_flags(name: str, modes: Mapping[str, Mode]) -> None:
     """Checks that flags of several processes are given only to a mode that they can share.
 
     Raises:
-      ValueError: naming the flag, and the modes that take it.
+      UserError: naming the flag, and the modes that take it.
     """
     for flag in OF_PROCESSES:
         if FLAGS[flag].present and not modes[name].shared:
             shared = ", ".join(each for each, mode in modes.items() if mode.shared)
-            raise ValueError(f"--mode {name} runs in one process and does not take --{flag}; modes that do: {shared}")
+            raise UserError(f"--mode {name} runs in one process and does not take --{flag}; modes that do: {shared}")
 
 
 def check_flags(name: str, mode: Mode, files: Sequence[str] = ()) -> None:
     """Checks that the flags, and the arguments that are none, go with the mode.
 
     Raises:
-      ValueError: naming a flag that the mode does not take, or one that it needs.
+      UserError: naming a flag that the mode does not take, or one that it needs.
     """
     if files and not mode.files:
-        raise ValueError(f"unexpected argument {files[0]!r}; every setting is a flag, such as --workdir DIR")
+        raise UserError(f"unexpected argument {files[0]!r}; every setting is a flag, such as --workdir DIR")
     for flag, wanted, value in (("config", mode.config is True, "FILE"), ("workdir", mode.workdir != "none", "DIR")):
         if wanted and FLAGS[flag].value is None:
-            raise ValueError(f"--mode {name} needs --{flag} {value}")
+            raise UserError(f"--mode {name} needs --{flag} {value}")
     for flag in OF_MODES:
         if FLAGS[flag].present and flag not in mode.flags + mode.ignored:
             taken = ", ".join(f"--{each}" for each in mode.flags) or "none of its own"
-            raise ValueError(f"--mode {name} does not take --{flag}; its flags: {taken}")
+            raise UserError(f"--mode {name} does not take --{flag}; its flags: {taken}")
     for flag in mode.needed:
         if not FLAGS[flag].value:
-            raise ValueError(f"--mode {name} needs --{flag} FILE")
+            raise UserError(f"--mode {name} needs --{flag} FILE")
 
 
 def join_processes(mode: Mode) -> None:
     """Joins the other processes of the run, if there are any; to be called before JAX looks for devices.
 
     Raises:
-      ValueError: if a flag is wrong, process 0 cannot be reached, or a flag differs from that of process 0.
+      UserError: if a flag is wrong, process 0 cannot be reached, or a flag differs from that of process 0.
     """
     distributed.initialize(
         FLAGS.coordinator_address,

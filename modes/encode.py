@@ -15,6 +15,7 @@ from absl import logging
 from jaxtyping import Array, Float, Num, UInt8
 
 import datasets
+from errors import UserError
 from experiment import drawing
 from experiment.build import Experiment
 from experiment.drawing import Snapshot
@@ -128,11 +129,11 @@ def load_images(
       The images as levels, and what they are, in words.
 
     Raises:
-      ValueError: if there are fewer, or the images are not what the network was trained on.
-      FileNotFoundError: if there is no such file.
+      UserError: if there are fewer, or the images are not what the network was trained on.
+      UserError: if there is no such file.
     """
     if num_images < 1:
-        raise ValueError(f"num_images={num_images}; expected 1 or more")
+        raise UserError(f"num_images={num_images}; expected 1 or more")
     config = experiment.config
     source: datasets.Source
     if path is None:
@@ -140,7 +141,7 @@ def load_images(
     else:
         source, name = load_npz(path, experiment.image_shape, experiment.scaler.num_levels), str(path)
     if num_images > len(source):
-        raise ValueError(f"num_images={num_images}, but {name} has {len(source)} images; ask for at most that many")
+        raise UserError(f"num_images={num_images}, but {name} has {len(source)} images; ask for at most that many")
     return source.images(np.arange(num_images)), name
 
 
@@ -360,7 +361,7 @@ def encode_images(
       images: .npz file of them; None for the test split.
 
     Raises:
-      ValueError: if a setting is wrong, or there are not so many images of the right kind.
+      UserError: if a setting is wrong, or there are not so many images of the right kind.
       CheckpointError: if the checkpoint is missing or damaged.
       WorkdirError: if the folder holds results of other settings.
       SolverError: if an integration failed.

@@ -14,6 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import legacy
+from errors import UserError
 from experiment.build import Experiment, build_experiment
 from losses import TrainState
 from training.loop import check_first_step
@@ -126,7 +127,7 @@ def import_checkpoint(
       Whether the file fits, which is false only in a dry run.
 
     Raises:
-      ValueError: if a setting is wrong, or the file is damaged or does not fit.
+      UserError: if a setting is wrong, or the file is damaged or does not fit.
       WorkdirError: if the workdir cannot be written or holds another experiment.
       CheckpointError: if the workdir has that snapshot already.
     """
@@ -141,7 +142,7 @@ def import_checkpoint(
         print(f"{checkpoint} does not fit this configuration: {mismatch}")
         return False
     if mismatch:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} does not fit this configuration: {mismatch}; --dry_run lists every tensor; check "
             "config.model and config.data against the checkpoint's"
         )
@@ -176,12 +177,12 @@ def export_checkpoint(config: ConfigDict, workdir: str | Path, checkpoint: str |
       checkpoint: file to write, atomically.
 
     Raises:
-      ValueError: if a setting is wrong, or the file exists or cannot be written.
+      UserError: if a setting is wrong, or the file exists or cannot be written.
       WorkdirError: if the workdir holds another experiment.
       CheckpointError: if there is no such snapshot.
     """
     if Path(checkpoint).exists():
-        raise ValueError(f"{checkpoint} exists; nothing was overwritten: choose another --checkpoint")
+        raise UserError(f"{checkpoint} exists; nothing was overwritten: choose another --checkpoint")
     experiment = build_experiment(config)
     workdirs.check_same_experiment(workdir, config)
     template = experiment.state_template()
@@ -201,5 +202,5 @@ def export_checkpoint(config: ConfigDict, workdir: str | Path, checkpoint: str |
             ema_rate=config.model.ema_rate,
         )
     except OSError as error:
-        raise ValueError(f"cannot write {checkpoint}: {error.strerror}; choose another --checkpoint") from error
+        raise UserError(f"cannot write {checkpoint}: {error.strerror}; choose another --checkpoint") from error
     logging.info("exported checkpoint %d, step %d, to %s", config.eval.begin_ckpt, int(state.step), checkpoint)

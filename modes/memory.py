@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from errors import UserError
 from experiment import ahead
 from experiment.build import Experiment, build_experiment, map_train_steps
 from parallel import distributed
@@ -51,7 +52,7 @@ def _analyze(compiled: jax.stages.Compiled) -> Any:
     """Returns what a program needs on each device."""
     analysis = compiled.memory_analysis()
     if analysis is None:
-        raise ValueError(f"JAX does not say how much memory programs need on {jax.default_backend()!r}")
+        raise UserError(f"JAX does not say how much memory programs need on {jax.default_backend()!r}")
     return analysis
 
 
@@ -65,7 +66,7 @@ def of_training(experiment: Experiment, compiled: jax.stages.Compiled) -> Footpr
     """Returns what the compiled training steps of a run hold.
 
     Raises:
-      ValueError: if JAX does not tell the memory on this backend.
+      UserError: if JAX does not tell the memory on this backend.
     """
     state, batch, analysis = experiment.state_shapes, ahead.training_batch(experiment.config), _analyze(compiled)
     steps, images = jax.tree.leaves(batch)[0].shape[:2]
@@ -88,7 +89,7 @@ def of_evaluation(experiment: Experiment, *, pulls_back: bool = False) -> Footpr
       pulls_back: with the product of a vector and its Jacobian in the images, of which bits/dim are made.
 
     Raises:
-      ValueError: if JAX does not tell the memory on this backend.
+      UserError: if JAX does not tell the memory on this backend.
     """
     images = distributed.round_up(experiment.config.eval.batch_size) // distributed.device_count()
     params = experiment.state_shapes.params
@@ -163,7 +164,7 @@ def print_memory(config: ConfigDict) -> None:
       config: experiment configuration, whose batch sizes have been checked.
 
     Raises:
-      ValueError: if a setting is wrong, or JAX does not tell the memory on this backend.
+      UserError: if a setting is wrong, or JAX does not tell the memory on this backend.
     """
     for line in report(build_experiment(config)):
         print(line, flush=True)

@@ -31,8 +31,8 @@ def prepare_data(config: ConfigDict) -> None:
     """Prepares both splits of the configured data set, and says how many images there are, and where.
 
     Raises:
-      ValueError: if a setting is wrong, or the data cannot be had.
-      FileNotFoundError: if files or TensorFlow are missing.
+      UserError: if a setting is wrong, or the data cannot be had.
+      UserError: if files or TensorFlow are missing.
     """
     if name := datasets.tfds_name(config):
         tfds_build.prepare(name, config.data.path)

@@ -15,6 +15,7 @@ import checks
 from classifier import guidance as classifier_guidance
 from classifier.guidance import Classifier
 from controllable_generation.labels import build_labels, labels_of_samples
+from errors import UserError
 from experiment import drawing
 from experiment.build import Experiment, SamplingProgram
 from experiment.drawing import Samples, Snapshot
@@ -114,15 +115,15 @@ def write_samples(
       The folder.
 
     Raises:
-      ValueError: if a number is negative, the folder outside the workdir, or labels are asked for that nothing knows.
-      FileNotFoundError: if there is no classifier where one is to guide.
+      UserError: if a number is negative, the folder outside the workdir, or labels are asked for that nothing knows.
+      UserError: if there is no classifier where one is to guide.
       CheckpointError: if there is no such checkpoint.
       WorkdirError: if the folder holds samples of other settings.
     """
     config = experiment.config
     checks.not_negative("--num_images", num_images)
     if png and config.data.num_channels > plots.MAX_PNG_CHANNELS:
-        raise ValueError(f"--png with data.num_channels={config.data.num_channels}: a PNG holds 1 to 4; leave it away")
+        raise UserError(f"--png with data.num_channels={config.data.num_channels}: a PNG holds 1 to 4; leave it away")
     classifier = classifier_guidance.load_classifier(experiment, workdir)
     labels = build_labels(config, guide_classes=classifier.num_classes if classifier else 0)
     workdirs.output_folder(workdir, output)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 import checks
 import datasets
 from datasets import Scaler, build_scaler
+from errors import UserError
 from metrics.extractors import Extractor
 from metrics.frechet import FeatureStatistics
 from metrics.pixels import FarthestPair, LevelCounts, farthest_pair, radii_from
@@ -120,10 +121,10 @@ def measure(
       Statistics of the features; the features, float64[N, D], if they are to be kept; statistics of the pixels.
 
     Raises:
-      ValueError: if there are fewer than two images, or a feature is not finite.
+      UserError: if there are fewer than two images, or a feature is not finite.
     """
     if len(source) < 2:
-        raise ValueError(f"the split has {len(source)} image(s); statistics need two or more")
+        raise UserError(f"the split has {len(source)} image(s); statistics need two or more")
     first = source.images(np.arange(min(len(source), CENTER_IMAGES)))
     center = np.rint(first.mean(axis=0, dtype=np.float64)).astype(np.int64)
     counts, moments, radii, rows = LevelCounts(first.shape[-1]), Moments(), [], []
@@ -173,7 +174,7 @@ def default_output(config: ConfigDict, split: str, source: datasets.Source) -> P
 def check_output_name(output: str) -> None:
     """Raises a ValueError if the file that --output names would be no .npz file."""
     if output and not output.endswith(".npz"):
-        raise ValueError(f"--output={output}: expected a name that ends in .npz")
+        raise UserError(f"--output={output}: expected a name that ends in .npz")
 
 
 @distributed.on_main
@@ -184,21 +185,21 @@ def check_replaceable(path: Path, provenance: Provenance) -> bool:
       Whether the file is there and has the features of every image.
 
     Raises:
-      ValueError: if a file of that name holds something else, and what.
+      UserError: if a file of that name holds something else, and what.
     """
     way_out = "choose another --output, or delete it"
     beside = path.with_suffix(".json")
     if not path.exists():
         if beside.exists():
-            raise ValueError(f"{beside} would be replaced, but does not belong to statistics of this name; {way_out}")
+            raise UserError(f"{beside} would be replaced, but does not belong to statistics of this name; {way_out}")
         return False
     try:
         stored = load_reference(path)
     except ValueError as error:
-        raise ValueError(f"{error}; it is not replaced: {way_out}") from error
+        raise UserError(f"{error}; it is not replaced: {way_out}") from error
     differences = stored.provenance.differences(provenance)
     if differences:
-        raise ValueError(f"{path} holds other statistics ({'; '.join(differences)}); {way_out}")
+        raise UserError(f"{path} holds other statistics ({'; '.join(differences)}); {way_out}")
     logging.info("%s is of the same images and extractor, and is made anew", path)
     return stored.features is not None
 

@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from errors import UserError
+
 FLAGS = ("coordinator_address", "num_processes", "process_id")
 FIRST_PORT, NUM_PORTS = 61_440, 4_096  # the end of the range of ports that no service has for itself
 GOOGLE = "0x1ae0"  # vendor of TPUs on the PCI bus
@@ -53,11 +55,11 @@ def check_address(address: str) -> str:
     """Returns the address.
 
     Raises:
-      ValueError: if it is not HOST:PORT.
+      UserError: if it is not HOST:PORT.
     """
     host, _, port = address.rpartition(":")
     if not host or (":" in host and not host.startswith("[")) or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(
+        raise UserError(
             f"--coordinator_address={address}: expected HOST:PORT of the machine of process 0, such as 10.0.0.1:1234 "
             "or [::1]:1234"
         )
@@ -68,7 +70,7 @@ def place_by_flags(address: str | None, num_processes: int | None, process_id: i
     """Returns the place that the flags give; None if there are none.
 
     Raises:
-      ValueError: if only some are given, or they do not go together.
+      UserError: if only some are given, or they do not go together.
     """
     given = dict(zip(FLAGS, (address, num_processes, process_id), strict=True))
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -76,15 +78,15 @@ def place_by_flags(address: str | None, num_processes: int | None, process_id: i
         return None
     if address is None or num_processes is None or process_id is None:
         present = ", ".join(f"--{name}" for name, value in given.items() if value is not None)
-        raise ValueError(
+        raise UserError(
             f"{present} without {', '.join(missing)}: give all three, the same address and number to every process and "
             "each an id of its own"
         )
     check_address(address)
     if num_processes < 1:
-        raise ValueError(f"--num_processes={num_processes}; expected 1 or more")
+        raise UserError(f"--num_processes={num_processes}; expected 1 or more")
     if not 0 <= process_id < num_processes:
-        raise ValueError(
+        raise UserError(
             f"--process_id={process_id} with --num_processes={num_processes}; expected 0 to {num_processes - 1}"
         )
     return Place(address, num_processes, process_id)
@@ -141,7 +143,7 @@ def _open_mpi_address(environ: Mapping[str, str], address: str | None, on_host: 
     """Returns where process 0 of Open MPI is: with mpirun itself (version 4), or on this host as all others are.
 
     Raises:
-      ValueError: if the environment does not say.
+      UserError: if the environment does not say.
     """
     if address is not None:
         return check_address(address)
@@ -151,7 +153,7 @@ def _open_mpi_address(environ: Mapping[str, str], address: str | None, on_host: 
         return f"127.0.0.1:{port}"
     found = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", launcher)
     if not found:
-        raise ValueError(
+        raise UserError(
             f"Open MPI started {count} processes on several hosts and does not say where process 0 is; give "
             "--coordinator_address HOST:PORT, HOST the first of mpirun's hosts"
         )
@@ -162,7 +164,7 @@ def place_by_open_mpi(environ: Mapping[str, str], address: str | None = None) ->
     """Returns the place of a process of mpirun; None outside one, or if it is the only one.
 
     Raises:
-      ValueError: if the address is missing and the environment does not say it.
+      UserError: if the address is missing and the environment does not say it.
     """
     count = int(environ.get("OMPI_COMM_WORLD_SIZE", 1))
     if count < 2:
@@ -189,7 +191,7 @@ def find_place(
     which mpirun may itself run.
 
     Raises:
-      ValueError: naming a flag that is wrong or missing.
+      UserError: naming a flag that is wrong or missing.
     """
     if num_processes is None and process_id is None:
         if coordinator_address is not None:

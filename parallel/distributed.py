@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from errors import UserError
 from parallel.cluster import find_place, is_tpu_worker
 from parallel.membership import START_SECONDS, Membership
 from parallel.preemption import Preemption as Preemption
@@ -101,14 +102,14 @@ def check_batch_size(name: str, batch_size: int) -> None:
     """Checks that the devices of all hosts divide a global batch.
 
     Raises:
-      ValueError: naming the setting `name`, the number of devices and the nearest sizes that work.
+      UserError: naming the setting `name`, the number of devices and the nearest sizes that work.
     """
     devices = device_count()
     if batch_size > 0 and batch_size % devices == 0:
         return
     below = batch_size // devices * devices
     nearest = f"{below} or {below + devices}" if below > 0 else f"{devices}"
-    raise ValueError(f"{name}={batch_size} is not divided by the {devices} devices; the nearest that is: {nearest}")
+    raise UserError(f"{name}={batch_size} is not divided by the {devices} devices; the nearest that is: {nearest}")
 
 
 def device_count() -> int:
@@ -194,7 +195,7 @@ def describe_devices() -> dict[str, Any]:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-class ProcessError(RuntimeError):
+class ProcessError(UserError):
     """Another process stopped, or is gone."""
 
 
@@ -222,7 +223,7 @@ def initialize(
       preemptible: SIGTERM is left to `Preemption`.
 
     Raises:
-      ValueError: if an argument is wrong or missing, or process 0 cannot be reached in time.
+      UserError: if an argument is wrong or missing, or process 0 cannot be reached in time.
     """
     global _membership
     place = find_place(os.environ, coordinator_address, num_processes, process_id)
@@ -344,12 +345,12 @@ def require_same(values: dict[str, Any]) -> None:
     """Checks that values by name, which can be written as JSON, are the same on all processes.
 
     Raises:
-      ValueError: on a process where one differs from that of process 0.
+      UserError: on a process where one differs from that of process 0.
     """
     expected, own = once(lambda: values), json.loads(json.dumps(values))
     for name in sorted(expected.keys() | own.keys()):
         if expected.get(name) != own.get(name):
-            raise ValueError(
+            raise UserError(
                 f"{name}: {own.get(name)!r} on process {jax.process_index()}, but {expected.get(name)!r} on process 0; "
                 "it must be the same on all"
             )

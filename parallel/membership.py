@@ -21,6 +21,7 @@ import jax
 from absl import logging
 from jax._src import distributed as jax_distributed  # the table of strings has no public name; Orbax does the same
 
+from errors import UserError
 from parallel.cluster import Place
 from parallel.farewell import Farewell
 
@@ -42,7 +43,7 @@ def _connect(place: Place, seconds: float) -> None:
     """Returns once process 0 listens.
 
     Raises:
-      ValueError: if it does not in time.
+      UserError: if it does not in time.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -52,7 +53,7 @@ def _connect(place: Place, seconds: float) -> None:
         except OSError as error:  # a host name may become known later, too
             reason = error.strerror or str(error)
         if time.monotonic() > deadline:
-            raise ValueError(
+            raise UserError(
                 f"process {place.process_id} of {place.num_processes} could not reach process 0 at "
                 f"{place.coordinator_address} within {seconds:g} s ({reason}): start process 0 on that machine, and "
                 "see that the port is free there and no firewall closes it"
@@ -69,7 +70,7 @@ class Membership:
       preemptible: SIGTERM is for `distributed.Preemption`, not for the operating system.
 
     Raises:
-      ValueError: if process 0 cannot be reached in time.
+      UserError: if process 0 cannot be reached in time.
     """
 
     def __init__(self, place: Place | None, *, start_seconds: float, preemptible: bool):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
+from errors import UserError
 from parallel import distributed
 
 
@@ -19,7 +20,7 @@ def example_keys(key: PRNGKeyArray, num_examples: int) -> PRNGKeyArray:
     """Returns one key for each example, key[B]; a vector of keys is returned as it is."""
     if key.ndim == 1:
         if key.shape[0] != num_examples:
-            raise ValueError(f"got {key.shape[0]} keys for {num_examples} examples; pass one key, or one per example")
+            raise UserError(f"got {key.shape[0]} keys for {num_examples} examples; pass one key, or one per example")
         return key
     return jax.vmap(jax.random.fold_in, (None, 0))(key, distributed.example_index(num_examples))
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
 from metrics.metric import Metric
 from storage import guards
 from storage.files import write_json
@@ -131,12 +132,12 @@ class Report:
         """Builds a report from what `to_dict` returned.
 
         Raises:
-          ValueError: if a field is missing, unknown, or of another type.
+          UserError: if a field is missing, unknown, or of another type.
         """
         try:
             return guards.build(cls, values)
         except ValueError as error:
-            raise ValueError(f"not a report of this version ({error})") from error
+            raise UserError(f"not a report of this version ({error})") from error
 
 
 def finite(value: Any) -> Any:
@@ -167,7 +168,7 @@ def read_reports(folder: str | Path) -> list[Report]:
     """Reads every report_<k>.json of a folder, in the order of their training steps.
 
     Raises:
-      ValueError: naming a file that cannot be read, or the folder if it holds none.
+      UserError: naming a file that cannot be read, or the folder if it holds none.
     """
     reports = []
     for path in Path(folder).glob("report_*.json"):
@@ -176,9 +177,7 @@ def read_reports(folder: str | Path) -> list[Report]:
         try:
             reports.append(read_report(path))
         except ValueError as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}); delete it and evaluate that checkpoint again"
-            ) from error
+            raise UserError(f"{path} cannot be read ({error}); delete it and evaluate that checkpoint again") from error
     if not reports:
-        raise ValueError(f"{folder} holds no report_<k>.json; run with --mode eval first")
+        raise UserError(f"{folder} holds no report_<k>.json; run with --mode eval first")
     return sorted(reports, key=lambda report: report.checkpoint.step)

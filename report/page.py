@@ -369,7 +369,7 @@ def write_report(folder: str | Path, *, losses: str | Path | None = None) -> Pat
       The path of report.md.
 
     Raises:
-      ValueError: if there is no report or one cannot be read.
+      UserError: if there is no report or one cannot be read.
     """
     folder = Path(folder)
     reports = read_reports(folder)

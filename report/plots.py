@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Num, UInt8
 from PIL import Image, ImageDraw
 
+from errors import UserError
 from storage.files import write_bytes
 
 if TYPE_CHECKING:
@@ -41,15 +42,15 @@ def to_uint8(images: Num[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
       images: float in [0, 1], or uint8.
 
     Raises:
-      ValueError: if a pixel is not finite, or the type is neither.
+      UserError: if a pixel is not finite, or the type is neither.
     """
     images = np.asarray(images)
     if images.dtype == np.uint8:
         return images
     if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(f"images have type {images.dtype}; expected uint8, or float in [0, 1]")
+        raise UserError(f"images have type {images.dtype}; expected uint8, or float in [0, 1]")
     if not np.isfinite(images).all():
-        raise ValueError("images have pixels that are NaN or infinite; the sampler diverged: look at its settings")
+        raise UserError("images have pixels that are NaN or infinite; the sampler diverged: look at its settings")
     return np.clip(images * 255.0 + 0.5, 0.0, 255.0).astype(np.uint8)
 
 
@@ -57,18 +58,18 @@ def levels_to_uint8(levels: UInt8[np.ndarray, "*shape"], num_levels: int) -> UIn
     """Spreads the levels 0 .. num_levels - 1 evenly over 0 .. 255.
 
     Raises:
-      ValueError: if a level is not below `num_levels`.
+      UserError: if a level is not below `num_levels`.
     """
     levels = np.asarray(levels)
     if levels.size and int(levels.max()) >= num_levels:
-        raise ValueError(f"level {levels.max()} is not below num_levels={num_levels}; give the data's num_levels")
+        raise UserError(f"level {levels.max()} is not below num_levels={num_levels}; give the data's num_levels")
     return to_uint8(levels.astype(np.float64) / (num_levels - 1))
 
 
 def upscale(images: Num[np.ndarray, "*N H W C"], factor: int) -> Num[np.ndarray, "*N h w C"]:
     """Enlarges images `factor` times by repeating pixels."""
     if factor < 1:
-        raise ValueError(f"factor={factor}; expected 1 or more")
+        raise UserError(f"factor={factor}; expected 1 or more")
     return np.repeat(np.repeat(images, factor, axis=-3), factor, axis=-2)
 
 
@@ -101,13 +102,13 @@ def image_grid(
       The grid, uint8 RGB.
 
     Raises:
-      ValueError: if there is no image, or `num_columns` or `padding` is out of range.
+      UserError: if there is no image, or `num_columns` or `padding` is out of range.
     """
     images = np.asarray(images)
     if images.ndim != 4 or not images.size:
-        raise ValueError(f"images have shape {images.shape}; expected [N, H, W, C] with N >= 1")
+        raise UserError(f"images have shape {images.shape}; expected [N, H, W, C] with N >= 1")
     if num_columns < 1 or padding < 0:
-        raise ValueError(f"num_columns={num_columns}, padding={padding}; expected num_columns >= 1 and padding >= 0")
+        raise UserError(f"num_columns={num_columns}, padding={padding}; expected num_columns >= 1 and padding >= 0")
     N, H, W, _ = images.shape
     columns = min(num_columns, N)
     rows = math.ceil(N / columns)
@@ -172,10 +173,10 @@ def png_bytes(image: UInt8[np.ndarray, "h w C"]) -> bytes:
     """Encodes an image as PNG, which loses nothing: grey, RGB, or either with transparency.
 
     Raises:
-      ValueError: if it has more than 4 channels, which no PNG can hold.
+      UserError: if it has more than 4 channels, which no PNG can hold.
     """
     if image.shape[-1] > MAX_PNG_CHANNELS:
-        raise ValueError(f"an image of {image.shape[-1]} channels is no picture; a PNG holds 1 to {MAX_PNG_CHANNELS}")
+        raise UserError(f"an image of {image.shape[-1]} channels is no picture; a PNG holds 1 to {MAX_PNG_CHANNELS}")
     buffer = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -209,7 +210,7 @@ def read_losses(path: str | Path) -> list[dict[str, Any]]:
     A last line without its end is left out: the run may still be writing it.
 
     Raises:
-      ValueError: naming the line that cannot be read.
+      UserError: naming the line that cannot be read.
     """
     records = []
     lines = Path(path).read_text(errors="replace").splitlines(keepends=True)
@@ -218,7 +219,7 @@ def read_losses(path: str | Path) -> list[dict[str, Any]]:
             break
         record = read_record(line)
         if record is None:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}, is not a record of a step; expected JSON with 'step' and numbers; delete it"
             )
         records.append(record)
@@ -244,7 +245,7 @@ def loss_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
       records: {"step", "loss", "eval_loss"}; a record may lack either loss.
 
     Raises:
-      ValueError: if no record has a finite loss.
+      UserError: if no record has a finite loss.
     """
     records = list(records)
     curves = {
@@ -253,7 +254,7 @@ def loss_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
     }
     values = [value for points in curves.values() for _, value in points]
     if not values:
-        raise ValueError("no record has a finite loss; train first, or give the losses.jsonl of a run")
+        raise UserError("no record has a finite loss; train first, or give the losses.jsonl of a run")
     figure, axes = blank_figure("training step", "loss per image")
     for key, points in curves.items():
         if points:
@@ -285,12 +286,12 @@ def metric_figure(
       level_label: what the line is.
 
     Raises:
-      ValueError: if there is no value.
+      UserError: if there is no value.
     """
     rows = sorted(zip(steps, values, stderrs, strict=True), key=lambda row: row[0])
     points = [(step, value, stderr or 0.0) for step, value, stderr in rows if value is not None]
     if not points:
-        raise ValueError(f"no checkpoint has a value of {label}; evaluate with that metric enabled")
+        raise UserError(f"no checkpoint has a value of {label}; evaluate with that metric enabled")
     figure, axes = blank_figure("training step of the checkpoint", label)
     x, y, bars = zip(*points, strict=True)
     axes.errorbar(x, y, yerr=bars, marker="o", capsize=4, linewidth=1.2, label="checkpoints, ± one standard error")
@@ -377,10 +378,10 @@ def tradeoff_figure(
       floor_label: what the line is.
 
     Raises:
-      ValueError: if there is no point.
+      UserError: if there is no point.
     """
     if not any(curves.values()):
-        raise ValueError("there is no point to draw; expected one result or more")
+        raise UserError("there is no point to draw; expected one result or more")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.0, 8.6), dpi=110, layout="constrained")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from errors import UserError
 from metrics.metric import Metric
 from metrics.naming import TEST_SUFFIX
 from report.data import Report, read_report
@@ -112,20 +113,20 @@ def differences(reports: Sequence[Report]) -> dict[str, list[object]]:
 
 def _read(file: str | Path) -> Report:
     if not Path(file).is_file():
-        raise FileNotFoundError(f"there is no file {file}; give report_<k>.json files of --mode eval")
+        raise UserError(f"there is no file {file}; give report_<k>.json files of --mode eval")
     try:
         return read_report(file)
     except ValueError as error:
-        raise ValueError(f"{file} is no report_<k>.json of --mode eval ({error})") from error
+        raise UserError(f"{file} is no report_<k>.json of --mode eval ({error})") from error
 
 
 def _check_comparable(files: Sequence[str], reports: Sequence[Report]) -> None:
     if not _common_metrics(reports):
-        raise ValueError(f"{', '.join(files)} have no metric in common; evaluate with the same metrics enabled")
+        raise UserError(f"{', '.join(files)} have no metric in common; evaluate with the same metrics enabled")
     found = differences(reports)
     if found:
         listed = "; ".join(f"{what}: {' and '.join(map(str, values))}" for what, values in found.items())
-        raise ValueError(
+        raise UserError(
             f"{', '.join(files)} cannot be compared, since these differ: {listed}; evaluate them with the same settings"
         )
 
@@ -197,12 +198,12 @@ def compare_reports(files: Sequence[str]) -> str:
       files: report_<k>.json of --mode eval.
 
     Raises:
-      ValueError: if there are fewer than two files, one is no report, they have no metric in common, or what a number
+      UserError: if there are fewer than two files, one is no report, they have no metric in common, or what a number
         depends on differs: it says what.
-      FileNotFoundError: if there is no such file.
+      UserError: if there is no such file.
     """
     if len(files) < MIN_FILES:
-        raise ValueError(f"{len(files)} file(s) to compare; expected 2 or more report_<k>.json files of --mode eval")
+        raise UserError(f"{len(files)} file(s) to compare; expected 2 or more report_<k>.json files of --mode eval")
     reports = [_read(file) for file in files]
     _check_comparable(files, reports)
     names = _short_names(files)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 import checks
+from errors import UserError
 from sde_lib import SDE
 from solvers import fixed_grid, multistep, noise_levels, runge_kutta
 from solvers.adaptive import sample_adaptive_sde, sample_ode
@@ -28,7 +29,7 @@ MAX_ORDER = 3  # the first steps, which know fewer predictions, would outweigh w
 def _order(settings: ConfigDict) -> int:
     order = settings.solver_order or DEFAULT_ORDER[settings.method]
     if not 1 <= order <= MAX_ORDER:
-        raise ValueError(f"sampling.solver_order={order}: expected 1 to {MAX_ORDER}, or 0 for the method's own")
+        raise UserError(f"sampling.solver_order={order}: expected 1 to {MAX_ORDER}, or 0 for the method's own")
     return int(order)
 
 

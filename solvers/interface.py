@@ -8,6 +8,7 @@ from typing import Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from errors import UserError
 from parallel import rng
 from sde_lib import SDE, ScoreFn
 
@@ -50,7 +51,7 @@ def prepare(
     if x_init is None:
         return key, sde.prior_sampling(key_prior, shape)
     if x_init.shape != shape:
-        raise ValueError(f"x_init has shape {x_init.shape}; this sampler was built for {shape}")
+        raise UserError(f"x_init has shape {x_init.shape}; this sampler was built for {shape}")
     return key, x_init
 
 
@@ -63,7 +64,7 @@ def unchanged(key: PRNGKeyArray, x: Array, x_mean: Array, t: Array) -> StepResul
 def refuse_transform(method: str, transform: StepTransform | None) -> None:
     """Raises a ValueError if there is a transform, for a method whose steps differ between examples or are internal."""
     if transform is not None:
-        raise ValueError(
+        raise UserError(
             f"sampling.method={method!r} has no steps that a transform could change; set sampling.method='pc'"
         )
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from errors import UserError
 from parallel import rng
 from sde_lib import SDE, ScoreFn
 from solvers import noise_levels
@@ -165,13 +166,13 @@ def ddim(levels: NoiseLevels, *, eta: float) -> Solver:
     The noise added is eta s' sqrt(1 - sigma'^2 / sigma^2), which for VP is their sigma(eta).
 
     Raises:
-      ValueError: if eta is negative, or so large that a step would add more noise than its level has.
+      UserError: if eta is negative, or so large that a step would add more noise than its level has.
     """
     ratio = levels.sigma[1:] / levels.sigma[:-1]
     share = eta * np.sqrt(1 - ratio**2)  # of the noise at the next level that is fresh
     if not (eta >= 0 and share.max() <= 1):
         most = 1 / np.sqrt(1 - ratio**2).max()
-        raise ValueError(
+        raise UserError(
             f"sampling.eta={eta}: expected 0 (deterministic) to {most:.4g} with these {len(ratio)} steps, beyond which "
             "a step adds more noise than its level has; 1 is ancestral sampling"
         )

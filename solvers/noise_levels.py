@@ -109,7 +109,7 @@ def time_grid(sde: SDE, num_steps: int, name: str) -> Float[np.ndarray, "N+1"]:
     """Returns the `num_steps` + 1 times of a solver's steps, from T down to `sampling_eps`, both included exactly.
 
     Raises:
-      ValueError: if the name is unknown or the number of steps below 1.
+      UserError: if the name is unknown or the number of steps below 1.
     """
     checks.one_of("sampling.time_grid", name, TIME_GRIDS)
     checks.positive("sampling.num_steps", num_steps)

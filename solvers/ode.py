@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from errors import UserError
 from parallel import distributed
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _solve(
     return jnp.where(solved, solution.ys[0], jnp.nan), solution.stats["num_steps"]
 
 
-class SolverError(RuntimeError):
+class SolverError(UserError):
     """An integration did not reach the end of its interval."""
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int64
 
+from errors import UserError
 from storage.files import content_hash
 
 AS_STORED = "as stored"
@@ -49,7 +50,7 @@ class Source(Protocol):
         """Reads class labels, int64[n].
 
         Raises:
-          ValueError: if the images carry none.
+          UserError: if the images carry none.
         """
         ...
 
@@ -149,13 +150,13 @@ def held_out(digests: np.ndarray, share: float, path: object = "the data set") -
       path: of them, for messages.
 
     Raises:
-      ValueError: if `share` is out of range or there are not two different images.
+      UserError: if `share` is out of range or there are not two different images.
     """
     if not 0.0 < share < 1.0:
-        raise ValueError(f"data.test_share={share}; expected more than 0 and less than 1")
+        raise UserError(f"data.test_share={share}; expected more than 0 and less than 1")
     ordered = np.sort(digests)
     if not len(ordered) or ordered[0] == ordered[-1]:
-        raise ValueError(
+        raise UserError(
             f"{path} has {len(ordered)} image(s) that differ in nothing and cannot be split; give two different ones"
         )
     last = ordered[max(int(np.ceil(share * len(ordered))), 1) - 1]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from errors import UserError
 from storage import files
 
 GIB = 2**30
@@ -69,12 +70,12 @@ def check_room(num_bytes: int) -> None:
     """Checks that the disk of the cache has room.
 
     Raises:
-      ValueError: if it has not.
+      UserError: if it has not.
     """
     folder = files.cache_folder("data")
     free = shutil.disk_usage(folder).free
     if num_bytes + RESERVE > free:
-        raise ValueError(
+        raise UserError(
             f"the prepared images need {num_bytes / GIB:.2f} GiB, but {folder} has only {free / GIB:.2f} GiB free; set "
             "$SCORE_SDE_CACHE to a folder on a larger disk, or data.cache_gib=0 to decode images whenever they are read"
         )
@@ -95,7 +96,7 @@ def write_images(
       read: (start, stop) -> uint8[stop - start, H, W, C].
 
     Raises:
-      ValueError: if the disk has no room for them.
+      UserError: if the disk has no room for them.
     """
     batch = max(1, min(BATCH_BYTES // math.prod(shape), 1024))
     if path:

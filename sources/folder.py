@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int64
 
+from errors import UserError
 from sources import cache, listing
 from sources.base import ArraySource, Selection, Source, held_out
 from sources.listing import PictureFiles
@@ -52,7 +53,7 @@ def read_levels(pictures: PictureFiles, name: str, rules: Rules) -> tuple[np.nda
     """Reads one picture: its levels, uint8[H, W, C], and the SHA-256 of its file.
 
     Raises:
-      ValueError: saying why it cannot be used.
+      UserError: saying why it cannot be used.
     """
     data = pictures.read(name)
     values = fit_picture(decode_picture(data, name, keep_alpha=rules.fit.keeps_alpha), rules.fit)
@@ -87,11 +88,11 @@ def _prepare(folder: Path, pictures: PictureFiles, rules: Rules, keep: bool) -> 
 
 def _list(path: Path) -> PictureFiles:
     if not path.exists():
-        raise FileNotFoundError(f"data.path={str(path)!r} does not exist; set it to a folder or .zip file of pictures")
+        raise UserError(f"data.path={str(path)!r} does not exist; set it to a folder or .zip file of pictures")
     pictures = listing.list_folder(path) if path.is_dir() else listing.list_zip(path)
     if not pictures.names:
         ends = ", ".join(listing.SUFFIXES)
-        raise ValueError(
+        raise UserError(
             f"data.path={str(path)!r} has no picture ({pictures.others} files of other kinds); expected {ends}"
         )
     return pictures
@@ -141,7 +142,7 @@ class Prepared:
         """Returns the places in `source` of the pictures of a split that can be used.
 
         Raises:
-          ValueError: if there are none.
+          UserError: if there are none.
         """
         folder = self.splits.get(split, self.splits["train"])
         inside = np.array([name.startswith(folder) for name in self.pictures.names])
@@ -150,7 +151,7 @@ class Prepared:
             chosen = held_out(self.digests[rows], self.rules.test_share, self.pictures.path)
             rows = rows[chosen if split == "test" else ~chosen]
         if not len(rows):
-            raise ValueError(
+            raise UserError(
                 f"data.path={str(self.pictures.path)!r} has no picture for the {split} split that can be used"
                 + (f": {_named(self.problems)}" if self.problems else "")
             )
@@ -169,7 +170,7 @@ def _read_record(folder: Path, num_pictures: int) -> tuple[np.ndarray, dict[str,
     record = guards.read_json(folder / RECORD)
     digests, problems = record.get("digests"), record.get("problems")
     if not isinstance(digests, list) or len(digests) != num_pictures or not isinstance(problems, dict):
-        raise ValueError(f"{folder / RECORD} is damaged; delete that folder, which is made anew")
+        raise UserError(f"{folder / RECORD} is damaged; delete that folder, which is made anew")
     return np.array(digests, str), problems
 
 
@@ -177,8 +178,8 @@ def prepare(path: Path, rules: Rules) -> Prepared:
     """Decodes the pictures of a folder or .zip file, or finds in the cache what was decoded before.
 
     Raises:
-      ValueError: if there is no picture, or one cannot be used and `strict` is set.
-      FileNotFoundError: if there is no such path.
+      UserError: if there is no picture, or one cannot be used and `strict` is set.
+      UserError: if there is no such path.
     """
     pictures = _list(path)
     content = cache.remembered(pictures.fingerprint, pictures.content)
@@ -187,7 +188,7 @@ def prepare(path: Path, rules: Rules) -> Prepared:
     folder = cache.prepared_folder(key, lambda folder: _prepare(folder, pictures, rules, keep))
     digests, problems = _read_record(folder, len(pictures.names))
     if problems and rules.strict:
-        raise ValueError(
+        raise UserError(
             f"{len(problems)} of {len(pictures.names)} pictures of data.path={str(path)!r} cannot be used: "
             f"{_named(problems)}; mend or delete them, or set data.strict=False to leave them out"
         )
@@ -238,7 +239,7 @@ class PictureSource:
         """Reads pictures as levels, uint8[n, H, W, C].
 
         Raises:
-          ValueError: naming one that can no longer be read.
+          UserError: naming one that can no longer be read.
         """
         return np.stack(list(self.pool.map(self._read, indices.tolist())))
 
@@ -251,7 +252,7 @@ class PictureSource:
         try:
             return read_levels(self.pictures, name, self.rules)[0]
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{name} of data.path={str(self.pictures.path)!r} could be read when the run began: {error}"
             ) from error
 
@@ -284,11 +285,11 @@ def load_folder(path: str, split: str, rules: Rules) -> Source:
       rules: what is done to the pictures.
 
     Raises:
-      ValueError: if no path is given, or there is no picture that can be used, or one cannot and `rules.strict` is set.
-      FileNotFoundError: if there is no such path.
+      UserError: if no path is given, or there is no picture that can be used, or one cannot and `rules.strict` is set.
+      UserError: if there is no such path.
     """
     if not path:
-        raise ValueError("data.path is empty; set --config.data.path to a folder or .zip file of pictures")
+        raise UserError("data.path is empty; set --config.data.path to a folder or .zip file of pictures")
     prepared = prepare(Path(os.path.expanduser(path)), rules)
     rows = prepared.rows(split)
     if split == "train":

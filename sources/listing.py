@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int64
 
+from errors import UserError
 from sources.pictures import SUFFIXES
 from storage import guards
 
@@ -50,7 +51,7 @@ class PictureFiles(Protocol):
         """Reads the content of a picture, from any thread.
 
         Raises:
-          ValueError: saying why it cannot be read.
+          UserError: saying why it cannot be read.
         """
         ...
 
@@ -88,7 +89,7 @@ class FolderPictures:
         try:
             return guards.read_content(self.path / name)
         except OSError as error:
-            raise ValueError(f"it cannot be read: {error.strerror}") from error
+            raise UserError(f"it cannot be read: {error.strerror}") from error
 
     def content(self) -> str:
         """Returns the SHA-256 of names and contents; reads every file."""
@@ -151,7 +152,7 @@ class ZipPictures:
         try:
             return guards.read_picture_entry(self.archives.file, name)
         except ValueError as error:
-            raise ValueError(f"it cannot be read: {error}") from error
+            raise UserError(f"it cannot be read: {error}") from error
 
     def content(self) -> str:
         """Returns the fingerprint, which is made of names, sizes and checksums."""
@@ -162,13 +163,13 @@ def list_zip(path: Path) -> ZipPictures:
     """Lists the pictures of a .zip file; hidden ones do not count. Their names are only names: nothing is unpacked.
 
     Raises:
-      ValueError: if it is no .zip file, or a damaged one.
+      UserError: if it is no .zip file, or a damaged one.
     """
     try:
         with guards.open_zip(path) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_hidden(entry.filename)]
     except ValueError as error:
-        raise ValueError(f"data.path={str(path)!r} is damaged or no .zip file: {error}") from error
+        raise UserError(f"data.path={str(path)!r} is damaged or no .zip file: {error}") from error
     found = {entry.filename: f"{entry.filename} {entry.file_size} {entry.CRC:08x}" for entry in entries}
     names = tuple(sorted(name for name in found if _is_picture(name)))
     return ZipPictures(path, names, len(found) - len(names), _digest([found[n] for n in names]), threading.local())

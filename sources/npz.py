@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from errors import UserError
 from sources import cache
 from sources.base import ArraySource, Selection, Source, held_out
 from storage import guards
@@ -21,13 +22,13 @@ def _classes(arrays: dict[str, np.ndarray], path: str | Path, num_images: int) -
         return np.zeros(num_images, np.int64), 0
     labels = arrays[LABELS]
     if labels.shape != (num_images,) or labels.dtype.kind not in "iu" or (num_images and labels.min() < 0):
-        raise ValueError(
+        raise UserError(
             f"{LABELS} of {path} are {labels.dtype} of shape {labels.shape}; expected whole numbers from 0, of shape "
             f"({num_images},), one for each image"
         )
     num_classes = int(arrays[NUM_CLASSES]) if NUM_CLASSES in arrays else int(labels.max(initial=0)) + 1
     if num_images and labels.max() >= num_classes:
-        raise ValueError(f"{LABELS} of {path} go up to {labels.max()}, but its {NUM_CLASSES} is {num_classes}")
+        raise UserError(f"{LABELS} of {path} go up to {labels.max()}, but its {NUM_CLASSES} is {num_classes}")
     return labels.astype(np.int64), num_classes
 
 
@@ -35,18 +36,18 @@ def _name_of_images(path: str | Path, names: list[str]) -> str:
     """Returns which of the arrays of an .npz file has the images."""
     name = next((name for name in ARRAYS if name in names), None)
     if name is None:
-        raise ValueError(f"{path} has {', '.join(sorted(names)) or 'nothing'}; expected an array 'samples' or 'images'")
+        raise UserError(f"{path} has {', '.join(sorted(names)) or 'nothing'}; expected an array 'samples' or 'images'")
     return name
 
 
 def _check_levels(levels: np.ndarray, name: str, image_shape: tuple[int, int, int], num_levels: int) -> None:
     if levels.dtype != np.uint8 or levels.shape[1:] != image_shape:
-        raise ValueError(
+        raise UserError(
             f"{name} are {levels.dtype} of shape {levels.shape}; expected levels, uint8, of shape "
             f"(N, {', '.join(map(str, image_shape))}), as the configuration's images"
         )
     if num_levels < 256 and levels.size and levels.max() >= num_levels:
-        raise ValueError(f"{name} have level {levels.max()}; expected levels below data.num_levels={num_levels}")
+        raise UserError(f"{name} have level {levels.max()}; expected levels below data.num_levels={num_levels}")
 
 
 def load_npz(path: str | Path, image_shape: tuple[int, int, int], num_levels: int) -> ArraySource:
@@ -61,8 +62,8 @@ def load_npz(path: str | Path, image_shape: tuple[int, int, int], num_levels: in
       num_levels: above all their levels.
 
     Raises:
-      ValueError: if the file is damaged, or its arrays are missing, of another shape or type, or out of range.
-      FileNotFoundError: if there is no such file.
+      UserError: if the file is damaged, or its arrays are missing, of another shape or type, or out of range.
+      UserError: if there is no such file.
     """
     arrays = read_npz(path)
     name = _name_of_images(path, list(arrays))
@@ -85,7 +86,7 @@ def _read_small(path: Path) -> tuple[str, dict[str, np.ndarray], str]:
             key = content_hash(*(f"{each.filename} {each.file_size} {each.CRC}" for each in archive.infolist()))
             small = {each: guards.read_array_entry(archive, each) for each in names if each in (LABELS, NUM_CLASSES)}
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or not an .npz file: {error}") from error
+        raise UserError(f"{path} is damaged or not an .npz file: {error}") from error
     return name or _name_of_images(path, names), small, key
 
 
@@ -98,7 +99,7 @@ def _extract(path: Path, name: str, folder: Path) -> None:
             try:
                 chunk = next(chunks, b"")
             except ValueError as error:
-                raise ValueError(f"{path} is damaged: {error}; get it anew") from error
+                raise UserError(f"{path} is damaged: {error}; get it anew") from error
             if not chunk:
                 return
             file.write(chunk)
@@ -111,7 +112,7 @@ def _map_array(path: Path) -> np.ndarray:
             guards.check_array(file, path.stat().st_size)
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or not an .npy file: {error}") from error
+        raise UserError(f"{path} is damaged or not an .npy file: {error}") from error
 
 
 def map_file(path: Path, image_shape: tuple[int, int, int], num_levels: int) -> ArraySource:
@@ -125,7 +126,7 @@ def map_file(path: Path, image_shape: tuple[int, int, int], num_levels: int) -> 
       num_levels: above all their levels.
 
     Raises:
-      ValueError: as `load_npz`.
+      UserError: as `load_npz`.
     """
     if path.suffix.lower() == ".npy":
         levels = _map_array(path)
@@ -160,25 +161,23 @@ def load_npz_split(
       test_share: of the images of a single file.
 
     Raises:
-      ValueError: if nothing is named, a file has no images, or as `load_npz`.
-      FileNotFoundError: if there is no such file.
+      UserError: if nothing is named, a file has no images, or as `load_npz`.
+      UserError: if there is no such file.
     """
     if not path:
-        raise ValueError(
-            "data.path is empty; set --config.data.path to the folder of train.npz and test.npz, or a file"
-        )
+        raise UserError("data.path is empty; set --config.data.path to the folder of train.npz and test.npz, or a file")
     place = Path(path).expanduser()
     one_file = place.is_file() or (place.suffix.lower() in (".npz", ".npy") and not place.is_dir())
     candidates = [place] if one_file else [place / f"{split}{suffix}" for suffix in (".npz", ".npy")]
     file = next((each for each in candidates if each.is_file()), None)
     if file is None:
-        raise FileNotFoundError(
+        raise UserError(
             f"{candidates[0]} does not exist; data.dataset='npz' reads train.npz and test.npz (or .npy) of data.path, "
             "or data.path itself if it is a file"
         )
     source = map_file(file, image_shape, num_levels)
     if not len(source):
-        raise ValueError(f"{file} has no images")
+        raise UserError(f"{file} has no images")
     if not one_file:
         return source
     chosen = held_out(_digests(source), test_share, file)

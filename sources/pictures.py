@@ -16,6 +16,7 @@ from absl import logging
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
+from errors import UserError
 from sources.npz import load_npz
 from sources.resize import resize
 from storage import guards
@@ -118,11 +119,11 @@ def to_array(image: Image.Image, *, keep_alpha: bool = False) -> Float[np.ndarra
       keep_alpha: add the opacity as a last channel, 1 where there is no transparency, and lay nothing on white.
 
     Raises:
-      ValueError: if its values have no known black and white (32 bits).
+      UserError: if its values have no known black and white (32 bits).
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise ValueError("its values have 32 bits, of which black and white are not known; save it with 8 or 16 bits")
+        raise UserError("its values have 32 bits, of which black and white are not known; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float32)[..., None] / 65535
         return np.concatenate([values, np.ones_like(values)], axis=-1) if keep_alpha else values
@@ -137,9 +138,9 @@ def _decode_array(data: bytes) -> Float[np.ndarray, "H W C"]:
     """Decodes a .npy file: uint8 or uint16 of shape [H, W] or [H, W, C], with any number of channels."""
     array = guards.read_array(io.BytesIO(data), len(data))
     if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or not array.size:
-        raise ValueError(f"it is {array.dtype}{list(array.shape)}; expected uint8 or uint16 of [H, W] or [H, W, C]")
+        raise UserError(f"it is {array.dtype}{list(array.shape)}; expected uint8 or uint16 of [H, W] or [H, W, C]")
     if array.size > MAX_VALUES:
-        raise ValueError(f"it has {array.size:,} values, more than {MAX_VALUES:,}; make it smaller")
+        raise UserError(f"it has {array.size:,} values, more than {MAX_VALUES:,}; make it smaller")
     return array.reshape(*array.shape[:2], -1).astype(np.float32) / np.iinfo(array.dtype).max
 
 
@@ -147,26 +148,26 @@ def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float
     """Decodes the content of a file: a .npy array by its name, anything else with Pillow (see `to_array`).
 
     Raises:
-      ValueError: saying why it cannot be read.
+      UserError: saying why it cannot be read.
     """
     try:
         if name.lower().endswith(".npy"):
             return _decode_array(data)
         return guards.read_picture(data, lambda image: to_array(image, keep_alpha=keep_alpha))
     except ValueError as error:
-        raise ValueError(f"it cannot be read: {error}") from error
+        raise UserError(f"it cannot be read: {error}") from error
 
 
 def read_picture(path: str | Path, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
     """Reads a picture from a file (see `decode_picture`).
 
     Raises:
-      ValueError: saying why it cannot be read.
+      UserError: saying why it cannot be read.
     """
     try:
         data = guards.read_content(path)
     except OSError as error:
-        raise ValueError(f"it cannot be read: {error.strerror}") from error
+        raise UserError(f"it cannot be read: {error.strerror}") from error
     return decode_picture(data, str(path), keep_alpha=keep_alpha)
 
 
@@ -185,7 +186,7 @@ def _fit_channels(image: Float[np.ndarray, "H W c"], fit: Fit) -> Float[np.ndarr
     if found == expected:
         return image
     if not fit.convert_channels:
-        raise ValueError(
+        raise UserError(
             f"it has {found} channel(s), expected {expected}; convert it, or set {fit.group}.convert_channels=True"
         )
     colors = (found - fit.keeps_alpha, expected - fit.keeps_alpha)
@@ -195,7 +196,7 @@ def _fit_channels(image: Float[np.ndarray, "H W c"], fit: Fit) -> Float[np.ndarr
     elif colors == (1, 3):
         color = np.repeat(color, 3, axis=-1)
     else:
-        raise ValueError(f"it has {found} channels, which cannot be converted to {expected}")
+        raise UserError(f"it has {found} channels, which cannot be converted to {expected}")
     return np.concatenate([color, alpha], axis=-1)
 
 
@@ -221,14 +222,14 @@ def fit_picture(image: Float[np.ndarray, "h w c"], fit: Fit) -> Float[np.ndarray
       fit: the shape and what is allowed.
 
     Raises:
-      ValueError: naming what was found, what is expected, and the setting that would change it.
+      UserError: naming what was found, what is expected, and the setting that would change it.
     """
     height, width, _ = fit.shape
     image = _fit_channels(image, fit)
     if image.shape == fit.shape:
         return image
     if fit.resize == "none":
-        raise ValueError(
+        raise UserError(
             f"it has {image.shape[0]}x{image.shape[1]} pixels (height x width), expected {height}x{width}; resize it, "
             f"or set {fit.group}.resize to 'crop' or 'stretch'"
         )
@@ -251,7 +252,7 @@ def _list_files(folder: Path) -> list[Path]:
 
 def _read_file(path: Path, fit: Fit) -> Float[np.ndarray, "H W C"]:
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"it is no picture by its name; expected {', '.join(SUFFIXES)}")
+        raise UserError(f"it is no picture by its name; expected {', '.join(SUFFIXES)}")
     return fit_picture(read_picture(path, keep_alpha=fit.keeps_alpha), fit)
 
 
@@ -274,7 +275,7 @@ def _load_arrays(path: Path, fit: Fit, num_levels: int, limit: int) -> Pictures:
     levels = load_npz(path, fit.shape, num_levels).levels
     levels = levels[:limit] if limit else levels
     if not len(levels):
-        raise ValueError(f"{path} has no images")
+        raise UserError(f"{path} has no images")
     names = tuple(f"{path.stem}_{index}" for index in range(len(levels)))
     return Pictures(names, levels.astype(np.float32) / (num_levels - 1), str(path), {})
 
@@ -292,22 +293,20 @@ def load_pictures(path: str | Path, fit: Fit, *, num_levels: int, limit: int = 0
       limit: pictures to load, at the most; 0: all.
 
     Raises:
-      ValueError: if there is no file, or none that can be read and fits; the message names the first ones and why.
-      FileNotFoundError: if there is no such path.
+      UserError: if there is no file, or none that can be read and fits; the message names the first ones and why.
+      UserError: if there is no such path.
     """
     path = Path(os.path.expanduser(path))
     if path.suffix.lower() == ".npz" and path.is_file():
         return _load_arrays(path, fit, num_levels, limit)
     if not path.exists():
-        raise FileNotFoundError(
-            f"restore.images={str(path)!r} does not exist; give a picture, a folder or an .npz file"
-        )
+        raise UserError(f"restore.images={str(path)!r} does not exist; give a picture, a folder or an .npz file")
     files = _list_files(path) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"restore.images={str(path)!r} is a folder without files; put pictures in it")
+        raise UserError(f"restore.images={str(path)!r} is a folder without files; put pictures in it")
     pictures, skipped = _read_files(files, fit, limit)
     if not pictures:
         reasons = [f"{name}: {why}" for name, why in list(skipped.items())[:NUM_NAMED]]
         more = f"; and {len(skipped) - NUM_NAMED} more" if len(skipped) > NUM_NAMED else ""
-        raise ValueError(f"restore.images={str(path)!r} has no picture that can be used: {'; '.join(reasons)}{more}")
+        raise UserError(f"restore.images={str(path)!r} has no picture that can be used: {'; '.join(reasons)}{more}")
     return Pictures(tuple(pictures), np.stack(list(pictures.values())).astype(np.float32), str(path), skipped)

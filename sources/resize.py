@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Float, Num, UInt8
 from PIL import Image
 
+from errors import UserError
+
 CELEBA_CROP = 140  # pixels: the face in the 218x178 photographs of CelebA
 
 
@@ -38,11 +40,11 @@ def central_crop(image: Num[np.ndarray, "H W C"], size: int) -> Num[np.ndarray, 
     """Cuts out the square of `size` pixels in the middle; an odd pixel is left over at the bottom or the right.
 
     Raises:
-      ValueError: if the image is smaller.
+      UserError: if the image is smaller.
     """
     height, width = image.shape[:2]
     if min(height, width) < size:
-        raise ValueError(f"an image of {height}x{width} pixels is too small for a central crop of {size}x{size}")
+        raise UserError(f"an image of {height}x{width} pixels is too small for a central crop of {size}x{size}")
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from errors import UserError
 from sources import resize
 from sources.base import AS_STORED
 from sources.tfds_open import NOT_PREPARED, not_prepared, open_builder
@@ -75,7 +76,7 @@ class TfdsSource:
         """Reads images as levels, uint8[n, H, W, C].
 
         Raises:
-          ValueError: naming the first that cannot be prepared.
+          UserError: naming the first that cannot be prepared.
         """
         stored = self.stored(indices, self.image)
         return np.stack(list(self.pool.map(self._prepared, indices.tolist(), stored)))
@@ -84,18 +85,16 @@ class TfdsSource:
         try:
             return self.prepare(self.decode(image))
         except ValueError as error:
-            raise ValueError(
-                f"image {index} of {self.fingerprint or 'the data set'} cannot be used: {error}"
-            ) from error
+            raise UserError(f"image {index} of {self.fingerprint or 'the data set'} cannot be used: {error}") from error
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
         """Reads class labels, int64[n].
 
         Raises:
-          ValueError: if the images carry none.
+          UserError: if the images carry none.
         """
         if not self.num_classes:
-            raise ValueError("the images of this data set carry no labels")
+            raise UserError("the images of this data set carry no labels")
         return np.array(self.stored(indices, self.label))
 
 
@@ -137,15 +136,15 @@ def open_split(builder: Any, split: str, name: str, path: str = "") -> TfdsSourc
       path: TFDS data folder, for messages.
 
     Raises:
-      ValueError: if it is not one image that a record holds.
-      FileNotFoundError: if the split is not prepared as ArrayRecord files.
+      UserError: if it is not one image that a record holds.
+      UserError: if the split is not prepared as ArrayRecord files.
     """
     import tensorflow_datasets as tfds  # lazily, see `open_builder`
 
     features = builder.info.features
     images, labels = find_feature(features, "Image"), find_feature(features, "ClassLabel")
     if len(images) != 1:
-        raise ValueError(
+        raise UserError(
             f"the records of {name!r} hold {len(images)} images ({', '.join(images) or ', '.join(sorted(features))}); "
             "expected one: prepare a data set of one's own with the one to learn, or use data.dataset='folder'"
         )
@@ -183,7 +182,7 @@ def load_tfds(name: str, split: str, path: str = "") -> TfdsSource:
       path: TFDS data folder; empty: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
 
     Raises:
-      FileNotFoundError: if the data are not prepared there as ArrayRecord files.
+      UserError: if the data are not prepared there as ArrayRecord files.
     """
     return open_split(open_builder(name, path), split, name, path)
 
@@ -210,7 +209,7 @@ def load_celeba(split: str, image_size: int, path: str = "") -> TfdsSource:
       path: as for `load_tfds`.
 
     Raises:
-      FileNotFoundError: if the data are not prepared.
+      UserError: if the data are not prepared.
     """
     source = load_tfds("celeb_a", _test_is_validation(split), path)
     prepare = lambda image: resize.nearest_level(resize.celeba(image, image_size))  # noqa: E731
@@ -221,13 +220,13 @@ def scene_name(category: str) -> str:
     """Returns the name that TFDS has for one scene of LSUN.
 
     Raises:
-      ValueError: if there is no such scene.
+      UserError: if there is no such scene.
     """
     import tensorflow_datasets as tfds  # lazily, see `open_builder`
 
     known = sorted(tfds.builder_cls("lsun").builder_configs)
     if category not in known:
-        raise ValueError(f"data.category={category!r} is no scene of LSUN; set it to one of {', '.join(known)}")
+        raise UserError(f"data.category={category!r} is no scene of LSUN; set it to one of {', '.join(known)}")
     return f"lsun/{category}"
 
 
@@ -241,8 +240,8 @@ def load_lsun(category: str, split: str, image_size: int, path: str = "") -> Tfd
       path: as for `load_tfds`.
 
     Raises:
-      ValueError: if there is no such scene.
-      FileNotFoundError: if the data are not prepared.
+      UserError: if there is no such scene.
+      UserError: if the data are not prepared.
     """
     source = load_tfds(scene_name(category), _test_is_validation(split), path)
     recipe = resize.lsun_128 if image_size == 128 else resize.lsun

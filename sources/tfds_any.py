@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from errors import UserError
 from sources import cache, tfds
 from sources.base import Selection, Source, held_out
 from sources.folder import Rules
@@ -27,11 +28,11 @@ def choose_splits(known: Mapping[str, Any], name: str) -> tuple[str, str]:
     """Chooses the TFDS splits to train on and to test on; the same one twice if a part of it is to be held out.
 
     Raises:
-      ValueError: if there are several splits and none is named "train".
+      UserError: if there are several splits and none is named "train".
     """
     train = "train" if "train" in known else next(iter(known)) if len(known) == 1 else ""
     if not train:
-        raise ValueError(f"{name!r} has no split 'train', but {', '.join(sorted(known))}: which to train on is unknown")
+        raise UserError(f"{name!r} has no split 'train', but {', '.join(sorted(known))}: which to train on is unknown")
     return train, next((each for each in TEST_SPLITS if each in known and each != train), train)
 
 
@@ -76,16 +77,16 @@ def load_any(name: str, split: str, path: str, rules: Rules) -> Source:
       rules: what is done to images that are not yet as expected.
 
     Raises:
-      ValueError: if there is no such data set, its records do not hold one image of 8 or 16 bits, or one of these
+      UserError: if there is no such data set, its records do not hold one image of 8 or 16 bits, or one of these
         cannot be brought to the size.
-      FileNotFoundError: if it is not prepared.
+      UserError: if it is not prepared.
     """
     builder = open_builder(name, path)
     train, test = choose_splits(builder.info.splits, name)
     stored = tfds.open_split(builder, test if split == "test" else train, name, path)
     feature = builder.info.features[stored.image]
     if feature.np_dtype not in (np.uint8, np.uint16):
-        raise ValueError(
+        raise UserError(
             f"the images of {name!r} have values of type {np.dtype(feature.np_dtype)}; expected 8 or 16 bits"
         )
     source = stored if _is_as_expected(feature, rules) else _fitted(stored, rules)

@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 
 from absl import logging as absl_logging
 
-from sources.tfds_open import data_folder, open_builder
+from errors import UserError
+from sources.tfds_open import NotPreparedError, data_folder, open_builder
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_REFUSED = 3  # the last line of stdout says why
@@ -133,7 +134,7 @@ def is_prepared(name: str, path: str = "") -> bool:
     """Says whether a data set is there; the arguments and errors are those of `open_builder`."""
     try:
         open_builder(name, path)
-    except FileNotFoundError:
+    except NotPreparedError:
         return False
     return True
 
@@ -146,15 +147,15 @@ def prepare(name: str, path: str = "") -> None:
       path: TFDS data folder; empty: the usual one (see `data_folder`).
 
     Raises:
-      ValueError: if there is no such data set, or it cannot be prepared; it says why.
-      FileNotFoundError: if TensorFlow is not installed.
+      UserError: if there is no such data set, or it cannot be prepared; it says why.
+      UserError: if TensorFlow is not installed.
     """
     folder = data_folder(path)
     if is_prepared(name, path):
         absl_logging.info("TFDS has %s in %s", name, folder)
         return
     if importlib.util.find_spec("tensorflow") is None:
-        raise FileNotFoundError(
+        raise UserError(
             f"preparing {name!r} needs TensorFlow, which is not installed: {HOW_TO_INSTALL} (reading it afterwards "
             "does not: it may be prepared on another machine and copied)"
         )
@@ -164,9 +165,9 @@ def prepare(name: str, path: str = "") -> None:
     result = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode == EXIT_REFUSED:
         reason = result.stdout.rpartition(MARK)[2].strip()
-        raise ValueError(f"{name!r} cannot be prepared in {folder}: {reason}")
+        raise UserError(f"{name!r} cannot be prepared in {folder}: {reason}")
     if result.returncode:
-        raise ValueError(
+        raise UserError(
             f"{name!r} cannot be prepared in {folder}: TFDS ended with exit code {result.returncode}; what it said is "
             "above"
         )

@@ -32,7 +32,7 @@ def keep(source: TfdsSource, shape: tuple[int, int, int], cache_gib: float) -> S
       cache_gib: the largest size of prepared images that are kept, in GiB; a larger source is returned as it is.
 
     Raises:
-      ValueError: if an image cannot be prepared, or the disk has no room.
+      UserError: if an image cannot be prepared, or the disk has no room.
     """
     if not source.stamp or not cache.is_kept(len(source), shape, cache_gib):
         return source

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
 from storage import guards
 
 # What TFDS raises if data are not there, or not in files that can be read by index.
@@ -23,17 +24,21 @@ def data_folder(path: str = "") -> Path:
     return Path(path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
-def not_prepared(name: str, path: str = "") -> FileNotFoundError:
+class NotPreparedError(UserError):
+    """A data set that is not there yet."""
+
+
+def not_prepared(name: str, path: str = "") -> NotPreparedError:
     """Returns the error that says how to prepare a data set; the arguments are those of `open_builder`."""
-    return FileNotFoundError(
+    return NotPreparedError(
         f"data set {name!r} is not prepared as ArrayRecord files in {data_folder(path)}; prepare it once, where "
         "TensorFlow is installed: python main.py --config CONFIG --mode prepare"
         + (f" --config.data.path={path}" if path else "")
     )
 
 
-def _other_format(name: str, folder: Path) -> ValueError:
-    return ValueError(
+def _other_format(name: str, folder: Path) -> UserError:
+    return UserError(
         f"data set {name!r} is prepared in {folder}, but not as ArrayRecord files, so that it cannot be read by index; "
         "prepare it in another folder: --mode prepare --config.data.path=FOLDER"
     )
@@ -58,12 +63,12 @@ def _check_features(folder: Path) -> None:
     """Checks that the features of a data set are TFDS's own: it would import any module that their file names.
 
     Raises:
-      ValueError: naming the file and the class.
+      UserError: naming the file and the class.
     """
     for path in sorted(folder.rglob("features.json")):
         for name in _class_names(guards.read_json(path)):
             if not str(name).startswith(OWN_CLASSES):
-                raise ValueError(
+                raise UserError(
                     f"{path} names the class {name!r}, which would be imported; only those of tensorflow-datasets are: "
                     "prepare the data set anew with these"
                 )
@@ -80,8 +85,8 @@ def open_builder(name: str, path: str = "") -> Any:
       The builder of TFDS, with `info` and `as_data_source`.
 
     Raises:
-      ValueError: if there is no such data set, or no such configuration or version of it.
-      FileNotFoundError: if it is not prepared.
+      UserError: if there is no such data set, or no such configuration or version of it.
+      UserError: if it is not prepared.
     """
     import tensorflow_datasets as tfds  # lazily: half a second, and the embedded data need none of it
 
@@ -94,7 +99,7 @@ def open_builder(name: str, path: str = "") -> Any:
         near = difflib.get_close_matches(
             re.split("[/:]", name)[0], tfds.list_builders(with_community_datasets=False), 1
         )
-        raise ValueError(
+        raise UserError(
             f"tensorflow-datasets {tfds.__version__} has no data set {name!r}, and {folder} has none of that name; "
             f"{f'did you mean {near[0]}? ' if near else ''}See https://www.tensorflow.org/datasets/catalog/overview"
         ) from error
@@ -102,7 +107,7 @@ def open_builder(name: str, path: str = "") -> Any:
         if any(text in str(error) for text in OTHER_FORMAT):
             raise _other_format(name, folder) from error
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"tensorflow-datasets cannot open {name!r} of {folder}: {reason}") from error
+        raise UserError(f"tensorflow-datasets cannot open {name!r} of {folder}: {reason}") from error
     if not prepared:
         raise not_prepared(name, path)
     return builder

@@ -21,6 +21,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from errors import UserError
 from sources.base import AS_STORED
 from storage.files import content_hash
 
@@ -65,7 +66,7 @@ class TfrecordSource:
         """Reads images as levels, uint8[n, H, W, C].
 
         Raises:
-          ValueError: if a record holds no image of the expected size.
+          UserError: if a record holds no image of the expected size.
         """
         with open(self.path, "rb") as file:  # a handle for each call: several threads may read
             return np.stack([self._image(file, int(index)) for index in indices])
@@ -74,14 +75,14 @@ class TfrecordSource:
         """Refuses: there are none.
 
         Raises:
-          ValueError: always.
+          UserError: always.
         """
-        raise ValueError(f"the images of {self.path} carry no labels")
+        raise UserError(f"the images of {self.path} carry no labels")
 
     def _image(self, file: BinaryIO, index: int) -> np.ndarray:
         offset, length = self.extents[index].tolist()
         if length > MAX_RECORD_BYTES:
-            raise ValueError(
+            raise UserError(
                 f"record {index} of {self.path} has {length:,} bytes; no more than {MAX_RECORD_BYTES:,} are read as an "
                 "image: write the file anew"
             )
@@ -89,9 +90,9 @@ class TfrecordSource:
         try:
             image = decode_image(file.read(length))
         except ValueError as error:
-            raise ValueError(f"record {index} of {self.path} holds no image, write the file anew: {error}") from error
+            raise UserError(f"record {index} of {self.path} holds no image, write the file anew: {error}") from error
         if image.shape != self.shape:
-            raise ValueError(
+            raise UserError(
                 f"record {index} of {self.path} is an image of (height, width, channels) {image.shape}, but "
                 f"data.image_size, data.image_width and data.num_channels say {self.shape}; set them to the data's, or "
                 "data.tfrecords_path to the file of that size"
@@ -110,14 +111,14 @@ def load_tfrecord(path: str, shape: tuple[int, int, int]) -> TfrecordSource:
       shape: (H, W, C) that every image must have.
 
     Raises:
-      ValueError: if no file is configured, or it is not a whole .tfrecords file.
-      FileNotFoundError: if the file does not exist.
+      UserError: if no file is configured, or it is not a whole .tfrecords file.
+      UserError: if the file does not exist.
     """
     if not path:
-        raise ValueError("data.tfrecords_path is empty; set it to the data set's .tfrecords file")
+        raise UserError("data.tfrecords_path is empty; set it to the data set's .tfrecords file")
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"data.tfrecords_path={path!r} is not a file; set it to the data set's .tfrecords file")
+        raise UserError(f"data.tfrecords_path={path!r} is not a file; set it to the data set's .tfrecords file")
     status = os.stat(path)
     return TfrecordSource(path, find_records(path, status.st_size, status.st_mtime_ns), shape)
 
@@ -135,7 +136,7 @@ def find_records(path: str, size: int, modified: int) -> Int64[np.ndarray, "n 2"
       Offset and length in bytes of the data of each record.
 
     Raises:
-      ValueError: if it is not a whole .tfrecords file.
+      UserError: if it is not a whole .tfrecords file.
     """
     extents = array.array("q")  # a list would take ten times the memory of the shortest records
     position = 0
@@ -144,17 +145,17 @@ def find_records(path: str, size: int, modified: int) -> Int64[np.ndarray, "n 2"
             file.seek(position)
             header = file.read(HEADER.size)
             if len(header) < HEADER.size:
-                raise ValueError(f"{path} is cut off in the header of record {len(extents) // 2}; get it anew")
+                raise UserError(f"{path} is cut off in the header of record {len(extents) // 2}; get it anew")
             length, checksum = HEADER.unpack(header)
             if checksum != masked_crc32c(header[:8]):
-                raise ValueError(f"{path} is damaged at byte {position}, or not a .tfrecords file; get it anew")
+                raise UserError(f"{path} is damaged at byte {position}, or not a .tfrecords file; get it anew")
             end = position + HEADER.size + length + FOOTER_BYTES
             if end > size:
-                raise ValueError(f"{path} is cut off in the data of record {len(extents) // 2}; get it anew")
+                raise UserError(f"{path} is cut off in the data of record {len(extents) // 2}; get it anew")
             extents.extend((position + HEADER.size, length))
             position = end
     if not extents:
-        raise ValueError(f"{path} is empty; get it anew")
+        raise UserError(f"{path} is empty; get it anew")
     return np.frombuffer(extents, np.int64).reshape(-1, 2)
 
 
@@ -178,7 +179,7 @@ def decode_image(record: bytes) -> UInt8[np.ndarray, "H W C"]:
     The message is TFDS's copy of tf.train.Example, the parser protobuf's own.
 
     Raises:
-      ValueError: saying what is wrong with them.
+      UserError: saying what is wrong with them.
     """
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2  # lazily: a third of a second
@@ -186,11 +187,11 @@ def decode_image(record: bytes) -> UInt8[np.ndarray, "H W C"]:
     try:
         features = tf_example_pb2.Example.FromString(record).features.feature
     except DecodeError as error:
-        raise ValueError("its data are not a tf.train.Example") from error
+        raise UserError("its data are not a tf.train.Example") from error
     shape = list(features["shape"].int64_list.value)
     data = features["data"].bytes_list.value
     if len(shape) != 3 or min(shape) < 1 or len(data) != 1:
-        raise ValueError(f"its feature 'shape' is {shape} and 'data' has {len(data)} values; expected (C, H, W) and 1")
+        raise UserError(f"its feature 'shape' is {shape} and 'data' has {len(data)} values; expected (C, H, W) and 1")
     if len(data[0]) != math.prod(shape):
-        raise ValueError(f"its feature 'data' has {len(data[0])} bytes; expected {math.prod(shape)} for {tuple(shape)}")
+        raise UserError(f"its feature 'data' has {len(data[0])} bytes; expected {math.prod(shape)} for {tuple(shape)}")
     return np.frombuffer(data[0], np.uint8).reshape(shape).transpose(1, 2, 0)

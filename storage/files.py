@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from absl import logging
 
+from errors import UserError
 from storage import guards
 
 CACHE = "~/.cache/score_sde"  # $SCORE_SDE_CACHE replaces it
@@ -185,13 +186,13 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """Reads all arrays of an .npz file.
 
     Raises:
-      ValueError: if the file is damaged or no .npz, or asks for more memory than is sensible (see `guards`); the
+      UserError: if the file is damaged or no .npz, or asks for more memory than is sensible (see `guards`); the
         checksum of every array is verified.
-      FileNotFoundError: if there is none.
+      UserError: if there is none.
     """
     try:
         with guards.open_zip(path) as archive:
             guards.check_total(archive.infolist())
             return {name: guards.read_array_entry(archive, name) for name in guards.array_names(archive)}
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or not an .npz file: {error}") from error
+        raise UserError(f"{path} is damaged or not an .npz file: {error}") from error

@@ -24,6 +24,8 @@ from typing import IO, Any, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from errors import UserError
+
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192, at most 1 GiB as float32 with four channels
 MAX_PICTURE_BYTES = 2**30  # of its file: twice the bound uncompressed, with four channels of 16 bits
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # of Pillow's; its EPS, for one, starts Ghostscript
@@ -73,7 +75,7 @@ def _webp_size(start: bytes) -> tuple[int, int]:
 
 def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise ValueError(
+        raise UserError(
             f"it has {width}x{height} pixels (width x height), more than {MAX_PIXELS:,} in all; make it smaller"
         )
 
@@ -82,7 +84,7 @@ def read_content(path: str | Path) -> bytes:
     """Reads the file of a picture.
 
     Raises:
-      ValueError: if it is larger than any that can be decoded.
+      UserError: if it is larger than any that can be decoded.
       OSError: if it cannot be read.
     """
     with open(path, "rb") as file:
@@ -92,7 +94,7 @@ def read_content(path: str | Path) -> bytes:
 
 def _check_bytes(num_bytes: int) -> None:
     if num_bytes > MAX_PICTURE_BYTES:
-        raise ValueError(f"it has {num_bytes:,} bytes, more than {MAX_PICTURE_BYTES:,}; make it smaller")
+        raise UserError(f"it has {num_bytes:,} bytes, more than {MAX_PICTURE_BYTES:,}; make it smaller")
 
 
 def read_picture(data: bytes, convert: Callable[[Image.Image], Result]) -> Result:
@@ -103,7 +105,7 @@ def read_picture(data: bytes, convert: Callable[[Image.Image], Result]) -> Resul
       convert: called with the picture, which is decoded when it is first looked at.
 
     Raises:
-      ValueError: saying why it cannot be read.
+      UserError: saying why it cannot be read.
     """
     try:
         _check_pixels(*_webp_size(data[:30]))
@@ -111,9 +113,9 @@ def read_picture(data: bytes, convert: Callable[[Image.Image], Result]) -> Resul
             _check_pixels(*image.size)
             return convert(image)
     except UnidentifiedImageError as error:
-        raise ValueError("what it holds is no picture") from error
+        raise UserError("what it holds is no picture") from error
     except PICTURE_ERRORS as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise UserError(str(error) or type(error).__name__) from error
 
 
 # --- arrays ----------------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
-        raise ValueError(f"version {version} of numpy's format is of structures, which are not read")
+        raise UserError(f"version {version} of numpy's format is of structures, which are not read")
     shape, _, dtype = readers[version](file)
     return shape, dtype
 
@@ -136,19 +138,19 @@ def check_array(file: IO[bytes], num_bytes: int) -> None:
       num_bytes: of the whole file.
 
     Raises:
-      ValueError: if it does not, or is no such file.
+      UserError: if it does not, or is no such file.
     """
     try:
         shape, dtype = _read_header(file)
     except HEADER_ERRORS as error:
-        raise ValueError(f"it is no array of numpy's format: {str(error) or type(error).__name__}") from error
+        raise UserError(f"it is no array of numpy's format: {str(error) or type(error).__name__}") from error
     if dtype.hasobject:
-        raise ValueError("Object arrays cannot be loaded: they are pickles, which may run code; save numbers or text")
+        raise UserError("Object arrays cannot be loaded: they are pickles, which may run code; save numbers or text")
     if dtype.kind not in ARRAY_KINDS or dtype.itemsize == 0:
-        raise ValueError(f"its array is of type {dtype}; only numbers and text are read")
+        raise UserError(f"its array is of type {dtype}; only numbers and text are read")
     held, announced = num_bytes - file.tell(), math.prod(shape) * dtype.itemsize
     if any(type(n) is not int or n < 0 for n in shape) or announced != held:
-        raise ValueError(f"its array is {dtype}{list(shape)}, {announced:,} bytes, but it holds {held:,}")
+        raise UserError(f"its array is {dtype}{list(shape)}, {announced:,} bytes, but it holds {held:,}")
     file.seek(0)
 
 
@@ -163,11 +165,11 @@ def read_array(file: IO[bytes], num_bytes: int) -> np.ndarray:
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:
     if entry.compress_type not in COMPRESSIONS:
-        raise ValueError(f"its entry {entry.filename!r} is neither stored nor deflated; pack it anew with one of these")
+        raise UserError(f"its entry {entry.filename!r} is neither stored nor deflated; pack it anew with one of these")
     if entry.compress_type == zipfile.ZIP_STORED and entry.file_size != entry.compress_size:
-        raise ValueError(f"its entry {entry.filename!r} states two sizes")
+        raise UserError(f"its entry {entry.filename!r} states two sizes")
     if entry.file_size > max(FREE_EXPANSION, MAX_RATIO * entry.compress_size):
-        raise ValueError(
+        raise UserError(
             f"its entry {entry.filename!r} would expand to {_gib(entry.file_size)}, more than {_gib(FREE_EXPANSION)} "
             f"and than {MAX_RATIO} times its size; if that is right, pack it anew without compression"
         )
@@ -179,18 +181,18 @@ def open_zip(path: str | Path) -> zipfile.ZipFile:
     Entries are read by name, never unpacked to where their names point.
 
     Raises:
-      ValueError: if it is damaged, or an entry announces too much.
-      FileNotFoundError: if there is none.
+      UserError: if it is damaged, or an entry announces too much.
+      UserError: if there is none.
     """
     size = os.stat(path).st_size
     try:
         archive = zipfile.ZipFile(path)
     except ZIP_ERRORS as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise UserError(str(error) or type(error).__name__) from error
     try:
         entries = archive.infolist()
         if sum(entry.compress_size for entry in entries) > size:
-            raise ValueError("its entries are larger than the file, or overlap; get it anew")
+            raise UserError("its entries are larger than the file, or overlap; get it anew")
         for entry in entries:
             _check_entry(entry)
     except ValueError:
@@ -203,11 +205,11 @@ def check_total(entries: Sequence[zipfile.ZipInfo]) -> None:
     """Checks entries of an archive that will be in memory at a time.
 
     Raises:
-      ValueError: if they would take too much.
+      UserError: if they would take too much.
     """
     packed, expanded = sum(each.compress_size for each in entries), sum(each.file_size for each in entries)
     if expanded > max(FREE_EXPANSION, MAX_RATIO * packed):
-        raise ValueError(
+        raise UserError(
             f"its entries would expand to {_gib(expanded)}, more than {MAX_RATIO} times their size; if that is right, "
             "pack it anew without compression"
         )
@@ -223,33 +225,33 @@ def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo | str) -> bytes:
     """Reads an entry of an archive that `open_zip` has opened, and checks it against its checksum.
 
     Raises:
-      ValueError: saying why it cannot be read.
+      UserError: saying why it cannot be read.
     """
     try:
         return archive.read(entry)
     except (*ZIP_ERRORS, KeyError) as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise UserError(str(error) or type(error).__name__) from error
 
 
 def read_array_entry(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """Reads the array `name`, an entry NAME.npy of an archive that `open_zip` has opened.
 
     Raises:
-      ValueError: saying why it cannot be read.
+      UserError: saying why it cannot be read.
     """
     try:
         entry = archive.getinfo(f"{name}.npy")
         with archive.open(entry) as file:
             return read_array(file, entry.file_size)
     except (*ZIP_ERRORS, KeyError) as error:
-        raise ValueError(f"array {name!r}: {str(error) or type(error).__name__}") from error
+        raise UserError(f"array {name!r}: {str(error) or type(error).__name__}") from error
 
 
 def array_chunks(archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
     """Yields the content of NAME.npy a MiB at a time, after `check_array`.
 
     Raises:
-      ValueError: saying why it cannot be read.
+      UserError: saying why it cannot be read.
     """
     try:
         entry = archive.getinfo(f"{name}.npy")
@@ -258,19 +260,19 @@ def array_chunks(archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
             while chunk := file.read(2**20):
                 yield chunk
     except (*ZIP_ERRORS, KeyError) as error:
-        raise ValueError(f"array {name!r}: {str(error) or type(error).__name__}") from error
+        raise UserError(f"array {name!r}: {str(error) or type(error).__name__}") from error
 
 
 def array_names(archive: zipfile.ZipFile) -> list[str]:
     """Returns the names of the arrays of an .npz file.
 
     Raises:
-      ValueError: if an entry is none.
+      UserError: if an entry is none.
     """
     names = archive.namelist()
     others = [name for name in names if not name.endswith(".npy")]
     if others:
-        raise ValueError(f"its entry {others[0]!r} is no array")
+        raise UserError(f"its entry {others[0]!r} is no array")
     return [name.removesuffix(".npy") for name in names]
 
 
@@ -280,7 +282,7 @@ def array_names(archive: zipfile.ZipFile) -> list[str]:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no finite number")
+        raise UserError(f"{text[:20]} is no finite number")
     return value
 
 
@@ -288,20 +290,20 @@ def _parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise UserError("it is nested too deeply") from error
 
 
 def parse_json(text: str | bytes, kind: type = dict) -> Any:
     """Parses JSON that holds a value of this kind; numbers are finite.
 
     Raises:
-      ValueError: saying why it cannot be parsed, or what it holds.
+      UserError: saying why it cannot be parsed, or what it holds.
     """
     if len(text) > MAX_JSON_BYTES:
-        raise ValueError(f"it has {len(text):,} bytes, more than the {MAX_JSON_BYTES:,} that are read of JSON")
+        raise UserError(f"it has {len(text):,} bytes, more than the {MAX_JSON_BYTES:,} that are read of JSON")
     value = _parse_json(text)
     if not isinstance(value, kind):
-        raise ValueError(f"it holds a value of type {type(value).__name__}; expected {kind.__name__}")
+        raise UserError(f"it holds a value of type {type(value).__name__}; expected {kind.__name__}")
     return value
 
 
@@ -309,14 +311,14 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     """Reads a JSON file that holds a value of this kind; numbers are finite.
 
     Raises:
-      ValueError: naming the file, if it is damaged, too large, or holds something else.
-      FileNotFoundError: if there is none.
+      UserError: naming the file, if it is damaged, too large, or holds something else.
+      UserError: if there is none.
     """
     try:
         with open(path, "rb") as file:
             return parse_json(file.read(MAX_JSON_BYTES + 1), kind)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or none of ours: {error}") from error
+        raise UserError(f"{path} is damaged or none of ours: {error}") from error
 
 
 def _convert(value: Any, hint: Any, what: str) -> Any:
@@ -337,7 +339,7 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
         return {key: _convert(each, arguments[1], f"{what}.{key}") for key, each in value.items()}
     if hint is Any or type(value) is hint or (hint is float and type(value) is int):
         return value
-    raise ValueError(f"{what} is {reprlib.repr(value)}; expected {getattr(hint, '__name__', hint)}")
+    raise UserError(f"{what} is {reprlib.repr(value)}; expected {getattr(hint, '__name__', hint)}")
 
 
 def build(kind: Callable[..., Result], values: Any, what: str = "it") -> Result:
@@ -349,13 +351,13 @@ def build(kind: Callable[..., Result], values: Any, what: str = "it") -> Result:
       what: it is, for messages.
 
     Raises:
-      ValueError: naming a field that is missing, unknown, or of another type.
+      UserError: naming a field that is missing, unknown, or of another type.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{what} is {reprlib.repr(values)}; expected a map")
+        raise UserError(f"{what} is {reprlib.repr(values)}; expected a map")
     hints = typing.get_type_hints(kind)
     converted = {key: _convert(each, hints[key], key) if key in hints else each for key, each in values.items()}
     try:
         return kind(**converted)
     except TypeError as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error

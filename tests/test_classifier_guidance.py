@@ -245,14 +245,14 @@ def test_a_setting_that_the_classifier_does_not_depend_on_may_differ(workdir):
 
 
 def test_a_folder_without_a_classifier_is_named(workdir, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no classifier; run --mode train_classifier with this config"):
+    with pytest.raises(ValueError, match="holds no classifier; run --mode train_classifier with this config"):
         load(tmp_path)
     workdirs.record_config(tmp_path / "score", tiny.make_config())
     with pytest.raises(ValueError, match="holds a score network, 'ncsnpp', no classifier; run --mode train_class"):
         load(tmp_path, sampling__classifier=str(tmp_path / "score"))
     classifier = tmp_path / "classifier"
     workdirs.record_config(classifier, classifier_experiment.classifier_config(tiny.make_config(), 10))
-    with pytest.raises(FileNotFoundError, match=r"normalization.json does not exist, .*run --mode train_classifier"):
+    with pytest.raises(ValueError, match=r"normalization.json does not exist, .*run --mode train_classifier"):
         load(tmp_path)
     write_json(classifier / "normalization.json", dataclasses.asdict(NORMALIZATION))
     with pytest.raises(CheckpointError, match="holds no checkpoint; let --mode train_classifier train until"):

@@ -166,7 +166,7 @@ def test_a_wrong_description_of_the_data_is_refused(changes, message):
 
 def test_data_that_are_not_prepared_are_named(tmp_path):
     config = digits_config(**{"data.dataset": "CIFAR10", "data.path": str(tmp_path)})
-    with pytest.raises(FileNotFoundError, match=r"'cifar10' is not prepared as ArrayRecord files in .*--mode prepare"):
+    with pytest.raises(ValueError, match=r"'cifar10' is not prepared as ArrayRecord files in .*--mode prepare"):
         datasets.build_source(config, "train")
 
 

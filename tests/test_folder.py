@@ -259,7 +259,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
 def test_mistakes_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"data.path is empty; set --config.data.path to a folder or .zip file"):
         load_folder("", "train", RULES)
-    with pytest.raises(FileNotFoundError, match=r"none' does not exist; set it to a folder or .zip file of pictures"):
+    with pytest.raises(ValueError, match=r"none' does not exist; set it to a folder or .zip file of pictures"):
         load_folder(str(tmp_path / "none"), "train", RULES)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/readme.txt").write_text("?")

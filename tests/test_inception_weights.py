@@ -13,6 +13,7 @@ import tiny
 from torch_states import inception_state
 
 import run_lib
+from errors import UserError
 from metrics import inception, inception_weights
 from metrics.extractors import build_extractor
 from metrics.inception_weights import convert_weights, tensorflow_name
@@ -85,7 +86,7 @@ def test_what_is_not_this_network_is_refused_and_nothing_is_overwritten(small, t
 
 
 def test_other_files_are_refused(small, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--checkpoint /none.pth does not exist"):
+    with pytest.raises(ValueError, match=r"--checkpoint /none.pth does not exist"):
         convert_weights("/none.pth")
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(ValueError, match=r"text.pth cannot be read as a checkpoint of PyTorch"):
@@ -115,13 +116,13 @@ def test_missing_weights_are_told_with_the_commands_that_get_them(tmp_path, monk
     monkeypatch.setenv("SCORE_SDE_CACHE", str(tmp_path))
     url = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
     command = "python main.py --mode convert_weights --checkpoint pt_inception-2015-12-05-6726825d.pth"
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(UserError) as caught:
         build_extractor("inception", num_levels=256)
     path = tmp_path / "weights/inception_2015.npz"
     assert str(caught.value) == (
         f"the weights of the Inception network are not in {path}; to get them: curl -LO {url} && {command}"
     )
-    with pytest.raises(FileNotFoundError, match=f"{command} --output {tmp_path}/mine.npz$"):
+    with pytest.raises(ValueError, match=f"{command} --output {tmp_path}/mine.npz$"):
         build_extractor("inception", num_levels=256, weights=str(tmp_path / "mine.npz"))
 
 

@@ -148,7 +148,7 @@ def test_an_operator_of_a_file(tmp_path):
     for name in ("number", "missing"):
         with pytest.raises(ValueError, match=r"expected a function of .*mine.py that returns an Operator"):
             build(operator=f"{path}:{name}")
-    with pytest.raises(FileNotFoundError, match=r"none.py is not a file; expected FILE.py:FUNCTION"):
+    with pytest.raises(ValueError, match=r"none.py is not a file; expected FILE.py:FUNCTION"):
         build(operator="none.py:f")
 
 

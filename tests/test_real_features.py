@@ -204,7 +204,7 @@ def test_a_reference_of_another_network_is_refused(tmp_path, extractor, provenan
 
 def test_a_missing_reference_is_said_before_anything_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr(real_features, "build_extractor", None)
-    with pytest.raises(FileNotFoundError, match=r"eval.reference='/none.npz' is not a file; --mode stats makes one"):
+    with pytest.raises(ValueError, match=r"eval.reference='/none.npz' is not a file; --mode stats makes one"):
         compute(tmp_path, eval__reference="/none.npz")
 
 

@@ -136,7 +136,7 @@ def test_files_that_are_no_reports_are_named(tmp_path):
     good, bad = write(tmp_path, "a"), tmp_path / "samplers.json"
     with pytest.raises(ValueError, match=r"1 file\(s\) to compare; expected 2 or more report_<k>.json files"):
         report.compare_reports([good])
-    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere.json; give report_<k>.json files"):
+    with pytest.raises(ValueError, match=r"there is no file nowhere.json; give report_<k>.json files"):
         report.compare_reports([good, "nowhere.json"])
     for content in ('{"results": []}', "[1]", "half a", '{"metrics": [1]}'):
         bad.write_text(content)

@@ -441,7 +441,7 @@ def test_bad_npz_data_are_refused(tmp_path, arrays, changes, message):
 
 
 def test_missing_npz_data_say_what_is_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"test.npz does not exist; data.dataset='npz' reads train.npz and"):
+    with pytest.raises(ValueError, match=r"test.npz does not exist; data.dataset='npz' reads train.npz and"):
         datasets.build_source(npz_config(tmp_path), "test")
 
 

@@ -45,12 +45,12 @@ def test_the_hash_is_of_every_file(tmp_path):
 
 def test_what_is_missing_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(tfgan, "_import_tfgan", lambda: None)
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path} is no SavedModel: it has no saved_model.pb"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is no SavedModel: it has no saved_model.pb"):
         build_extractor("tfgan", num_levels=256, weights=str(tmp_path))
     monkeypatch.undo()
     monkeypatch.setattr(tfgan.importlib.util, "find_spec", lambda name: None)
     tfgan._import_tfgan.cache_clear()
-    with pytest.raises(FileNotFoundError, match=r"needs tensorflow_gan; .* pip install -r requirements.txt"):
+    with pytest.raises(ValueError, match=r"needs tensorflow_gan; .* pip install -r requirements.txt"):
         build_extractor("tfgan", num_levels=256)
     assert "tensorflow" not in sys.modules
 

@@ -12,6 +12,7 @@ from absl import logging
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import datasets
+from errors import UserError
 from experiment.build import Experiment
 from losses import TRAINING_EPS, TrainState
 from models.factory import told_classes
@@ -31,7 +32,7 @@ LossAtTime = Callable[
 ]
 
 
-class DivergedError(RuntimeError):
+class DivergedError(UserError):
     """The loss is no longer a number."""
 
 

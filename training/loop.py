@@ -14,6 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import datasets
+from errors import UserError
 from experiment import drawing, startup
 from experiment.build import Experiment, SamplingProgram, build_loss_program, build_train_program
 from losses import TrainState
@@ -45,18 +46,18 @@ def check_schedule(config: ConfigDict, group: str = "training") -> None:
       group: of its settings that has the schedule: "training" for the score's, or "classifier".
 
     Raises:
-      ValueError: naming the frequency that `n_jitted_steps` does not divide, or the batch size.
+      UserError: naming the frequency that `n_jitted_steps` does not divide, or the batch size.
     """
     settings, steps = config[group], config[group].n_jitted_steps
     for name in FREQUENCIES:
         freq = settings[name]
         if freq % steps:
-            raise ValueError(
+            raise UserError(
                 f"{group}.{name}={freq} is not a multiple of {group}.n_jitted_steps={steps}, the steps of one "
                 f"compiled call; the nearest that is: {max(round(freq / steps), 1) * steps}"
             )
     if num_steps(config, group) == 0:
-        raise ValueError(f"{group}.n_iters={settings.n_iters} is less than {group}.n_jitted_steps={steps}")
+        raise UserError(f"{group}.n_iters={settings.n_iters} is less than {group}.n_jitted_steps={steps}")
     distributed.check_batch_size(f"{group}.batch_size", settings.batch_size)
     _check_microbatches(f"{group}.microbatches", settings.microbatches, settings.batch_size)
 
@@ -65,13 +66,13 @@ def _check_microbatches(name: str, microbatches: int, batch_size: int) -> None:
     """Checks that the microbatches divide a device's part of a batch.
 
     Raises:
-      ValueError: naming the setting `name` and the nearest values that work.
+      UserError: naming the setting `name` and the nearest values that work.
     """
     images = batch_size // distributed.device_count()
     if microbatches < 1 or images % microbatches:
         divisors = [count for count in range(1, images + 1) if images % count == 0]
         around = [*[d for d in divisors if d < microbatches][-1:], *[d for d in divisors if d > microbatches][:1]]
-        raise ValueError(
+        raise UserError(
             f"{name}={microbatches} does not divide the {images} images of a batch on each device; the nearest that "
             f"does: {' or '.join(map(str, around))}"
         )
@@ -81,11 +82,11 @@ def check_first_step(config: ConfigDict, step: int, group: str = "training") -> 
     """Checks that a training that goes on from `step` comes by the steps at which something is due.
 
     Raises:
-      ValueError: naming a value of `n_jitted_steps` with which it would.
+      UserError: naming a value of `n_jitted_steps` with which it would.
     """
     steps = config[group].n_jitted_steps
     if step % steps:
-        raise ValueError(
+        raise UserError(
             f"step {step} of the newest checkpoint is not a multiple of {group}.n_jitted_steps={steps}, so that no "
             f"snapshot would ever be due; set {group}.n_jitted_steps={math.gcd(step, steps)}"
         )
@@ -335,7 +336,7 @@ def train(trainer: Trainer, source: datasets.Source, workdir: str | Path) -> Tra
       workdir: checked to be writable and of this experiment.
 
     Raises:
-      ValueError: if the newest checkpoint does not go with the schedule.
+      UserError: if the newest checkpoint does not go with the schedule.
       CheckpointError: if the workdir has checkpoints, but all are damaged.
       DivergedError: if the loss is no longer a number.
       SystemExit: with code 143 after SIGTERM, once the state is saved.

@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from errors import UserError
 from losses import TrainState
 from parallel import distributed
 from storage import files
@@ -43,7 +44,7 @@ _UNFINISHED = "*.orbax-checkpoint-tmp*"  # folders that Orbax writes in, until i
 _OS_ERROR, _STATUS = re.compile(r"os_error_code='(\d+)'"), re.compile(r"[A-Z]{4}[A-Z_]*: ")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint is missing or damaged, or cannot be written."""
 
 

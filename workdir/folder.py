@@ -13,6 +13,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+from errors import UserError
 from parallel import distributed
 from storage import guards
 from storage.files import write_json
@@ -26,7 +27,7 @@ FIXED_GROUPS = ("model.", "data.", "training.sde", "training.continuous")
 FREE_KEYS = ("data.path", "data.strict", "data.cache_gib", "model.ema_rate", "model.dtype", "model.remat")
 
 
-class WorkdirError(RuntimeError):
+class WorkdirError(UserError):
     """The workdir cannot be used for this run."""
 
 
@@ -121,7 +122,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Raises:
       WorkdirError: if it is damaged.
-      FileNotFoundError: if there is none.
+      UserError: if there is none.
     """
     way_out = "put a copy in its place, or move it away to have the settings that you give taken for the run's"
     try:
@@ -167,11 +168,11 @@ def output_folder(workdir: str | Path, output: str) -> Path:
     """Returns the folder that --output names.
 
     Raises:
-      ValueError: if it is not inside the workdir.
+      UserError: if it is not inside the workdir.
     """
     folder = Path(workdir) / output
     if not folder.resolve().is_relative_to(Path(workdir).resolve()):
-        raise ValueError(f"--output={output} is outside --workdir={workdir}; give the name of a folder inside it")
+        raise UserError(f"--output={output} is outside --workdir={workdir}; give the name of a folder inside it")
     return folder
 
 

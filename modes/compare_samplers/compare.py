@@ -14,6 +14,7 @@ import checks
 import datasets
 from classifier import guidance as classifier_guidance
 from classifier.guidance import Classifier
+from errors import UserError
 from experiment import drawing
 from experiment.build import Experiment, SamplingProgram
 from experiment.drawing import NUM_SHOWN, Samples, Snapshot
@@ -130,7 +131,7 @@ def compare(
       The folder.
 
     Raises:
-      ValueError: if a sampler is wrong, a number negative, the folder outside the workdir, or features cannot be had.
+      UserError: if a sampler is wrong, a number negative, the folder outside the workdir, or features cannot be had.
       CheckpointError: if there is no such checkpoint.
       WorkdirError: if the folder holds samples of other settings.
     """
@@ -147,7 +148,7 @@ def compare(
     with locks.hold(folder, "--output"):
         real = RealFeatures.compute(config, train, test, workdir)
         if real.test is None:
-            raise ValueError(
+            raise UserError(
                 f"the test split has {len(test)} images, too few for the floor that samplers are compared with"
             )
         comparer = Comparer(restored, folder, num_images or config.eval.num_samples, real, classifiers)

@@ -10,6 +10,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+from errors import UserError
 from experiment.build import Experiment, check_sampling
 from solvers import ADAPTIVE
 
@@ -52,8 +53,8 @@ class SamplerSpec:
         return self.changes["method"] in ADAPTIVE
 
 
-def _refuse(text: str, reason: object) -> ValueError:
-    return ValueError(f"--samplers: {text!r}: {reason}")
+def _refuse(text: str, reason: object) -> UserError:
+    return UserError(f"--samplers: {text!r}: {reason}")
 
 
 def _value(text: str, key: str, value: str, present: Any) -> Any:
@@ -91,7 +92,7 @@ def parse_sampler(text: str, sampling: ConfigDict) -> SamplerSpec:
       sampling: config.sampling, whose keys and types are the ones allowed.
 
     Raises:
-      ValueError: naming the sampler and what is wrong with it.
+      UserError: naming the sampler and what is wrong with it.
     """
     changes: dict[str, Any] = {}
     for key, value in _pairs(text):
@@ -110,7 +111,7 @@ def apply_sampler(experiment: Experiment, spec: SamplerSpec) -> Experiment:
     """Returns the experiment with this sampler, which is built once so that it is checked; nothing is compiled.
 
     Raises:
-      ValueError: naming the sampler, if its settings are wrong or it is not defined for the SDE.
+      UserError: naming the sampler, if its settings are wrong or it is not defined for the SDE.
     """
     config = ConfigDict(experiment.config.to_dict())
     config.sampling.update(spec.changes)
@@ -148,7 +149,7 @@ def choose_samplers(
       The samplers, each with the experiment that has it; and of the default ones that are left out {text: reason}.
 
     Raises:
-      ValueError: naming the first sampler that is wrong, not defined, or there twice.
+      UserError: naming the first sampler that is wrong, not defined, or there twice.
     """
     if samplers:
         chosen = _parse(experiment, [text.strip() for text in samplers.split(",")])

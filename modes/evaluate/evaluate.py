@@ -18,6 +18,7 @@ from classifier import guidance as classifier_guidance
 from classifier.guidance import Classifier
 from controllable_generation.labels import build_labels
 from dequantization import PROTOCOLS
+from errors import UserError
 from evaluation import gaussian_bits_per_dim
 from experiment.build import Experiment, SamplingProgram, build_bpd_program, build_loss_program
 from experiment.drawing import NUM_SHOWN, draw_samples, evenly_chosen
@@ -68,10 +69,10 @@ def check_evaluation(config: ConfigDict) -> None:
     """Checks the settings of an evaluation.
 
     Raises:
-      ValueError: naming the one that is wrong.
+      UserError: naming the one that is wrong.
     """
     if config.eval.begin_ckpt > config.eval.end_ckpt:
-        raise ValueError(
+        raise UserError(
             f"eval.begin_ckpt={config.eval.begin_ckpt} is after eval.end_ckpt={config.eval.end_ckpt}; swap them"
         )
     distributed.check_batch_size("eval.batch_size", config.eval.batch_size)

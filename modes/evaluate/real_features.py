@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 import datasets
+from errors import UserError
 from evaluation import PreparedReference, floor_metrics, sample_metrics
 from metrics import classifier
 from metrics.extractors import Extractor, build_extractor, resolve_extractor
@@ -57,12 +58,12 @@ def choose_extractor(config: ConfigDict) -> str:
     """Returns the key of the configured extractor.
 
     Raises:
-      ValueError: if it is unknown, takes no such images, or has no use for the weights that are named.
+      UserError: if it is unknown, takes no such images, or has no use for the weights that are named.
     """
     settings = config.eval
     key = resolve_extractor(settings.extractor, channels=config.data.num_channels, weights=settings.weights)
     if settings.weights and key not in TAKE_WEIGHTS:
-        raise ValueError(
+        raise UserError(
             f"eval.weights={settings.weights!r} is of no use to the extractor {key!r}; set eval.extractor to inception "
             "or tfgan, or leave eval.weights empty"
         )
@@ -78,8 +79,8 @@ def build_configured_extractor(config: ConfigDict, split: Callable[[str], datase
       folder: where "classifier" is kept, and looked for.
 
     Raises:
-      ValueError: if a setting is wrong, or "classifier" is chosen for images without labels.
-      FileNotFoundError: if weights are missing.
+      UserError: if a setting is wrong, or "classifier" is chosen for images without labels.
+      UserError: if weights are missing.
     """
     key = choose_extractor(config)
     if key != "classifier":
@@ -87,7 +88,7 @@ def build_configured_extractor(config: ConfigDict, split: Callable[[str], datase
     train, test = split("train"), split("test")
     if not train.num_classes:
         others = f"set eval.extractor to {FOR_PHOTOGRAPHS} (docs/extractors.md says how to get each); "
-        raise ValueError(
+        raise UserError(
             f"data.dataset={config.data.dataset!r} has no labels to train a feature extractor on, so that samples "
             f"cannot be measured with eval.extractor={config.eval.extractor!r}; "
             f"{others if config.data.num_channels in (1, 3) else ''}"
@@ -151,14 +152,12 @@ def open_reference(path: str) -> Reference:
     """Reads the file that eval.reference names.
 
     Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if it holds no statistics.
+      UserError: if there is none.
+      UserError: if it holds no statistics.
     """
     place = Path(os.path.expanduser(path))
     if not place.is_file():
-        raise FileNotFoundError(
-            f"eval.reference={path!r} is not a file; --mode stats makes one; empty: the training split"
-        )
+        raise UserError(f"eval.reference={path!r} is not a file; --mode stats makes one; empty: the training split")
     return load_reference(place)
 
 
@@ -166,23 +165,23 @@ def check_reference(path: str, reference: Reference, extractor: Extractor) -> No
     """Checks that the statistics of a file are of the features that an extractor computes.
 
     Raises:
-      ValueError: if they are another network's, or may be.
+      UserError: if they are another network's, or may be.
     """
     stored, dimension = reference.provenance, len(reference.statistics.mean)
     way_out = f"set eval.extractor to the file's, or make a file of {extractor.key!r} with --mode stats"
     if not stored.extractor and extractor.key not in INCEPTION:
-        raise ValueError(
+        raise UserError(
             f"eval.reference={path!r} does not state its extractor, as files of other programs; those go with "
             f"{' or '.join(INCEPTION)}, not {extractor.key!r}: {way_out}"
         )
     if stored.extractor and (stored.extractor, stored.extractor_hash) != (extractor.key, extractor.hash):
-        raise ValueError(
+        raise UserError(
             f"eval.reference={path!r} is of the extractor {stored.extractor!r} with parameters "
             f"{stored.extractor_hash[:16]}, the configured one is {extractor.key!r} with {extractor.hash[:16]}, and "
             f"features of different networks cannot be compared; {way_out}"
         )
     if dimension != extractor.num_features:
-        raise ValueError(
+        raise UserError(
             f"eval.reference={path!r} has features of {dimension} dimensions, the extractor {extractor.key!r} of "
             f"{extractor.num_features}; {way_out}"
         )
@@ -205,7 +204,7 @@ def _read_reference(config: ConfigDict, stored: Reference, extractor: Extractor)
 def _compute_reference(extractor: Extractor, train: datasets.Source, folder: Path) -> _Compared:
     """Returns the features of the training split and what the report says of them."""
     if len(train) < FEWEST_IMAGES:
-        raise ValueError(
+        raise UserError(
             f"the training split has {len(train)} image(s); metrics of samples need {FEWEST_IMAGES} or more to compare "
             "with: add some, or set eval.enable_sampling=False"
         )
@@ -248,8 +247,8 @@ class RealFeatures:
         What takes long is kept in the folder "features" of the workdir.
 
         Raises:
-          ValueError: if a setting is wrong, the reference is another extractor's, or there are no labels to train one.
-          FileNotFoundError: if weights or the reference are missing.
+          UserError: if a setting is wrong, the reference is another extractor's, or there are no labels to train one.
+          UserError: if weights or the reference are missing.
         """
         path, folder = config.eval.reference, workdir / "features"
         choose_extractor(config)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 import checks
 import datasets
 from controllable_generation import Operator
+from errors import UserError
 from parallel import rng
 from sources.pictures import RESIZE, Fit, Pictures, load_pictures
 from storage import files
@@ -54,7 +55,7 @@ def check_inputs(config: ConfigDict, operator: Operator) -> None:
     """Checks the settings of the mode that are about images, before any is read.
 
     Raises:
-      ValueError: naming the first one that is wrong and what is expected.
+      UserError: naming the first one that is wrong and what is expected.
     """
     settings = config.restore
     checks.one_of("restore.input", settings.input, INPUTS)
@@ -63,14 +64,14 @@ def check_inputs(config: ConfigDict, operator: Operator) -> None:
     if settings.input == "image":
         return
     if not settings.images:
-        raise ValueError("restore.input='measurement' needs restore.images, the file or folder of the measurements")
+        raise UserError("restore.input='measurement' needs restore.images, the file or folder of the measurements")
     if operator.picture_shape is None:
-        raise ValueError(
+        raise UserError(
             f"restore.operator={settings.operator!r}: a measurement is no picture, so none can be read; set "
             "restore.input='image' to simulate it"
         )
     if settings.resize != "none":
-        raise ValueError(
+        raise UserError(
             f"restore.resize={settings.resize!r} would change what was measured; with restore.input='measurement' "
             "leave it at 'none' and give files of the right size"
         )
@@ -80,7 +81,7 @@ def _load_test_split(config: ConfigDict, limit: int) -> Inputs:
     source = datasets.build_source(config, "test")
     count = limit or min(NUM_IMAGES, len(source))
     if count > len(source):
-        raise ValueError(
+        raise UserError(
             f"--num_images={count}, but the test split of {config.data.dataset} has {len(source)} images; ask for at "
             "most that many"
         )
@@ -97,8 +98,8 @@ def load_inputs(config: ConfigDict, operator: Operator, limit: int) -> Inputs:
       limit: images, at the most; 0: all of restore.images, or `NUM_IMAGES` of the test split.
 
     Raises:
-      ValueError: if a setting is wrong, or there is no image that can be used.
-      FileNotFoundError: if there is no such path.
+      UserError: if a setting is wrong, or there is no image that can be used.
+      UserError: if there is no such path.
     """
     checks.not_negative("--num_images", limit)
     check_inputs(config, operator)

@@ -240,8 +240,8 @@ def restore_images(experiment: Experiment, workdir: Path, *, output: str, snapsh
       The folder.
 
     Raises:
-      ValueError: if a setting is wrong, or there is no image that can be used.
-      FileNotFoundError: if there is no such file.
+      UserError: if a setting is wrong, or there is no image that can be used.
+      UserError: if there is no such file.
       CheckpointError: if the checkpoint is missing or damaged.
       WorkdirError: if the folder holds results of other settings or images.
       SolverError: if a restoration diverged.
