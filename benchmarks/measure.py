@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -100,6 +101,16 @@ def progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def _git(*arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
+        return None
+
+
 def report(result: dict[str, Any]) -> None:
-    """Prints the result with the machine and the command that it is of, as one JSON line on stdout."""
-    print(json.dumps({**result, "command": " ".join(sys.orig_argv[1:]), "machine": machine()}), flush=True)
+    """Print the result with its command, commit and machine as one JSON line on stdout."""
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    facts = {"command": " ".join(sys.orig_argv[1:]), "commit": commit, "modified": bool(changes), "machine": machine()}
+    print(json.dumps(result | facts), flush=True)

@@ -15,14 +15,11 @@ Methods with a number of steps are measured with `--num_steps`, and their `secon
 `usual_steps`: of "pc" those of the configuration, of the others 19, as docs/samplers.md advises. Methods that choose
 their steps run to the end, `seconds_per_image_measured`; what they choose depends on the network, which is random
 unless `--workdir` names a trained run.
-
-`--root DIR` measures the product of another checkout, with its configurations.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,19 +28,15 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import checkouts, loops
-from benchmarks import measure as measuring
-from benchmarks.measure import Seconds
-
-sys.path.insert(0, checkouts.chosen(sys.argv))  # now the product, which so may be another checkout's
-
 import jax
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import checks
-from benchmarks import train_step
+from benchmarks import loops, train_step
+from benchmarks import measure as measuring
+from benchmarks.measure import Seconds
 from experiment import drawing
 from experiment.build import Experiment, SamplingProgram, build_experiment
 from parallel import distributed
@@ -66,7 +59,6 @@ def define_flags() -> None:
     flags.DEFINE_list("methods", list(DEFAULT_METHODS), f"Of {', '.join(METHODS)}; or all.")
     flags.DEFINE_integer("repetitions", 3, "Calls of each sampler that are timed.")
     flags.DEFINE_string("workdir", None, "Folder of a trained run; default: random parameters.")
-    checkouts.define_flag()
     flags.mark_flag_as_required("config")
 
 
@@ -252,10 +244,9 @@ def main(argv: Sequence[str]) -> None:
         result = measure(config.lock(), methods=methods, **numbers)
     except ValueError as error:
         sys.exit(f"benchmarks.sampling: {error}")
-    measuring.report({**result, **checkouts.describe(train_step.ROOT)})
+    measuring.report(result)
 
 
 if __name__ == "__main__":
-    os.chdir(train_step.ROOT)  # --config is a file of that checkout
     define_flags()
     app.run(main)

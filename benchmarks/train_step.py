@@ -18,7 +18,7 @@ process has grown, at most, while the steps are timed (Linux, a CPU); `temporari
 plans them. `result` is the loss of the last step, or the root mean square of the scores, by which two checkouts can be
 seen to compute the same.
 
-`--root DIR` measures the product of another checkout, with its configurations: a worktree of an older commit, say.
+To compare with another commit, run the same command in a worktree of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -37,12 +36,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import checkouts, contractions
-from benchmarks import measure as measuring
-from benchmarks.process_memory import Growth
-
-sys.path.insert(0, checkouts.chosen(sys.argv))  # now the product, which so may be another checkout's
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,12 +45,14 @@ from ml_collections import ConfigDict, config_flags
 
 import checks
 import losses
+from benchmarks import contractions
+from benchmarks import measure as measuring
+from benchmarks.process_memory import Growth
 from experiment.build import Experiment, build_experiment, map_train_steps
 from models.factory import told_classes
 from modes import memory
 from parallel import distributed
 
-ROOT = checkouts.chosen(sys.argv)
 WHAT = ("step", "forward")
 GEMM_REPETITIONS = 4  # each time it is timed
 Call = Callable[[], Any]  # runs the program once and returns (what it leaves, its result)
@@ -74,7 +69,6 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the features.")
     flags.DEFINE_integer("n_jitted_steps", 1, "Training steps in one compiled call.")
     flags.DEFINE_boolean("read_cache", True, "Compile a second time, with the persistent cache.")
-    checkouts.define_flag()
     flags.mark_flag_as_required("config")
 
 
@@ -316,7 +310,7 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step", read_cache: b
     jitted, dtype = config.training.n_jitted_steps, jnp.dtype(config.model.dtype)
     compile_program, make_call, summarize = PROGRAMS[what]
     experiment = build_experiment(config)
-    measuring.progress(f"compiling ({what}, batch {config.training.batch_size}, {dtype.name}) in {ROOT}")
+    measuring.progress(f"compiling ({what}, batch {config.training.batch_size}, {dtype.name})")
     compiled, compile_seconds = compile_twice(lambda: compile_program(experiment), read=read_cache)
     measuring.progress(f"compiled in {compile_seconds['cold']:.1f} s; running")
     growth = Growth()
@@ -362,10 +356,9 @@ def main(argv: Sequence[str]) -> None:
         result = measure(config.lock(), steps=FLAGS.steps, what=FLAGS.what, read_cache=FLAGS.read_cache)
     except ValueError as error:
         sys.exit(f"benchmarks.train_step: {error}")
-    measuring.report({**result, **checkouts.describe(ROOT)})
+    measuring.report(result)
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)  # --config is a file of that checkout
     define_flags()
     app.run(main)

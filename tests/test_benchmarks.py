@@ -1,5 +1,6 @@
 """The benchmarks of speed: their arithmetic by known times, XLA's count of operations, and the table of the goals."""
 
+import dataclasses
 import itertools
 import json
 import time
@@ -9,10 +10,9 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from benchmarks import checkouts, goals, run, table, train_step
 from benchmarks import measure as measuring
-from benchmarks.goals import Command, Goal
-from benchmarks.table import Outcome
+from benchmarks import run, train_step
+from benchmarks.run import Goal, Outcome
 from experiment.build import build_experiment
 from modes import memory
 
@@ -111,31 +111,20 @@ def test_what_cannot_be_measured_is_refused(settings, steps, what, message):
         train_step.measure(tiny_config(**settings), steps=steps, what=what)
 
 
-def test_root_names_the_checkout(tmp_path):
-    assert checkouts.chosen(["train_step.py", "--steps", "3"]) == str(tiny.ROOT)
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "build.py").touch()
-    for arguments in (["--root", str(tmp_path)], [f"--root={tmp_path}"], ["--root", "/", f"--root={tmp_path}"]):
-        assert checkouts.chosen(["train_step.py", *arguments]) == str(tmp_path)
-    with pytest.raises(SystemExit, match=r"--root=/ is no checkout of score_sde"):
-        checkouts.chosen(["train_step.py", "--root", "/"])
-
-
 # --- the table of the goals ------------------------------------------------------------------------------------------
 
-FAST, SLOW = Command("benchmarks.fast --steps 2", takes_root=True), Command("benchmarks.slow")
+FAST, SLOW = "benchmarks.fast --steps 2", "benchmarks.slow"
 GOALS = (
-    Goal("speed", "speed of it", (FAST,), lambda line: line["rate"], 0.7, unit="of it", shortfall="it is slow"),
+    Goal("speed", "speed of it", (FAST,), lambda line: line["rate"], 0.7, "of it"),
     Goal(
         "ratio",
         "slow to fast",
         (SLOW, FAST),
         lambda slow, fast: slow["seconds"] / fast["seconds"],
         1.1,
+        "times",
         at_most=True,
-        unit="times",
         detail=lambda slow, fast: f"{slow['seconds']:g} s | {fast['seconds']:g} s",
-        shortfall=lambda slow, fast: f"{slow['seconds'] - fast['seconds']:g} s are lost",
     ),
 )
 
@@ -146,31 +135,28 @@ def line(**values):
 
 def rows(results):
     """The cells of each goal's row, by the names of the columns."""
-    lines = [row for row in table.write(GOALS, results).splitlines() if row.startswith("| ")]
+    lines = [row for row in run.write_table(GOALS, results).splitlines() if row.startswith("| ")]
     cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in lines]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
 
 
-def test_table_says_whether_goals_are_met_and_why_not():
-    after = {(FAST.text, "after"): line(rate=0.7, seconds=2.0), (SLOW.text, "after"): line(seconds=3.0)}
-    speed, ratio = rows({**after, (FAST.text, "before"): line(rate=0.25)})
+def test_table_says_whether_goals_are_met():
+    results = {FAST: line(rate=0.7, seconds=2.0), SLOW: line(seconds=3.0)}
+    speed, ratio = rows(results)
     assert speed == {
         "goal": "speed of it",
         "command": "`python -m benchmarks.fast --steps 2`",
         "machine": "1",
-        "before": "0.25 of it",
-        "after": "0.7 of it",
+        "measured": "0.7 of it",
         "to reach": "at least 0.7 of it",
         "met": "met",
-        "why not": "",
     }
     assert ratio["command"] == "`python -m benchmarks.slow` and `python -m benchmarks.fast --steps 2`"
-    assert ratio["before"] == ""  # the one that cannot be measured there
-    assert ratio["after"] == "1.5 times (3 s \\| 2 s)"
-    assert (ratio["to reach"], ratio["met"], ratio["why not"]) == ("at most 1.1 times", "not met", "1 s are lost")
-    text = table.write(GOALS, after)
+    assert ratio["measured"] == "1.5 times (3 s \\| 2 s)"
+    assert (ratio["to reach"], ratio["met"]) == ("at most 1.1 times", "not met")
+    text = run.write_table(GOALS, results)
     assert "\n1. cpu x, extensions a b\n" in text
-    assert "After: commit c0ffee. All runs together took 2.0 minutes." in text
+    assert "Commit c0ffee. All runs together took 2.0 minutes." in text
 
 
 @pytest.mark.parametrize(
@@ -183,23 +169,24 @@ def test_table_says_whether_goals_are_met_and_why_not():
     ],
 )
 def test_table_says_what_was_not_measured(outcome, expected):
-    results = {(SLOW.text, "after"): line(seconds=3.0)} | ({(FAST.text, "after"): outcome} if outcome else {})
-    speed, _ = rows(results)
-    assert (speed["after"], speed["met"], speed["why not"]) == (expected, "", "")
+    speed, _ = rows({SLOW: line(seconds=3.0)} | ({FAST: outcome} if outcome else {}))
+    assert (speed["measured"], speed["met"]) == (expected, "")
 
 
 def test_newest_result_of_each_command_counts(tmp_path):
     """Of two runs, of which the later one has only one of the commands."""
-    old = {(FAST.text, "after"): line(rate=0.1), (SLOW.text, "after"): line(seconds=1.0)}
-    new = {(FAST.text, "after"): Outcome(2.0, failure="it broke")}
+    old = {FAST: line(rate=0.1), SLOW: line(seconds=1.0)}
+    new = {FAST: Outcome(2.0, failure="it broke")}
     for name, results in (("2026-b", new), ("2026-a", old)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(table.save(results)))
-    assert table.load(tmp_path) == old | new
+        saved = {command: dataclasses.asdict(outcome) for command, outcome in results.items()}
+        (tmp_path / f"{name}.json").write_text(json.dumps(saved))
+    assert run.load(tmp_path) == old | new
 
 
-def test_every_goal_has_a_name_of_its_own():
-    names = [goal.name for goal in goals.GOALS]
+def test_every_goal_has_a_name_of_its_own_and_the_results_of_the_checkout_are_read():
+    names = [goal.name for goal in run.GOALS]
     assert len(set(names)) == len(names)
+    assert set(run.commands_of(run.GOALS)) <= set(run.load(run.FOLDER / "results"))
 
 
 # --- the runner ------------------------------------------------------------------------------------------------------
@@ -209,35 +196,25 @@ def test_commands_end_in_a_line_or_in_why_there_is_none(tmp_path):
     """With programs of Python's own library."""
     path = tmp_path / "line.json"
     path.write_text('{"seconds": 3}')
-    assert run.run_command(Command(f"json.tool --compact {path}")).line == {"seconds": 3}
+    assert run.run_command(f"json.tool --compact {path}").line == {"seconds": 3}
     for content in ("[3]", '{"seconds": NaN}'):
         path.write_text(content)
-        assert run.run_command(Command(f"json.tool --compact {path}")).failure.startswith("printed no line of JSON")
-    assert run.run_command(Command("this", needs="nowhere", way_out="make it")).line == {
-        "skipped": "there is no nowhere; make it"
-    }
-    assert run.run_command(Command("benchmarks.nothing")).failure.endswith("No module named benchmarks.nothing")
-    sleep = Command("timeit -n 1 -r 1 'import time; time.sleep(60)'")
+        assert run.run_command(f"json.tool --compact {path}").failure.startswith("printed no line of JSON")
+    assert run.run_command("benchmarks.nothing").failure.endswith("No module named benchmarks.nothing")
     start = time.monotonic()
+    sleep = "timeit -n 1 -r 1 'import time; time.sleep(60)'"
     assert run.run_command(sleep, max_seconds=0.5).failure == "took more than 0.5 s"
     assert time.monotonic() - start < 30  # it was stopped
 
 
 def test_what_was_measured_stays_if_the_run_is_stopped(tmp_path, monkeypatch):
-    runs = []
-
-    def run_command(command, root):
-        runs.append((command, root))
+    def run_command(command):
         if command == SLOW:
             raise KeyboardInterrupt
-        return Outcome(1.0, failure="it broke") if root else line(rate=0.5)
+        return line(rate=0.5)
 
     monkeypatch.setattr(run, "run_command", run_command)
     path = tmp_path / "results" / "now.json"
     with pytest.raises(KeyboardInterrupt):
-        run.run_all([FAST, SLOW], tmp_path, path)
-    assert runs == [(FAST, None), (FAST, tmp_path), (SLOW, None)]
-    assert table.load(path.parent) == {
-        (FAST.text, "after"): line(rate=0.5),
-        (FAST.text, "before"): Outcome(1.0, failure="it broke"),
-    }
+        run.run_all([FAST, SLOW], path)
+    assert run.load(path.parent) == {FAST: line(rate=0.5)}
