@@ -56,7 +56,7 @@ def report(workdir, number=2):
     return stored, {metric["name"]: metric for metric in stored["metrics"]}
 
 
-def test_the_workdir_holds_what_the_readme_says(unbroken):
+def test_the_workdir_holds_what_is_documented(unbroken):
     assert sorted(path.name for path in unbroken.iterdir()) == [
         "checkpoints",
         "checkpoints-meta",
