@@ -54,11 +54,7 @@ def _flat(levels: UInt8[np.ndarray, "N H W C"], num_levels: int) -> np.ndarray:
 
 
 def read_samples(path: str) -> tuple[UInt8[np.ndarray, "N H W C"], np.ndarray]:
-    """Reads samples and their labels.
-
-    Raises:
-      ValueError: if the samples have no labels.
-    """
+    """Reads samples and their labels."""
     arrays = read_npz(path)
     if "labels" not in arrays:
         raise ValueError(f"{path} has no labels; draw it with --mode sample --config.sampling.labels=0..9 or the like")

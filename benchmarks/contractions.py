@@ -44,10 +44,6 @@ def of_program(program: jax.stages.Traced, platform: str) -> list[Contraction]:
 
     A loop counts as often as JAX's `scan` and `fori_loop` from 0 turn it; one whose end is not a constant counts once.
     Of the branches of a condition the one with the most operations counts.
-
-    Args:
-      program: `jax.jit(...).trace(...)`.
-      platform: that it is lowered for: "cpu", "cuda" or "tpu", here or not.
     """
     module: ir.Module = program.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
     functions = {_text(op.attributes["sym_name"]): op for op in _operations(module.operation)}

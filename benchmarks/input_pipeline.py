@@ -57,20 +57,7 @@ def memory() -> dict[str, float]:
 def measure(
     config: ConfigDict, *, batch_size: int, seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Any]:
-    """Reads batches of the training split for some seconds.
-
-    Args:
-      config: experiment configuration; reads `config.data`, `config.model.num_classes` and `config.training`.
-      batch_size: images of a step.
-      seconds: least time to measure.
-      clock: returns seconds.
-
-    Returns:
-      What was read, images/s and peaks of memory, by name.
-
-    Raises:
-      ValueError: if a number is not positive, the devices do not divide the batch, or as `datasets.build_source`.
-    """
+    """Reads batches of the training split for some seconds."""
     checks.positive("--batch_size", batch_size)
     checks.positive("--seconds", seconds)
     if batch_size % jax.device_count():

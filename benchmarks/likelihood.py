@@ -92,20 +92,7 @@ def _alternate(call: Callable[[], Any], parts: Callable[[], Any], repetitions: i
 def measure(
     config: ConfigDict, *, num_steps: int = 1, repetitions: int = 2, workdir: str | None = None
 ) -> dict[str, Any]:
-    """Measures the likelihood next to the score and its vector-Jacobian product.
-
-    Args:
-      config: experiment configuration; its data are not read. `training.batch_size` is the batch.
-      num_steps: that the solver attempts; 0: to the end of the interval.
-      repetitions: calls of the likelihood that are timed.
-      workdir: of a trained run, or None for random parameters.
-
-    Returns:
-      What the module's docstring says, by name.
-
-    Raises:
-      ValueError: if a setting is wrong, or asks for more than one product with the Jacobian in a stage.
-    """
+    """Measures the likelihood next to the score and its vector-Jacobian product."""
     checks.not_negative("--num_steps", num_steps)
     checks.positive("--repetitions", repetitions)
     distributed.check_batch_size("--batch_size", config.training.batch_size)

@@ -180,12 +180,7 @@ def run(config: ConfigDict, workdir: str, sample_every: int) -> MeasuredProgress
 
 
 def growth(samples: dict[int, dict[str, int]]) -> dict[str, float]:
-    """Fits lines to the samples after the warm-up.
-
-    Returns:
-      Bytes, files and threads that a thousand steps add, the standard error of the first, and the most of each in the
-      first and in the last third of what is fitted.
-    """
+    """Fits lines to the samples after the warm-up."""
     kept = [step for step in samples if step > WARM_UP * max(samples)]
     steps, third = np.array(kept) / 1000, max(len(kept) // 3, 1)
     values = {name: np.array([samples[step][name] for step in kept], np.float64) for name in samples[kept[0]]}
@@ -223,11 +218,7 @@ def digits_step_seconds() -> float:
 
 
 def measure(steps: int, sample_every: int, save_every: int, workdir: str) -> dict[str, Any]:
-    """Trains, and returns all that is printed.
-
-    Raises:
-      ValueError: if there are too few steps to fit a line to.
-    """
+    """Trains, and returns all that is printed."""
     checks.positive("--sample_every", sample_every)
     checks.positive("--save_every", save_every)
     config = make_config(steps, save_every)

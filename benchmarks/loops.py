@@ -52,12 +52,6 @@ def count_convolutions(compiled: jax.stages.Compiled | str) -> Convolutions:
     """Counts the convolutions of a program inside its loops and outside of them.
 
     Convolutions with a kernel of one pixel do not count: the networks here compute them as products of matrices.
-
-    Args:
-      compiled: the program, or the text of its optimized HLO.
-
-    Raises:
-      ValueError: if the text is no HLO.
     """
     computations, entry = _parse(compiled if isinstance(compiled, str) else compiled.as_text() or "")
     if not entry:

@@ -50,13 +50,7 @@ class Seconds:
 
 
 def time_calls(call: Callable[[], Any], repetitions: int, *, warm_up: int = 1) -> Seconds:
-    """Times calls, each until its result is there.
-
-    Args:
-      call: what is timed; returns arrays.
-      repetitions: calls that count.
-      warm_up: calls before them, which do not.
-    """
+    """Times calls, each until its result is there."""
     times = []
     for _ in range(warm_up + repetitions):
         start = time.perf_counter()

@@ -52,16 +52,7 @@ FLAGS = flags.FLAGS
 
 
 def torch_settings(config: ConfigDict, *, batch_size: int, compiled: bool) -> dict[str, Any]:
-    """Returns what the torch side has to build.
-
-    Args:
-      config: experiment configuration, of an NCSN++ with the VE SDE.
-      batch_size: images of a step.
-      compiled: use torch.compile.
-
-    Raises:
-      ValueError: naming the setting that diffusers' network does not have.
-    """
+    """Returns what the torch side has to build."""
     model, size = config.model, config.data.image_size
     needed = {"model.name": "ncsnpp", "model.fir": True, "model.embedding_type": "fourier"}
     needed |= {"model.resblock_type": "biggan", "model.scale_by_sigma": True, "training.sde": "vesde"}
@@ -161,11 +152,7 @@ class TorchSide:
 
 
 def our_side(experiment: Experiment) -> tuple[dict[str, Callable[[], float]], dict[str, Any]]:
-    """Compiles our programs.
-
-    Returns:
-      By name, what runs one of them once and returns its seconds; and what the times are of.
-    """
+    """Compiles our programs."""
     start = time.perf_counter()
     compiled = {name: program[0](experiment) for name, program in train_step.PROGRAMS.items()}
     compile_seconds = time.perf_counter() - start
@@ -188,14 +175,7 @@ def our_side(experiment: Experiment) -> tuple[dict[str, Callable[[], float]], di
 def take_turns(
     ours: Callable[[], float], theirs: Callable[[], float], pairs: int, *, pause: float = PAUSE
 ) -> tuple[Seconds, Seconds]:
-    """Runs both in turn, the one that begins changing, and returns the seconds of either, pair by pair.
-
-    Args:
-      ours: runs our side once and returns its seconds.
-      theirs: the same of the other side.
-      pairs: times that each runs.
-      pause: seconds between two runs.
-    """
+    """Runs both in turn, the one that begins changing, and returns the seconds of either, pair by pair."""
     found: dict[Callable[[], float], list[float]] = {ours: [], theirs: []}
     for pair in range(pairs):
         for side in (ours, theirs) if pair % 2 == 0 else (theirs, ours):
@@ -218,21 +198,7 @@ def compare(ours: Seconds, theirs: Seconds) -> dict[str, Any]:
 def measure_peer(
     config: ConfigDict, *, batch_size: int, steps: int, torch_python: str, torch_compile: bool
 ) -> dict[str, Any]:
-    """Runs both sides in turn.
-
-    Args:
-      config: experiment configuration, which is changed; its data are not read.
-      batch_size: images of a step.
-      steps: that each side takes, as many as forward passes.
-      torch_python: interpreter of the torch side.
-      torch_compile: compile the torch side's network.
-
-    Returns:
-      Times and speed-ups, by name.
-
-    Raises:
-      ValueError: if a setting is wrong or the torch side cannot be had; nothing is compiled then.
-    """
+    """Runs both sides in turn."""
     checks.positive("--batch_size", batch_size)
     checks.positive("--steps", steps)
     settings = torch_settings(config, batch_size=batch_size, compiled=torch_compile)

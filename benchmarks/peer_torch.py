@@ -28,11 +28,7 @@ def answer(file: Any, **values: Any) -> None:
 
 
 def build_network(settings: dict[str, Any]) -> Any:
-    """Builds UNet2DModel as diffusers configures it for NCSN++ (their google/ncsnpp-celebahq-256 and its like).
-
-    Args:
-      settings: as `benchmarks.peer.torch_settings` makes them.
-    """
+    """Builds UNet2DModel as diffusers configures it for NCSN++ (their google/ncsnpp-celebahq-256 and its like)."""
     from diffusers import UNet2DModel
 
     kinds = ["Attn" if attends else "" for attends in settings["attention"]]

@@ -114,15 +114,7 @@ def least_time(work: Work, accelerator: Accelerator) -> dict[str, Any]:
 
 
 def measure_program(program: jax.stages.Traced, state_bytes: int = 0) -> dict[str, Any]:
-    """Returns operations, bytes and least times of one program.
-
-    Args:
-      program: traced.
-      state_bytes: of what it reads and writes once besides.
-
-    Raises:
-      RuntimeError: if it multiplies other numbers on one platform than on another.
-    """
+    """Returns operations, bytes and least times of one program."""
     work = {each: Work(tuple(contractions.of_program(program, each)), state_bytes) for each in PLATFORMS}
     first = work[PLATFORMS[0]]
     if any(each.flops != first.flops for each in work.values()):
@@ -138,16 +130,7 @@ def measure_program(program: jax.stages.Traced, state_bytes: int = 0) -> dict[st
 
 
 def measure_config(config: ConfigDict, *, batch_size: int, dtype: str) -> dict[str, Any]:
-    """Counts a training step and a forward pass.
-
-    Args:
-      config: experiment configuration, which is changed; its data are not read.
-      batch_size: images of a step, on one device.
-      dtype: of the features, "float32" or "bfloat16".
-
-    Raises:
-      ValueError: if a setting is wrong.
-    """
+    """Counts a training step and a forward pass."""
     checks.positive("--batch_size", batch_size)
     config.training.update(batch_size=batch_size, n_jitted_steps=1)
     config.model.dtype = dtype

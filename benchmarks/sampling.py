@@ -71,13 +71,7 @@ class Forward(NamedTuple):
 
 
 def build_forward(experiment: Experiment, params: Any, *, smooth: bool) -> Forward:
-    """Compiles the score function for a batch of `training.batch_size` images.
-
-    Args:
-      experiment: whose network it is.
-      params: of the network, on the host.
-      smooth: as of `Experiment.score_fn`.
-    """
+    """Compiles the score function for a batch of `training.batch_size` images."""
     x, t, _ = train_step.forward_inputs(experiment)
     inputs = distributed.place_copies(params), distributed.place_batch(x), distributed.place_batch(t)
     program = jax.jit(lambda params, x, t: experiment.score_fn(params, smooth=smooth)(x, t))
@@ -127,22 +121,7 @@ def _alternate(call: Callable[[], Any], forward: Forward, passes: int, repetitio
 def measure_method(
     config: ConfigDict, params: Any, forward: Forward, *, method: str, num_steps: int, repetitions: int
 ) -> dict[str, Any]:
-    """Compiles a sampler and times calls of it between forward passes.
-
-    Args:
-      config: experiment configuration; `training.batch_size` is the batch.
-      params: of the network, on the host.
-      forward: its score function alone.
-      method: one of `sampling.METHODS`.
-      num_steps: of a call, if the method has a number of steps.
-      repetitions: calls that are timed.
-
-    Returns:
-      What the module's docstring says, by name.
-
-    Raises:
-      SolverError: if a sample is NaN.
-    """
+    """Compiles a sampler and times calls of it between forward passes."""
     batch_size, is_adaptive = config.training.batch_size, method in ADAPTIVE
     # What is not a number of steps of this method stays as it is.
     chosen = _with_method(config, method, config.sampling.num_steps if is_adaptive else num_steps)
@@ -188,22 +167,7 @@ def measure(
     repetitions: int = 3,
     workdir: str | None = None,
 ) -> dict[str, Any]:
-    """Measures samplers next to the score function alone.
-
-    Args:
-      config: experiment configuration; its data are not read. `training.batch_size` is the batch.
-      methods: of `sampling.METHODS`.
-      num_steps: of a call, if the method has a number of steps; 0: for about CALL_SECONDS of forward passes.
-      repetitions: calls of each sampler that are timed.
-      workdir: of a trained run, or None for random parameters.
-
-    Returns:
-      What the module's docstring says, by name.
-
-    Raises:
-      ValueError: if a setting is wrong.
-      SolverError: if a sample is NaN.
-    """
+    """Measures samplers next to the score function alone."""
     for method in methods:
         checks.one_of("--methods", method, METHODS)
     checks.not_negative("--num_steps", num_steps)

@@ -61,18 +61,7 @@ def define_flags() -> None:
 
 
 def measure_point(config: ConfigDict, steps: int) -> dict[str, Any]:
-    """Compiles a training step and times it on random images, on all devices of this process.
-
-    Args:
-      config: experiment configuration; its data are not read.
-      steps: how many are timed; one call before them is not.
-
-    Returns:
-      Seconds of a step, images/s, and devices.
-
-    Raises:
-      ValueError: if a setting is wrong.
-    """
+    """Compiles a training step and times it on random images, on all devices of this process."""
     batch_size, jitted = config.training.batch_size, config.training.n_jitted_steps
     checks.positive("--steps", steps)
     distributed.check_batch_size("training.batch_size", batch_size)
@@ -88,15 +77,7 @@ def measure_point(config: ConfigDict, steps: int) -> dict[str, Any]:
 
 
 def run_point(arguments: Sequence[str], devices: int) -> dict[str, Any]:
-    """Measures a point in a process of its own with that many CPU devices.
-
-    Args:
-      arguments: of the command line, after `python -m benchmarks.scaling`.
-      devices: of the process.
-
-    Raises:
-      RuntimeError: with what the process wrote last, if it failed.
-    """
+    """Measures a point in a process of its own with that many CPU devices."""
     flag = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -124,21 +105,7 @@ def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float | None:
 def measure(
     arguments: Sequence[str], axes: Mapping[str, Sequence[int]], batch_size: int, own: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """Measures all points, each once.
-
-    Args:
-      arguments: of the command line, without those of a point.
-      axes: sizes by the name of the axis: "devices" and those of SETTING.
-      batch_size: where the batch is not the axis.
-      own: sizes of the configuration, which need no setting: axes meet there.
-
-    Returns:
-      For each axis its points and their `exponent`.
-
-    Raises:
-      ValueError: if a size is not positive.
-      RuntimeError: if a point could not be measured.
-    """
+    """Measures all points, each once."""
     for axis, sizes in axes.items():
         for size in sizes:
             checks.positive(axis, size)

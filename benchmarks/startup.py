@@ -58,15 +58,7 @@ def write_images(folder: Path, config: ConfigDict) -> None:
 
 
 def command(overrides: Sequence[str], folder: Path, name: str, *, batch_size: int, steps_per_call: int) -> list[str]:
-    """Returns the command of a run of one call.
-
-    Args:
-      overrides: --config and its --config.a.b=v, as they were given.
-      folder: that holds the images, and where the run gets its workdir.
-      name: of the run.
-      batch_size: images of a step.
-      steps_per_call: training steps of the call.
-    """
+    """Returns the command of a run of one call."""
     settings = {
         "data.dataset": "npz",
         "data.path": folder / "images",
@@ -82,18 +74,7 @@ def command(overrides: Sequence[str], folder: Path, name: str, *, batch_size: in
 
 
 def time_start(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
-    """Runs a command to its end and times it up to the line that tells of the first step.
-
-    Args:
-      arguments: the command.
-      environment: of its process.
-
-    Returns:
-      "seconds", from the launch to that line; and what the line says, the seconds of each phase and their "total".
-
-    Raises:
-      RuntimeError: if it fails, or tells of no step, with the last lines of its log.
-    """
+    """Runs a command to its end and times it up to the line that tells of the first step."""
     lines: list[str] = []
     found: dict[str, float] = {}
     start = time.perf_counter()
@@ -111,21 +92,7 @@ def time_start(arguments: Sequence[str], environment: dict[str, str]) -> dict[st
 
 
 def run(config: ConfigDict, overrides: Sequence[str], *, batch_size: int, steps_per_call: int) -> dict[str, Any]:
-    """Starts the run cold, then warm.
-
-    Args:
-      config: experiment configuration, for the shape of its images.
-      overrides: --config and its --config.a.b=v, as they were given.
-      batch_size: images of a step.
-      steps_per_call: training steps of a compiled call.
-
-    Returns:
-      Seconds of both starts and of their phases, by name.
-
-    Raises:
-      ValueError: if a number is not positive.
-      RuntimeError: if main.py fails.
-    """
+    """Starts the run cold, then warm."""
     checks.positive("--batch_size", batch_size)
     checks.positive("--steps_per_call", steps_per_call)
     result: dict[str, Any] = {"batch_size": batch_size, "steps_per_call": steps_per_call}

@@ -219,15 +219,7 @@ def _use_cache(settings: dict[str, Any]) -> None:
 def compile_twice(
     compile_program: Callable[[], jax.stages.Compiled], *, read: bool = True
 ) -> tuple[jax.stages.Compiled, dict[str, Any]]:
-    """Compiles a program into an empty persistent cache, and again from there with nothing left in JAX's memory.
-
-    Args:
-      compile_program: does it.
-      read: whether it is done a second time.
-
-    Returns:
-      The program, and its `compile_seconds`: "cold" and "cached", tracing included.
-    """
+    """Compiles a program into an empty persistent cache, and again from there with nothing left in JAX's memory."""
 
     def timed() -> tuple[jax.stages.Compiled, float]:
         jax.clear_caches()
@@ -253,11 +245,7 @@ def _temporaries_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 
 def time_next_to_gemm(call: Call, repetitions: int, dtype: Any) -> tuple[measuring.Seconds, list[float], Any]:
-    """Times calls, and a matrix product before each of them and after the last.
-
-    Returns:
-      Times of the calls; rates of the matrix product in operations/s; what the last call put out.
-    """
+    """Times calls, and a matrix product before each of them and after the last."""
     times: list[float] = []
     last: list[Any] = []
 
@@ -290,22 +278,7 @@ def _check(config: ConfigDict, steps: int, what: str) -> None:
 
 
 def measure(config: ConfigDict, *, steps: int, what: str = "step", read_cache: bool = True) -> dict[str, Any]:
-    """Compiles and runs training steps or forward passes on random images.
-
-    Args:
-      config: experiment configuration; its data are not read. `training.batch_size` and `training.n_jitted_steps`
-        are those that are measured.
-      steps: how many are timed; one compiled call before them is not.
-      what: "step" or "forward".
-      read_cache: whether to compile a second time, with the persistent cache.
-
-    Returns:
-      What the module's docstring says, by name; over all devices.
-
-    Raises:
-      ValueError: if a setting is wrong.
-      FloatingPointError: if the result is not finite, whose time would say nothing.
-    """
+    """Compiles and runs training steps or forward passes on random images."""
     _check(config, steps, what)
     jitted, dtype = config.training.n_jitted_steps, jnp.dtype(config.model.dtype)
     compile_program, make_call, summarize = PROGRAMS[what]

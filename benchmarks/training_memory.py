@@ -36,17 +36,7 @@ FLAGS = flags.FLAGS
 
 
 def measure(config: ConfigDict) -> dict[str, Any]:
-    """Trains a few calls on random images.
-
-    Args:
-      config: experiment configuration; its data are not read.
-
-    Returns:
-      Bytes foreseen and taken, over all devices, and the seconds of a step, by name.
-
-    Raises:
-      ValueError: if a setting is wrong.
-    """
+    """Trains a few calls on random images."""
     train_loop.check_schedule(config)
     experiment, devices, settings = build_experiment(config), distributed.device_count(), config.training
     steps = memory.compile_training(experiment)
