@@ -285,9 +285,7 @@ class _TorchReader:
         return tensors, steps.pop() if steps else 0
 
 
-def _from_torch(content: Any, leaves: list[TorchLeaf]) -> LegacyCheckpoint:
-    if not isinstance(content, Mapping):
-        raise ValueError("it holds no dictionary")
+def _from_torch(content: Mapping[Any, Any], leaves: list[TorchLeaf]) -> LegacyCheckpoint:
     model = _map(content, "model") if "model" in content else content
     if not all(isinstance(name, str) and isinstance(value, np.ndarray) for name, value in model.items()):
         raise ValueError("its model is not a dictionary of tensors")
