@@ -109,7 +109,7 @@ def _row(group: str, leaf: Leaf, tensor: Tensor | None) -> Row:
 
 def _number(value: Any, name: str, kind: type) -> Any:
     """Returns a number that a file holds as such or as an array without axes."""
-    if isinstance(value, np.ndarray) and value.ndim == 0:
+    if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0:
         value = value.item()
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not whole):

@@ -147,7 +147,7 @@ def _check_pickle(data: bytes) -> int:
     The unpickler allocates what an instruction announces, and the memo up to its largest index.
     """
     previous, shared, length = "", 0, 0
-    plain = set()  # indices of stored values that are no tuples
+    plain: set[int] = set()  # indices of stored values that are no tuples
     argument: Any
     for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
         if opcode.proto > 2 or opcode.name == "DUP":

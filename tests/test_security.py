@@ -180,7 +180,7 @@ LAUGHS = pickle.EMPTY_TUPLE + b"".join(
         (b"\x96" + struct.pack("<q", 2**28), "but only 1 remain"),
         (b"\x96" + struct.pack("<q", 1) + b"x", "its instruction BYTEARRAY8 is not one that torch.save writes"),
     ],
-    ids=["default", "class", "key", "ordered", "call", "append", "entries", "again", "long", "memo", "bytes", "protocol"],
+    ids=["defaults", "class", "key", "ordered", "call", "append", "item", "again", "long", "memo", "bytes", "proto"],
 )  # fmt: skip
 def test_a_pickle_can_do_only_what_tensors_need(tmp_path, content, message):
     path = tmp_path / "file.pth"
@@ -196,17 +196,20 @@ def test_a_pickle_can_do_only_what_tensors_need(tmp_path, content, message):
 @pytest.mark.parametrize(
     "content",
     [
-        b"\xdd\x00\x0f\xff\xff" * 400 + b"\x01" * MIB,  # lists in lists, a million entries announced by each
+        b"\xdd\x00\x0f\xff\xff" * 400 + b"\x01" * MIB,  # lists in lists, announced but not there
         b"\x81\xa1x" * 500 + b"\x01",  # maps in maps
         msgpack.packb({str(i): [0] * 4000 for i in range(300)}),
     ],
     ids=["lists", "maps", "entries"],
 )
 def test_msgpack_takes_no_memory_for_what_it_announces(tmp_path, content):
+    """What is all there may be read: it takes memory in proportion to the file."""
     (tmp_path / "checkpoint_3").write_bytes(content)
-    peak, told = peak_of(read_msgpack, tmp_path / "checkpoint_3")
-    assert "checkpoint_3 is damaged or no msgpack file of Flax" in told
-    assert peak < 32 * MIB
+    tracemalloc.start()
+    with contextlib.suppress(ValueError):
+        read_msgpack(tmp_path / "checkpoint_3")
+    assert tracemalloc.get_traced_memory()[1] < 32 * MIB
+    tracemalloc.stop()
 
 
 # --- archives and arrays ---------------------------------------------------------------------------------------------

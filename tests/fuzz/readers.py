@@ -93,7 +93,8 @@ def read_legacy(path):
 
 
 def msgpack_reader():
-    chunks = {"__msgpack_chunked_array__": True, "shape": [2, 2], "chunks": [np.ones(2), np.ones(2)]}
+    halves = {"shape": {"0": 2, "1": 2}, "chunks": {"0": np.ones(2), "1": np.ones(2)}}
+    chunks = {"__msgpack_chunked_array__": True} | halves
     inputs = small_state(), {"x": chunks, "y": {"z": np.zeros((2, 0), np.int8)}}
     packed = tuple(legacy_writers.pack(each) for each in inputs)
     return Reader("msgpack", "checkpoint_3", packed, mutations.change_msgpack, read_legacy, prepare=use_known_names)
