@@ -19,7 +19,6 @@ from tqdm import tqdm
 import distributed
 from files import Appender, write_bytes
 from plots import LOSSES_FILE, read_record
-from runtime.event_file import EventFile
 
 Item = TypeVar("Item")
 
@@ -46,6 +45,8 @@ class TrainingProgress:
         self._step, self._since = first_step, time.monotonic()
         if not self._active:
             return
+        from runtime.event_file import EventFile  # lazily: tensorboardX imports torch where that is installed
+
         self._path = Path(workdir) / LOSSES_FILE
         self._forget_after(first_step)
         self._file = Appender(self._path)

@@ -15,13 +15,14 @@ import optax
 import pytest
 import tiny
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 from test_checkpoints import assert_equal, make_state, open_checkpoints
 
 import files
 import losses
 from checkpoints import CheckpointError
 from runtime import event_file
-from sources.tfrecord import find_records, masked_crc32c
+from sources.tfrecord import find_records
 
 # --- what the system refuses -----------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import legacy_writers
 import numpy as np
 import tiny
 from PIL import Image
+from tensorboardX.record_writer import masked_crc32c
 
 import files
 import legacy
@@ -162,7 +163,7 @@ def pack_folder(folder):
 
 def frame(data, length):
     header = struct.pack("<Q", length)
-    return header + struct.pack("<I", tfrecord.masked_crc32c(header)) + data + bytes(4)
+    return header + struct.pack("<I", masked_crc32c(header)) + data + bytes(4)
 
 
 def example(shape):
