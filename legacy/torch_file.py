@@ -1,7 +1,7 @@
 """Read files of `torch.save` without PyTorch and without running what is in them.
 
-A pickle may name any function. This reader knows the names that tensors and optimizers with numpy numbers need, each
-with a stand-in of its own, and stops at any other name.
+A pickle may name any function. This reader knows the names that tensors and optimizers need, each with a stand-in of
+its own, and stops at any other name.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 import guards
 
 MAX_PICKLE_BYTES = 2**23  # names and shapes need a tenth of this; the values are stored beside the pickle
-MAX_NUMBER_BYTES = 64
-MAX_SHARED_TUPLES = 16  # references to earlier tuples: each may double the time to hash a key
+MAX_SHARED_TUPLES = 4  # references to earlier tuples: each may double the time to hash a key
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001  # start of files of PyTorch before 1.6
-NO_TUPLES = ("GLOBAL", "BINUNICODE", "EMPTY_DICT", "EMPTY_LIST", "REDUCE")  # instructions that never make one
+# Instructions that never make a tuple.
+NO_TUPLES = ("GLOBAL", "BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "EMPTY_DICT", "EMPTY_LIST", "REDUCE")
 ZIP_START, LEGACY_START = b"PK\x03\x04", b"\x80\x02\x8a\x0a"
 
 _ERRORS = (
@@ -60,32 +60,10 @@ def _rebuild_parameter(data: Any, *unused: Any) -> np.ndarray:
 
 
 class _Dict(dict[Any, Any]):
-    """An OrderedDict; the attributes of one, such as the versions in a state_dict, are dropped."""
+    """An OrderedDict without its attributes, such as the versions in a state_dict."""
 
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-class _NumpyType:
-    """A type of numpy: the pickle gives its name, then its byte order."""
-
-    def __init__(self, name: Any, *unused: Any) -> None:
-        self.dtype = np.dtype({"f4": "<f4", "f8": "<f8", "i4": "<i4", "i8": "<i8", "b1": "?"}[name])
-
-    def __setstate__(self, state: Any) -> None:
-        if state[1] not in ("<", "|"):
-            raise ValueError("the byte order of a numpy number is not little-endian")
-
-
-def _numpy_scalar(kind: Any, data: Any) -> np.ndarray:
-    return np.frombuffer(data, kind.dtype, count=1).reshape(())
-
-
-def _encode(text: Any, encoding: Any) -> bytes:
-    """Decode the bytes of a number: the second pickle protocol has only text."""
-    if encoding != "latin1" or len(text) > MAX_NUMBER_BYTES:
-        raise ValueError("the bytes of a number are malformed")
-    return text.encode("latin1")
 
 
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -93,10 +71,11 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("numpy", "dtype"): _NumpyType,
-    ("numpy.core.multiarray", "scalar"): _numpy_scalar,
-    ("numpy._core.multiarray", "scalar"): _numpy_scalar,
-    ("_codecs", "encode"): _encode,
+    # Numbers of numpy, with their types and bytes: learning rates, which are not needed.
+    ("numpy", "dtype"): lambda *unused: _Dict(),
+    ("numpy.core.multiarray", "scalar"): lambda *unused: None,
+    ("numpy._core.multiarray", "scalar"): lambda *unused: None,
+    ("_codecs", "encode"): lambda *unused: None,
 }
 _STORAGES = {
     "FloatStorage": "<f4",
@@ -242,7 +221,7 @@ def is_torch_file(start: bytes) -> bool:
 
 
 def read_torch(path: str | Path) -> dict[Any, Any]:
-    """Read a file of `torch.save` that holds a dictionary of dictionaries, lists, numbers, and tensors as numpy arrays.
+    """Read a file of `torch.save` that holds a dictionary: lists, Python's numbers, and tensors as numpy arrays.
 
     Raises:
       ValueError: naming the file, if it is damaged, no such file, or asks for anything else.
