@@ -110,7 +110,7 @@ def _row(group: str, leaf: Leaf, tensor: Tensor | None) -> Row:
 
 def _number(value: Any, name: str, kind: type) -> Any:
     """Returns a number that a file holds as such or as an array without axes."""
-    if isinstance(value, np.ndarray) and value.ndim == 0:
+    if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0:
         value = value.item()
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not whole):
@@ -286,9 +286,7 @@ class _TorchReader:
         return tensors, steps.pop() if steps else 0
 
 
-def _from_torch(content: Any, leaves: list[TorchLeaf]) -> LegacyCheckpoint:
-    if not isinstance(content, Mapping):
-        raise UserError("it holds no dictionary")
+def _from_torch(content: Mapping[Any, Any], leaves: list[TorchLeaf]) -> LegacyCheckpoint:
     model = _map(content, "model") if "model" in content else content
     if not all(isinstance(name, str) and isinstance(value, np.ndarray) for name, value in model.items()):
         raise UserError("its model is not a dictionary of tensors")

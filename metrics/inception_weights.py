@@ -40,7 +40,7 @@ def torch_layer(layer: str, part: str) -> str:
 
 def _read_pth(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     state = read_torch(path)
-    if not isinstance(state, Mapping) or not all(isinstance(value, np.ndarray) for value in state.values()):
+    if not all(isinstance(value, np.ndarray) for value in state.values()):
         raise UserError(f"{path} holds no dictionary of tensors; expected pt_inception-2015-12-05-6726825d.pth")
     return params_from_torch(state, shapes, torch_layer)
 

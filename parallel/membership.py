@@ -1,29 +1,27 @@
-"""A process among those of a run: how they meet, tell each other what went wrong, and end together.
+"""A process among those of a run: how they meet, report errors to each other, and end together.
 
 Everything goes through the coordination service of `jax.distributed`, which process 0 hosts: a table of small strings
-that all processes share, and heartbeats. It needs no device: who waits here holds up no collective.
+that all processes share, and heartbeats. It needs no device: a process that waits here blocks no collective.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import json
 import os
 import socket
 import sys
 import threading
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import logging
 from jax._src import distributed as jax_distributed  # the table of strings has no public name; Orbax does the same
 
 from errors import UserError
-from parallel.cluster import Place
-from parallel.farewell import Farewell
+from parallel.cluster import Place, check_address
 
 START_SECONDS = 300  # that processes wait for each other at the start
 HEARTBEAT_SECONDS = 30  # after which a silent process counts as dead
@@ -33,22 +31,20 @@ POLL_SECONDS = 1.0
 SLICE_SECONDS = 5.0  # of a wait for another process
 EXIT_FAILED = 1
 _STOPPED, _HEARD, _ENDED = "score_sde/stopped", "score_sde/heard/", "score_sde/ended/"
-_WAY_OUT = (
-    "What was complete is kept: mend the cause and start all processes again with the same commands; training goes on "
-    "from the newest checkpoint, an evaluation from what it has measured"
-)
 
 
 def _connect(place: Place, seconds: float) -> None:
-    """Returns once process 0 listens.
+    """Return once process 0 listens.
 
     Raises:
       UserError: if it does not in time.
     """
+    assert place.coordinator_address is not None
     deadline = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection(place.host_and_port, timeout=max(deadline - time.monotonic(), 0.1)).close()
+            address = check_address(place.coordinator_address)
+            socket.create_connection(address, timeout=max(deadline - time.monotonic(), 0.1)).close()
             return
         except OSError as error:  # a host name may become known later, too
             reason = error.strerror or str(error)
@@ -59,6 +55,30 @@ def _connect(place: Place, seconds: float) -> None:
                 "see that the port is free there and no firewall closes it"
             )
         time.sleep(min(POLL_SECONDS, max(deadline - time.monotonic(), 0.1)))
+
+
+def _initialize(place: Place | None, seconds: float) -> None:
+    """Start `jax.distributed`, which ends the process from C++ if the others do not come in time."""
+    limits: dict[str, Any] = {
+        "initialization_timeout": int(seconds),
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": END_SECONDS,
+    }
+    logging.info("%s: waiting up to %g s for the others", place or "a worker of a pod of TPUs", seconds)
+    if place is None:
+        jax.distributed.initialize(**limits)
+        return
+    if place.process_id and place.coordinator_address:
+        _connect(place, seconds)
+    jax.distributed.initialize(
+        place.coordinator_address,
+        place.num_processes,
+        place.process_id,
+        # An empty list, unlike None, is all devices under every detection method.
+        None if "JAX_LOCAL_DEVICE_IDS" in os.environ else list(place.local_device_ids),
+        cluster_detection_method=place.detection,
+        **limits,
+    )
 
 
 class Membership:
@@ -74,47 +94,13 @@ class Membership:
     """
 
     def __init__(self, place: Place | None, *, start_seconds: float, preemptible: bool):
-        name = f"process {place.process_id} of {place.num_processes}" if place else "this worker of a pod"
-        self._farewell = Farewell(
-            f"score_sde: {name} did not meet the others{f' at {place.coordinator_address}' if place else ''} within "
-            f"{start_seconds:g} s; start all of them, each with its own id and all with the same number of processes"
-        )
-        try:
-            self._start(place, start_seconds, preemptible)
-        except BaseException:
-            self._farewell.cancel()
-            raise
+        jax.config.update("jax_enable_preemption_service", preemptible)
+        _initialize(place, start_seconds)
         self.index, self.count = jax.process_index(), jax.process_count()
-        self._farewell.change(
-            f"score_sde: process {self.index} of {self.count} has ended in the middle of its work: it was killed, or "
-            f"JAX ended it (as said above) since another process died or cannot be reached. {_WAY_OUT}"
-        )
         self._stopping, self._ended = threading.Lock(), threading.Event()
         self._watch = threading.Thread(target=self._watch_for_errors, name="watch", daemon=True)
         self._watch.start()
         atexit.register(self.end)
-
-    @staticmethod
-    def _start(place: Place | None, start_seconds: float, preemptible: bool) -> None:
-        jax.config.update("jax_enable_preemption_service", preemptible)
-        start = functools.partial(
-            jax.distributed.initialize,
-            initialization_timeout=int(start_seconds),
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=END_SECONDS,
-        )
-        if place is None:
-            start()
-            return
-        if place.process_id:
-            _connect(place, start_seconds)
-        start(
-            place.coordinator_address,
-            place.num_processes,
-            place.process_id,
-            None if place.local_device_ids is None else list(place.local_device_ids),
-            cluster_detection_method="deactivate",
-        )
 
     @property
     def _client(self) -> jax_distributed._jax.DistributedRuntimeClient:
@@ -125,11 +111,11 @@ class Membership:
     # --- strings for all -------------------------------------------------------------------------------------------
 
     def publish(self, key: str, value: str) -> None:
-        """Lets every process know a string; a key is used once."""
+        """Publish a string to every process; a key is used once."""
         self._client.key_value_set(f"score_sde/{key}", value)
 
     def wait_for(self, key: str) -> str:
-        """Waits until a process has published a string, and returns it; ends with the run if one of them dies."""
+        """Wait until a process has published a string, and return it; end with the run if a process dies."""
         while True:
             try:  # in slices, between which Ctrl-C comes through
                 return str(self._client.blocking_key_value_get(f"score_sde/{key}", int(1000 * SLICE_SECONDS)))
@@ -140,7 +126,7 @@ class Membership:
     # --- errors ----------------------------------------------------------------------------------------------------
 
     def _first_error(self) -> tuple[int, str] | None:
-        """Returns the process that stopped first, and why; None if none has."""
+        """Return the process that stopped first, and why; None if none has."""
         try:
             process, message = json.loads(self._client.key_value_try_get(_STOPPED))
         except jax.errors.JaxRuntimeError:  # there is none, or the service has gone, which JAX acts on itself
@@ -154,7 +140,7 @@ class Membership:
                 self._leave(EXIT_FAILED)
 
     def stop(self, message: str, code: int = EXIT_FAILED) -> NoReturn:
-        """Ends this process and lets all others end with the message, within seconds, wherever they wait."""
+        """End this process and, within seconds, all others with the message, wherever they wait."""
         if not self._stopping.acquire(blocking=False):
             time.sleep(2 * STOP_SECONDS)  # the other thread ends the process
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
@@ -162,14 +148,14 @@ class Membership:
         self._leave(code)
 
     def first_error(self, seconds: float) -> tuple[int, str] | None:
-        """Returns the process that stopped first, and why, giving it some time to say so; None if none does."""
+        """Return the process that stopped first, and why, waiting for it to say so; None if none does."""
         deadline = time.monotonic() + seconds
         while not (error := self._first_error()) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 4)
         return error
 
     def _leave(self, code: int) -> NoReturn:
-        """Ends this process, process 0 only when all others have heard why: its end would end them without a word."""
+        """End this process; process 0 only when all others have heard why, since they end with it."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"{_HEARD}{self.index}", "")
             deadline = time.monotonic() + STOP_SECONDS
@@ -177,7 +163,6 @@ class Membership:
                 if len(self._client.key_value_dir_get(_HEARD)) >= self.count:
                     break
                 time.sleep(POLL_SECONDS / 4)
-        self._farewell.cancel()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)  # the way out of Python would wait for those that are gone
@@ -185,7 +170,7 @@ class Membership:
     # --- end -------------------------------------------------------------------------------------------------------
 
     def end(self) -> None:
-        """Waits for the others and leaves the run; called when Python ends."""
+        """Wait for the others and leave the run; called when Python ends."""
         if self._ended.is_set():
             return
         self._client.key_value_set(f"{_ENDED}{self.index}", "")
@@ -193,9 +178,4 @@ class Membership:
             time.sleep(POLL_SECONDS / 4)
         self._ended.set()
         self._watch.join()
-        self._farewell.change(
-            f"score_sde: process {self.index} of {self.count} was done, but another was not within {END_SECONDS} s, "
-            f"or has died. {_WAY_OUT}"
-        )
         jax.distributed.shutdown()
-        self._farewell.cancel()

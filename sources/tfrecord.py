@@ -27,9 +27,7 @@ from storage.files import content_hash
 
 HEADER = struct.Struct("<QI")  # length of the data in bytes, checksum of those eight bytes
 FOOTER_BYTES = 4  # checksum of the data
-CASTAGNOLI = 0x82F63B78  # polynomial of CRC-32C, bits reversed
 MAX_RECORD_BYTES = 2**28  # 8192 x 8192 pixels in colour: of a record that claims more no image is made
-MASK = 0xA282EAD8  # TFRecord files store rotated checksums plus this, in case the data hold checksums too
 
 
 @dataclass(frozen=True)
@@ -138,6 +136,8 @@ def find_records(path: str, size: int, modified: int) -> Int64[np.ndarray, "n 2"
     Raises:
       UserError: if it is not a whole .tfrecords file.
     """
+    from tensorboardX.record_writer import masked_crc32c  # lazily: it imports torch where that is installed
+
     extents = array.array("q")  # a list would take ten times the memory of the shortest records
     position = 0
     with open(path, "rb", buffering=0) as file:
@@ -157,20 +157,6 @@ def find_records(path: str, size: int, modified: int) -> Int64[np.ndarray, "n 2"
     if not extents:
         raise UserError(f"{path} is empty; get it anew")
     return np.frombuffer(extents, np.int64).reshape(-1, 2)
-
-
-def masked_crc32c(data: bytes) -> int:
-    """Returns the checksum of TFRecord files: CRC-32C (RFC 3720, B.4), rotated by 15 bits, plus a constant.
-
-    Bit by bit: fit for lengths, not for images.
-    """
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (CASTAGNOLI if crc & 1 else 0)
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + MASK) & 0xFFFFFFFF
 
 
 def decode_image(record: bytes) -> UInt8[np.ndarray, "H W C"]:

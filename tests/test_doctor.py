@@ -124,7 +124,7 @@ def test_processes_of_a_scheduler_are_told(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "80")
     text = found(inventory.find_devices(), "processes").text
-    assert text == "4 by Open MPI; this is number 3, number 0 is at 127.0.0.1:80"
+    assert text == "process 3 of 4, with process 0 at 127.0.0.1:80 (by Open MPI)"
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")
     assert found(inventory.find_devices(), "processes").state == WARNING
 

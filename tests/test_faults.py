@@ -15,10 +15,11 @@ import optax
 import pytest
 import tiny
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 from test_checkpoints import assert_equal, make_state, open_checkpoints
 
 import losses
-from sources.tfrecord import find_records, masked_crc32c
+from sources.tfrecord import find_records
 from storage import files
 from workdir import event_file
 from workdir.checkpoints import CheckpointError

@@ -136,9 +136,7 @@ def test_a_process_killed_in_training_leaves_its_checkpoints(tmp_path):
         assert time.monotonic() - killed < SECONDS
         assert codes[0] in (1, -signal.SIGABRT)
         assert codes[1] == -signal.SIGKILL
-        time.sleep(0.5)  # the last words
-        assert "start" in run.text(0).splitlines()[-1]
-        assert "What was complete is kept" in run.text(0).splitlines()[-1] or "is gone" in run.text(0)
+        assert "another task died" in run.text(0) or "is gone" in run.text(0)
     assert any((tmp_path / "checkpoints-meta").iterdir())
     with_freq = {"snapshot_freq": 12, "template": build_experiment(tiny.make_config()).state_template()}
     with Checkpoints(tmp_path, **with_freq, read_only=True) as checkpoints:
@@ -158,10 +156,8 @@ def test_the_end_of_one_process_ends_the_other(alone, tmp_path, victim, seconds)
         codes = run.codes()
         assert time.monotonic() - killed < seconds
         assert codes[victim] == -signal.SIGKILL
-        assert codes[1 - victim] == -signal.SIGABRT  # JAX's way; what it says comes before the last words
-        time.sleep(0.5)
-        for i in (0, 1):
-            assert run.text(i).splitlines()[-1].startswith(f"score_sde: process {i} of 2 has ended in the middle")
+        assert codes[1 - victim] == -signal.SIGABRT  # JAX's way
+        assert "another task died; see the other task logs" in run.text(1 - victim)
 
 
 def environ_of_slurm(i):
@@ -197,7 +193,7 @@ def test_an_error_of_one_process_ends_both_with_its_message(alone, tmp_path, env
         assert run.text(0).strip().splitlines()[-1].startswith("score_sde: checkpoint 3 is not in")
         assert "checkpoint 3 is not in" in run.text(1).strip().splitlines()[-1]
         assert "process 0 stopped" in run.text(1)
-        assert "has ended in the middle" not in run.text(0) + run.text(1)
+        assert "another task died" not in run.text(0) + run.text(1)
 
 
 @pytest.mark.exhaustive
@@ -214,9 +210,8 @@ def test_processes_of_different_settings_are_refused(tmp_path):
 def test_process_0_alone_says_what_it_waited_for(tmp_path):
     with Processes(tiny.command("train", tmp_path, "--start_seconds=3"), tmp_path, started=1) as run:
         assert run.codes() == [-signal.SIGABRT]
-        time.sleep(0.5)
-        last = run.text(0).splitlines()[-1]
-        assert last.startswith(f"score_sde: process 0 of 2 did not meet the others at 127.0.0.1:{run.port} within 3 s")
+        expected = f"process 0 of 2, with process 0 at 127.0.0.1:{run.port}: waiting up to 3 s for the others"
+        assert expected in run.text(0)
 
 
 MODES = {

@@ -91,7 +91,7 @@ def test_other_files_are_refused(small, tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(ValueError, match=r"text.pth cannot be read as a checkpoint of PyTorch"):
         convert_weights(tmp_path / "text.pth")
-    legacy_writers.write_zip(tmp_path / "list.pth", [1, 2])
+    legacy_writers.write_zip(tmp_path / "list.pth", {"x": [1, 2]})
     with pytest.raises(ValueError, match=r"list.pth holds no dictionary of tensors; expected pt_inception-2015"):
         convert_weights(tmp_path / "list.pth")
 

@@ -1,6 +1,7 @@
 """One writer in a folder, and a folder that vanishes."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -58,7 +59,7 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
 
 def test_a_lock_is_not_lost_to_one_who_opened_the_file_before_it_was_removed(tmp_path, monkeypatch):
     """The holder may remove the file between our opening and locking it: what we then lock is nobody's."""
-    flock, calls = locks.fcntl.flock, []
+    flock, calls = fcntl.flock, []
 
     def flock_after_removal(descriptor, operation):
         if not calls:
@@ -66,7 +67,7 @@ def test_a_lock_is_not_lost_to_one_who_opened_the_file_before_it_was_removed(tmp
         calls.append(operation)
         flock(descriptor, operation)
 
-    monkeypatch.setattr(locks.fcntl, "flock", flock_after_removal)
+    monkeypatch.setattr(fcntl, "flock", flock_after_removal)
     with locks.hold(tmp_path):
         assert len(calls) == 2
         with pytest.raises(locks.LockedError):
@@ -77,7 +78,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
     def refuse(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with locks.hold(tmp_path):
         assert "knows no locks: see that no other run writes there" in caplog.text
 

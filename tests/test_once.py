@@ -62,7 +62,7 @@ def test_an_error_reaches_all(wire):
     def fail():
         raise FileNotFoundError("no such checkpoint")
 
-    with pytest.raises(ValueError, match="no such checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         once(fail)
     assert once(lambda: 1) == 1  # and the next one is decided as ever
     wire.play(1)

@@ -1,7 +1,7 @@
-"""The files that TensorBoard reads, written without a thread: one that fails on a full disk would stop the training.
+"""The files that TensorBoard reads.
 
-tensorboardX makes the records; its own writer hands them to a thread through a queue of ten, and once that thread has
-died of an error the next record waits for ever.
+tensorboardX makes the records. Its own writer hands them to a thread; once that thread has died of a full disk, the
+next record waits for ever. Here they are appended without a thread; what does not fit is written when there is room.
 """
 
 from __future__ import annotations
@@ -20,25 +20,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from storage.files import Appender
 
-VERSION = "brain.Event:2"  # what TensorBoard expects in the first record of a file
 PREFIX = "events.out.tfevents."
-
-
-def _stamp(folder: Path) -> int:
-    """Returns the seconds in a new file's name: later than those of every other, also if the clock went back.
-
-    TensorBoard reads the files of a run in the order of their names.
-    """
-    stamps = [path.name.removeprefix(PREFIX).partition(".")[0] for path in folder.glob(f"{PREFIX}*")]
-    return max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdecimal())])
-
-
-def _frame(record: bytes) -> bytes:
-    """Returns a record as TFRecord files hold it: its length and content, each with its checksum."""
-    length = struct.pack("<Q", len(record))
-    return b"".join(
-        [length, struct.pack("<I", masked_crc32c(length)), record, struct.pack("<I", masked_crc32c(record))]
-    )
 
 
 class EventFile:
@@ -46,29 +28,34 @@ class EventFile:
 
     Args:
       folder: that TensorBoard reads, with the files of earlier runs.
-      first_step: what earlier runs recorded from this step on is not to be shown.
+      first_step: TensorBoard drops what earlier runs recorded from this step on.
     """
 
     def __init__(self, folder: str | Path, *, first_step: int):
         folder = Path(folder)
-        self._file = Appender(folder / f"{PREFIX}{_stamp(folder)}.{socket.gethostname()}.{os.getpid()}")
+        # TensorBoard reads files in the order of their names: stay behind earlier ones even if the clock went back.
+        stamps = [path.name.removeprefix(PREFIX).partition(".")[0] for path in folder.glob(f"{PREFIX}*")]
+        stamp = max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdecimal())])
+        self._file = Appender(folder / f"{PREFIX}{stamp}.{socket.gethostname()}.{os.getpid()}")
         self._wall_time = 0.0
-        self._write(Event(file_version=VERSION))
+        self._write(Event(file_version="brain.Event:2"))
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def _write(self, event: Event) -> None:
         # TensorBoard takes the order of wall times for that of the records.
         self._wall_time = event.wall_time = max(time.time(), self._wall_time)
-        self._file.append(_frame(event.SerializeToString()))
+        record = event.SerializeToString()
+        parts = (struct.pack("<Q", len(record)), record)  # as TFRecord files hold them, each with its checksum
+        self._file.append(b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in parts))
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Records a value at a step."""
+        """Record a value at a step."""
         self._write(Event(step=step, summary=summary.scalar(name, value)))
 
     def add_image(self, name: str, image: UInt8[np.ndarray, "H W C"], step: int) -> None:
-        """Records an image at a step."""
+        """Record an image at a step."""
         self._write(Event(step=step, summary=summary.image(name, image, dataformats="HWC")))
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from parallel import distributed
 from report.plots import LOSSES_FILE, read_record
 from storage.files import Appender, write_bytes
-from workdir.event_file import EventFile
 
 Item = TypeVar("Item")
 
@@ -46,6 +45,8 @@ class TrainingProgress:
         self._step, self._since = first_step, time.monotonic()
         if not self._active:
             return
+        from workdir.event_file import EventFile  # lazily: tensorboardX imports torch where that is installed
+
         self._path = Path(workdir) / LOSSES_FILE
         self._forget_after(first_step)
         self._file = Appender(self._path)

@@ -128,8 +128,7 @@ def _find_processes(environ: Mapping[str, str]) -> Finding:
     except ValueError as error:
         return Finding("devices", "processes", WARNING, str(error))
     if place:
-        text = f"{place.num_processes} by {place.found_by}; this is number {place.process_id}, "
-        text += f"number 0 is at {place.coordinator_address}"
+        text = f"{place} (by {place.found_by})"
     elif is_tpu_worker(environ):
         text = "JAX looks for the other workers of a TPU pod"
     else:

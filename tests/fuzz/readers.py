@@ -15,6 +15,7 @@ import legacy_writers
 import numpy as np
 import tiny
 from PIL import Image
+from tensorboardX.record_writer import masked_crc32c
 
 import legacy
 import losses
@@ -92,7 +93,8 @@ def read_legacy(path):
 
 
 def msgpack_reader():
-    chunks = {"__msgpack_chunked_array__": True, "shape": [2, 2], "chunks": [np.ones(2), np.ones(2)]}
+    halves = {"shape": {"0": 2, "1": 2}, "chunks": {"0": np.ones(2), "1": np.ones(2)}}
+    chunks = {"__msgpack_chunked_array__": True} | halves
     inputs = small_state(), {"x": chunks, "y": {"z": np.zeros((2, 0), np.int8)}}
     packed = tuple(legacy_writers.pack(each) for each in inputs)
     return Reader("msgpack", "checkpoint_3", packed, mutations.change_msgpack, read_legacy, prepare=use_known_names)
@@ -160,7 +162,7 @@ def pack_folder(folder):
 
 def frame(data, length):
     header = struct.pack("<Q", length)
-    return header + struct.pack("<I", tfrecord.masked_crc32c(header)) + data + bytes(4)
+    return header + struct.pack("<I", masked_crc32c(header)) + data + bytes(4)
 
 
 def example(shape):
