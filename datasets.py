@@ -25,9 +25,7 @@ from sources.digits import load_digits
 from sources.folder import Rules, load_folder
 from sources.npz import load_npz_split
 from sources.pictures import RESIZE, Fit
-from sources.tfds import TfdsSource, load_celeba, load_lsun, load_tfds, scene_name
-from sources.tfds_any import PREFIX, load_any
-from sources.tfds_cache import keep
+from sources.tfds import PREFIX, TfdsSource, keep, load_any, load_celeba, load_lsun, load_tfds, scene_name
 from sources.tfrecord import load_tfrecord
 from storage.files import content_hash
 
