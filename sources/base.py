@@ -20,16 +20,11 @@ class Source(abc.ABC):
     """Random access to the images of one split. A new data set is a subclass with `__len__` and `images`.
 
     Override the other members where their defaults do not hold, and add a line to `datasets.SOURCES`.
-
-    Attributes:
-      num_levels: levels of a pixel value.
-      num_classes: classes of the labels; 0: the images have no labels.
-      preparation: what was done to the stored images, for reports.
     """
 
-    num_levels: int = 256
-    num_classes: int = 0
-    preparation: str = AS_STORED
+    num_levels: int = 256  # levels of a pixel value
+    num_classes: int = 0  # classes of the labels; 0: the images have no labels
+    preparation: str = AS_STORED  # what was done to the stored images, for reports
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -53,20 +48,14 @@ class Source(abc.ABC):
 
 @dataclass(frozen=True)
 class ArraySource(Source):
-    """The images of an array, in memory or memory-mapped.
+    """The images of an array, in memory or memory-mapped."""
 
-    Attributes:
-      levels: uint8[N, H, W, C].
-      classes: labels of the images, int64[N].
-      content: SHA-256 of what the images come from; empty: hash the array itself.
-    """
-
-    levels: np.ndarray
-    classes: np.ndarray
+    levels: np.ndarray  # uint8[N, H, W, C]
+    classes: np.ndarray  # labels of the images, int64[N]
     num_levels: int = 256
     num_classes: int = 0
     preparation: str = AS_STORED
-    content: str = ""
+    content: str = ""  # SHA-256 of what the images come from; empty: hash the array itself
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -73,18 +73,11 @@ def check_room(num_bytes: int) -> None:
 
 
 def write_images(
-    path: Path | None,
-    num_images: int,
-    shape: tuple[int, int, int],
-    read: Callable[[int, int], np.ndarray],
+    path: Path | None, num_images: int, shape: tuple[int, int, int], read: Callable[[int, int], np.ndarray]
 ) -> None:
-    """Read all images in batches and write an .npy file of them.
+    """Read all images in batches and write an .npy file of uint8[num_images, *shape]; without `path` only read them.
 
-    Args:
-      path: of the file; None: only read them, to see which are readable.
-      num_images: N.
-      shape: (H, W, C).
-      read: (start, stop) -> uint8[stop - start, H, W, C].
+    `read` maps (start, stop) to uint8[stop - start, H, W, C].
     """
     batch = max(1, min(BATCH_BYTES // math.prod(shape), 1024))
     if path:

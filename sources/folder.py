@@ -31,21 +31,13 @@ VERSION = "1"  # part of the cache's keys: increase it when the preparation of p
 
 @dataclass(frozen=True)
 class Rules:
-    """How the pictures of a data set are prepared.
+    """How the pictures of a data set are prepared."""
 
-    Attributes:
-      fit: the shape they are brought to, and how.
-      num_levels: of the result.
-      strict: refuse a data set with an unusable picture instead of leaving the picture out.
-      test_share: fraction of the pictures to test on, if no folders are splits.
-      cache_gib: the largest size of prepared images to keep, in GiB.
-    """
-
-    fit: Fit
-    num_levels: int
-    strict: bool = False
-    test_share: float = 0.1
-    cache_gib: float = 16.0
+    fit: Fit  # the shape they are brought to, and how
+    num_levels: int  # of the result
+    strict: bool = False  # refuse a data set with an unusable picture instead of leaving the picture out
+    test_share: float = 0.1  # fraction of the pictures to test on, if no folders are splits
+    cache_gib: float = 16.0  # the largest size of prepared images to keep, in GiB
 
 
 def read_levels(pictures: PictureFiles, name: str, rules: Rules) -> tuple[np.ndarray, str]:
@@ -82,23 +74,14 @@ def _fill(folder: Path, pictures: PictureFiles, rules: Rules, keep: bool) -> Non
 
 @dataclass(frozen=True)
 class Prepared:
-    """The decoded pictures of a folder or .zip file.
+    """The decoded pictures of a folder or .zip file."""
 
-    Attributes:
-      pictures: the files.
-      rules: how they were prepared.
-      key: SHA-256 of names, contents and rules.
-      folder: of the cache.
-      digests: SHA-256 of the content of each file, empty for an unusable one.
-      problems: {name of an unusable picture: why}.
-    """
-
-    pictures: PictureFiles
-    rules: Rules
-    key: str
-    folder: Path
-    digests: np.ndarray
-    problems: dict[str, str]
+    pictures: PictureFiles  # the files
+    rules: Rules  # how they were prepared
+    key: str  # SHA-256 of names, contents and rules
+    folder: Path  # of the cache
+    digests: np.ndarray  # SHA-256 of the content of each file, empty for an unusable one
+    problems: dict[str, str]  # {name of an unusable picture: why}
 
     @functools.cached_property
     def splits(self) -> dict[str, str]:
@@ -166,19 +149,12 @@ def prepare(path: Path, rules: Rules) -> Prepared:
 
 @dataclass(frozen=True)
 class PictureSource(Source):
-    """Pictures that are decoded whenever they are read.
+    """Pictures that are decoded whenever they are read."""
 
-    Attributes:
-      pictures: the files.
-      rules: how they are prepared.
-      classes: labels of the pictures.
-      key: SHA-256 of names, contents and rules.
-    """
-
-    pictures: PictureFiles
-    rules: Rules
-    classes: Int64[np.ndarray, "N"]
-    key: str
+    pictures: PictureFiles  # the files
+    rules: Rules  # how they are prepared
+    classes: Int64[np.ndarray, "N"]  # labels of the pictures
+    key: str  # SHA-256 of names, contents and rules
     num_levels: int = 256
     num_classes: int = 0
     preparation: str = AS_STORED

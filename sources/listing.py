@@ -26,19 +26,12 @@ TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # in order of pr
 
 @dataclass(frozen=True)
 class PictureFiles(abc.ABC):
-    """The pictures of a folder or file, by name.
+    """The pictures of a folder or file, by name."""
 
-    Attributes:
-      path: of the folder or file.
-      names: of the pictures, sorted.
-      others: number of files that are not pictures by their name.
-      fingerprint: SHA-256 of what is known without reading: names, sizes, and modification times or checksums.
-    """
-
-    path: Path
-    names: tuple[str, ...]
-    others: int
-    fingerprint: str
+    path: Path  # of the folder or file
+    names: tuple[str, ...]  # of the pictures, sorted
+    others: int  # number of files that are not pictures by their name
+    fingerprint: str  # SHA-256 of what is known without reading: names, sizes, and modification times or checksums
 
     @abc.abstractmethod
     def read(self, name: str) -> bytes:
@@ -59,9 +52,6 @@ def _is_hidden(name: str) -> bool:
 
 def _is_picture(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
-
-
-# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 class FolderPictures(PictureFiles):
@@ -113,9 +103,6 @@ def list_folder(folder: Path) -> FolderPictures:
     return FolderPictures(folder, names, others, fingerprint)
 
 
-# --- .zip files ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ZipPictures(PictureFiles):
     """The pictures of a .zip file, whose checksums identify the contents without reading them."""
@@ -144,9 +131,6 @@ def list_zip(path: Path) -> ZipPictures:
     found = {entry.filename: f"{entry.filename} {entry.file_size} {entry.CRC:08x}" for entry in entries}
     names = tuple(sorted(name for name in found if _is_picture(name)))
     return ZipPictures(path, names, len(found) - len(names), _digest([found[n] for n in names]), threading.local())
-
-
-# --- splits and classes ----------------------------------------------------------------------------------------------
 
 
 def root(names: Sequence[str]) -> str:

@@ -63,9 +63,6 @@ def load_npz(path: str | Path, image_shape: tuple[int, int, int], num_levels: in
     return ArraySource(arrays[name], classes, num_levels, num_classes)
 
 
-# --- data sets -------------------------------------------------------------------------------------------------------
-
-
 def _read_small(path: Path) -> tuple[str, dict[str, np.ndarray], str]:
     """Return which array of an .npz file holds the images, the other arrays, and the SHA-256 of its checksums."""
     try:

@@ -32,18 +32,14 @@ GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # luma of R, G and B
 class Fit:
     """The shape that pictures must have, and how they may be brought to it.
 
-    Attributes:
-      shape: height, width and channels.
-      resize: "none"; "crop": resize the largest central part of the right proportions; "stretch": resize the whole,
-        whatever its proportions.
-      convert_channels: allow colour to become grey (luma) and grey colour (repeated).
-      group: of the settings, for messages: "restore" or "data".
+    `resize` is "none"; "crop": resize the largest central part of the right proportions; or "stretch": resize the
+    whole, whatever its proportions.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # height, width and channels
     resize: str = "none"
-    convert_channels: bool = False
-    group: str = "restore"
+    convert_channels: bool = False  # allow colour to become grey (luma) and grey colour (repeated)
+    group: str = "restore"  # of the settings, for messages: "restore" or "data"
 
     @property
     def keeps_alpha(self) -> bool:
@@ -63,19 +59,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures that were read.
+    """Pictures that were read."""
 
-    Attributes:
-      names: file names without folder; "file_3" for the fourth image of file.npz.
-      values: float32[N, H, W, C] in [0, 1], black to white.
-      source: where they come from, in words.
-      skipped: {file: why it was left out}.
-    """
-
-    names: tuple[str, ...]
-    values: Float[np.ndarray, "N H W C"]
-    source: str
-    skipped: dict[str, str]
+    names: tuple[str, ...]  # file names without folder; "file_3" for the fourth image of file.npz
+    values: Float[np.ndarray, "N H W C"]  # float32[N, H, W, C] in [0, 1], black to white
+    source: str  # where they come from, in words
+    skipped: dict[str, str]  # {file: why it was left out}
 
     def to_levels(self, num_levels: int) -> UInt8[np.ndarray, "N H W C"]:
         """Return the nearest levels, 0 .. num_levels - 1."""
@@ -85,27 +74,11 @@ class Pictures:
 # --- one picture -----------------------------------------------------------------------------------------------------
 
 
-def _is_gray(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA", "La")
-
-
 def _values(image: Image.Image, mode: str) -> Float[np.ndarray, "H W C"]:
     """Convert to an 8-bit mode and divide by 255, in place: a large picture takes 1 GiB."""
     values = np.array(image if image.mode == mode else image.convert(mode), np.float32)
     values /= 255
     return values.reshape(*image.size[::-1], -1)
-
-
-def _with_alpha(image: Image.Image) -> Float[np.ndarray, "H W C"]:
-    return _values(image, "LA" if _is_gray(image) else "RGBA")
-
-
-def _on_white(values: Float[np.ndarray, "H W C"]) -> Float[np.ndarray, "..."]:
-    """Lay a picture with opacity (its last channel) on white, in place."""
-    color, alpha = values[..., :-1], values[..., -1:]
-    color *= alpha
-    color += 1 - alpha
-    return color
 
 
 def to_array(image: Image.Image, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
@@ -121,11 +94,16 @@ def to_array(image: Image.Image, *, keep_alpha: bool = False) -> Float[np.ndarra
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float32)[..., None] / 65535
         return np.concatenate([values, np.ones_like(values)], axis=-1) if keep_alpha else values
+    is_gray = image.mode in ("1", "L", "LA", "La")
+    if not keep_alpha and not image.has_transparency_data:
+        return _values(image, "L" if is_gray else "RGB")
+    values = _values(image, "LA" if is_gray else "RGBA")
     if keep_alpha:
-        return _with_alpha(image)
-    if image.has_transparency_data:
-        return _on_white(_with_alpha(image))
-    return _values(image, "L" if _is_gray(image) else "RGB")
+        return values
+    color, alpha = values[..., :-1], values[..., -1:]
+    color *= alpha  # in place
+    color += 1 - alpha
+    return color
 
 
 def _decode_array(data: bytes) -> Float[np.ndarray, "H W C"]:

@@ -133,28 +133,18 @@ def unchanged(image: Any) -> Any:
 
 @dataclass(frozen=True)
 class TfdsSource(Source):
-    """One split of a prepared data set.
+    """One split of a prepared data set."""
 
-    Attributes:
-      records: of TFDS, with random access to lists of indices.
-      prepare: makes an image for the network from a stored one, levels from levels.
-      fingerprint: name, version, split and its size, and what `prepare` does.
-      decode: makes a stored image from a record's field.
-      image: name of the image in a record.
-      label: name of the class in a record.
-      stamp: text that changes when the files of the split change; empty: do not cache.
-    """
-
-    records: Any
+    records: Any  # of TFDS, with random access to lists of indices
     num_classes: int = 0
-    prepare: Callable[[Any], np.ndarray] = unchanged
+    prepare: Callable[[Any], np.ndarray] = unchanged  # makes an image for the network from a stored one
     num_levels: int = 256
     preparation: str = AS_STORED
-    fingerprint: str = ""
-    decode: Callable[[Any], Any] = unchanged
-    image: str = "image"
-    label: str = "label"
-    stamp: str = ""
+    fingerprint: str = ""  # name, version, split and its size, and what `prepare` does
+    decode: Callable[[Any], Any] = unchanged  # makes a stored image from a record's field
+    image: str = "image"  # name of the image in a record
+    label: str = "label"  # name of the class in a record
+    stamp: str = ""  # text that changes when the files of the split change; empty: do not cache
 
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:

@@ -36,9 +36,6 @@ class RefusedError(Exception):
     """What stopped the preparation, as a sentence for the user."""
 
 
-# --- in the separate process -----------------------------------------------------------------------------------------
-
-
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -118,9 +115,6 @@ def main(name: str, folder: str) -> int:
         print(f"\n{MARK}{error}", flush=True)
         return EXIT_REFUSED
     return 0
-
-
-# --- in the main process ---------------------------------------------------------------------------------------------
 
 
 def is_prepared(name: str, path: str = "") -> bool:

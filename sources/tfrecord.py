@@ -34,17 +34,11 @@ MASK = 0xA282EAD8  # TFRecord files store rotated checksums plus this, in case t
 
 @dataclass(frozen=True)
 class TfrecordSource(Source):
-    """The images of one .tfrecords file, read on demand.
-
-    Attributes:
-      path: of the file.
-      extents: offset and length in bytes of the data of each record, int64[n, 2].
-      shape: (H, W, C) that every image must have.
-    """
+    """The images of one .tfrecords file, read on demand."""
 
     path: str
-    extents: Int64[np.ndarray, "n 2"]
-    shape: tuple[int, int, int]
+    extents: Int64[np.ndarray, "n 2"]  # offset and length in bytes of the data of each record, int64[n, 2]
+    shape: tuple[int, int, int]  # (H, W, C) that every image must have
 
     @property
     def fingerprint(self) -> str:
