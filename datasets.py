@@ -1,8 +1,8 @@
 """The data sets, the deterministic input pipeline, and the scaling between stored levels and the network's range.
 
-A source gives random access to images as integer levels. The batch of step i is a pure function of (seed, i): a run
-that was killed and resumed sees what one that never stopped would have seen. Mirroring and dequantization happen on
-the device, keyed by (seed, step, example), so only uint8 travels there.
+A source gives random access to images as integer levels. The batch of step i is a pure function of (seed, i): a resumed
+run sees the same batches as an unbroken one. Mirroring and dequantization happen on the device, keyed by (seed, step,
+example), so only uint8 is transferred.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from sources.digits import load_digits
 from sources.folder import Rules, load_folder
 from sources.npz import load_npz_split
 from sources.pictures import RESIZE, Fit
-from sources.tfds import TfdsSource, load_celeba, load_lsun, load_tfds, scene_name
-from sources.tfds_any import PREFIX, load_any
-from sources.tfds_cache import keep
+from sources.tfds import PREFIX, TfdsSource, keep, load_any, load_celeba, load_lsun, load_tfds, scene_name
 from sources.tfrecord import load_tfrecord
 from storage.files import content_hash
 
-NUM_COMPARED = 16  # images that tell whether hosts have the same ones
-# Those of TFDS by the name that it has for them.
+NUM_COMPARED = 16  # images that hosts compare
+# Data sets of TFDS: their TFDS names.
 TFDS_NAMES: dict[str, Callable[[ConfigDict], str]] = {
     "CIFAR10": lambda config: "cifar10",
     "SVHN": lambda config: "svhn_cropped",
@@ -42,7 +40,7 @@ TFDS_NAMES: dict[str, Callable[[ConfigDict], str]] = {
     "LSUN": lambda config: scene_name(config.data.category),
 }
 
-# Every data set by the name that `data.dataset` gives it: (configuration, "train" or "test") -> Source.
+# Every data set by its name in `data.dataset`: (configuration, "train" or "test") -> Source.
 SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
     "digits": lambda config, split: load_digits(split),
     "folder": lambda config, split: load_folder(config.data.path, split, rules_of(config)),
@@ -63,21 +61,15 @@ SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
 
 
 def _keep(config: ConfigDict, source: TfdsSource) -> Source:
-    """Keeps what is decoded in the cache, as far as `config.data` allows."""
     return keep(source, image_shape(config), config.data.cache_gib)
 
 
 def _load_any(config: ConfigDict, split: str) -> Source:
-    """Opens one split of a data set of TFDS about which nothing special is known."""
     return load_any(tfds_name(config), split, config.data.path, rules_of(config))
 
 
 def rules_of(config: ConfigDict) -> Rules:
-    """Returns what `config.data` says is done to pictures of any size and kind.
-
-    Raises:
-      UserError: if data.resize is unknown.
-    """
+    """Return how `config.data` prepares pictures of any size and kind."""
     data = config.data
     checks.one_of("data.resize", data.resize, RESIZE)
     fit = Fit(image_shape(config), data.resize, convert_channels=True, group="data")
@@ -85,17 +77,13 @@ def rules_of(config: ConfigDict) -> Rules:
 
 
 def tfds_name(config: ConfigDict) -> str:
-    """Returns the name that TFDS has for the configured data set; empty if it is not one of TFDS.
-
-    Raises:
-      UserError: if data.category is unknown.
-    """
+    """Return the TFDS name of the configured data set; empty if it is not one of TFDS."""
     name = config.data.dataset
     return name.removeprefix(PREFIX) if name.startswith(PREFIX) else TFDS_NAMES.get(name, lambda config: "")(config)
 
 
 def check_name(config: ConfigDict) -> None:
-    """Raises a ValueError if there is no data set of the configured name; which ones TFDS has, it says when asked."""
+    """Raise a UserError if the configured data set is unknown; TFDS itself checks the names of its own."""
     if config.data.dataset == PREFIX:
         raise UserError(f"data.dataset={PREFIX!r} names no data set of TFDS; expected one, such as {PREFIX}mnist")
     if not config.data.dataset.startswith(PREFIX):
@@ -103,23 +91,18 @@ def check_name(config: ConfigDict) -> None:
 
 
 def open_source(config: ConfigDict, split: str) -> Source:
-    """Opens one split of the configured data set, which may not be what the network expects (see `build_source`)."""
+    """Open one split of the configured data set, unchecked (see `build_source`)."""
     check_name(config)
     load = _load_any if config.data.dataset.startswith(PREFIX) else SOURCES[config.data.dataset]
     return load(config, split)
 
 
 def build_source(config: ConfigDict, split: str) -> Source:
-    """Opens one split of the configured data set and checks that its images are what the network expects.
+    """Open one split of the configured data set and check its images against the configuration.
 
     Args:
       config: experiment configuration; reads `config.data` and `config.model.num_classes`.
       split: "train" or "test".
-
-    Raises:
-      UserError: if the data set is unknown, the configuration names no files for it, or its images differ from the
-        configuration, or the labels of the training split in number; or if another host has other images.
-      UserError: if its files are missing.
     """
     source = open_source(config, split)
     found, expected = source.images(np.array([0])).shape[1:], image_shape(config)
@@ -145,9 +128,9 @@ def build_source(config: ConfigDict, split: str) -> Source:
 
 
 def _check_same_on_all(source: Source, split: str) -> None:
-    """Checks that every host has the images of process 0: their number, and some of them at even distances.
+    """Check that every host has the images of process 0: their number, and some of them at even distances.
 
-    Not the fingerprint, which knows a path and a time of change that may differ between copies of a file.
+    The fingerprint depends on path and modification time, which may differ between copies of a file.
     """
     chosen = np.unique(np.linspace(0, len(source) - 1, NUM_COMPARED).astype(np.int64))
     seen = {"number of images": len(source), f"hash of {len(chosen)} images": content_hash(source.images(chosen))}
@@ -155,7 +138,7 @@ def _check_same_on_all(source: Source, split: str) -> None:
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
-    """Returns (height, width, channels) of the configured images."""
+    """Return (height, width, channels) of the configured images."""
     return config.data.image_size, config.data.image_width or config.data.image_size, config.data.num_channels
 
 
@@ -168,16 +151,10 @@ def _epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 
 
 def training_indices(seed: int, step: int, batch_size: int, num_examples: int) -> np.ndarray:
-    """Returns the example indices of one training step, int64[batch_size].
+    """Return the example indices of one training step (counted from 0), int64[batch_size], for all hosts together.
 
-    Steps read one endless stream, each epoch of which is a fresh permutation: every example comes exactly once an
-    epoch, whether or not the batch size divides their number.
-
-    Args:
-      seed: of the experiment.
-      step: counted from 0.
-      batch_size: of all hosts together.
-      num_examples: in the split.
+    Steps read one endless stream in which every epoch is a new permutation: each example comes exactly once per epoch,
+    whether or not the batch size divides their number.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, offsets = np.divmod(positions, num_examples)
@@ -188,21 +165,14 @@ def training_indices(seed: int, step: int, batch_size: int, num_examples: int) -
 def training_batches(
     source: Source, *, seed: int, first_step: int, batch_size: int, steps_per_call: int, with_labels: bool = False
 ) -> Iterator[Array | tuple[Array, Array]]:
-    """Yields the batches of successive compiled calls, already on the devices of this host.
+    """Yield the batches of successive compiled calls, already on the devices of this host.
 
-    A background thread reads and places the next batches while the devices work on the present one.
-
-    Args:
-      source: training split.
-      seed: of the experiment.
-      first_step: step of the first batch, counted from 0.
-      batch_size: of all hosts together.
-      steps_per_call: training steps in one compiled call.
-      with_labels: yield their class labels, too.
+    A background thread reads and places the next batches while the devices compute. `batch_size` is of all hosts
+    together, `steps_per_call` the number of training steps in one compiled call.
 
     Yields:
-      Levels, uint8[devices, steps_per_call, B, H, W, C], B images for each device; with labels a pair, levels and
-      int32[devices, steps_per_call, B].
+      Levels, uint8[devices, steps_per_call, B, H, W, C], B images per device; with labels (levels, int32[devices,
+      steps_per_call, B]).
     """
 
     def load(step: int) -> Array | tuple[Array, Array]:
@@ -229,25 +199,18 @@ def training_batches(
 
 @dataclass(frozen=True)
 class Scaler:
-    """Maps stored levels to the network's range and back.
+    """Maps stored levels to the network's range and back."""
 
-    Attributes:
-      num_levels: of the stored data.
-      centered: the network's range is [-1, 1] if set, [0, 1] otherwise.
-      dequantize: level v stands for the interval [v, v + 1) / num_levels; if not set, for the point
-        v / (num_levels - 1).
-    """
-
-    num_levels: int
-    centered: bool
-    dequantize: bool
+    num_levels: int  # of the stored data
+    centered: bool  # the network's range is [-1, 1]; if not, [0, 1]
+    dequantize: bool  # level v is the interval [v, v + 1) / num_levels; if not, the point v / (num_levels - 1)
 
     def center(self, y: Array) -> Array:
-        """Maps [0, 1] to the network's range."""
+        """Map [0, 1] to the network's range."""
         return 2.0 * y - 1.0 if self.centered else y
 
     def uncenter(self, x: Array) -> Array:
-        """Maps the network's range to [0, 1]."""
+        """Map the network's range to [0, 1]."""
         return (x + 1.0) / 2.0 if self.centered else x
 
     @property
@@ -256,23 +219,18 @@ class Scaler:
         return (2.0 if self.centered else 1.0) / (self.num_levels if self.dequantize else self.num_levels - 1)
 
     def middle(self, levels: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Maps levels to the network's range without noise: each to the middle of the values that round to it."""
+        """Map levels to the network's range without noise: to the middle of the values that round to them."""
         y = levels.astype(jnp.float32)
         return self.center((y + 0.5) / self.num_levels if self.dequantize else y / (self.num_levels - 1))
 
     def to_network(self, key: PRNGKeyArray, levels: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Maps levels to the network's range, dequantizing them uniformly if so configured.
-
-        Args:
-          key: one key, or one for each example.
-          levels: integers 0 .. num_levels - 1.
-        """
+        """Map levels to the network's range, dequantized if so configured; `key` is one key, or one per example."""
         if not self.dequantize:
             return self.middle(levels)
         return self.center((levels.astype(jnp.float32) + rng.uniform(key, levels.shape)) / self.num_levels)
 
     def to_levels(self, x: Float[Array, "B H W C"]) -> UInt8[Array, "B H W C"]:
-        """Maps samples of the network to the nearest level, clipping what lies outside the range."""
+        """Map samples of the network to the nearest level, clipping values outside the range."""
         y = self.uncenter(x)
         levels = jnp.floor(y * self.num_levels) if self.dequantize else jnp.round(y * (self.num_levels - 1))
         return jnp.clip(levels, 0, self.num_levels - 1).astype(jnp.uint8)
@@ -284,14 +242,14 @@ class Scaler:
 
 
 def build_scaler(config: ConfigDict) -> Scaler:
-    """Builds the scaling that `config.data` describes."""
+    """Build the scaling from `config.data`."""
     if not 2 <= config.data.num_levels <= 256:
         raise UserError(f"data.num_levels={config.data.num_levels}; expected 2 to 256, what uint8 images can hold")
     return Scaler(config.data.num_levels, config.data.centered, config.data.uniform_dequantization)
 
 
 def mirror_at_random(key: PRNGKeyArray, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """Mirrors each image left to right with probability 1/2."""
+    """Mirror each image left to right with probability 1/2."""
     chosen = rng.bernoulli(key, 0.5, (x.shape[0], 1, 1, 1))
     return jnp.where(chosen, x[:, :, ::-1], x)
 
@@ -299,14 +257,9 @@ def mirror_at_random(key: PRNGKeyArray, x: Float[Array, "B H W C"]) -> Float[Arr
 def build_preparation(
     config: ConfigDict, *, train: bool
 ) -> Callable[[PRNGKeyArray, UInt8[Array, "B H W C"]], Float[Array, "B H W C"]]:
-    """Builds the function that turns a batch of levels into what the loss sees.
+    """Build the pure function (key, levels) -> x that turns a batch of levels into the loss's input.
 
-    Args:
-      config: experiment configuration; reads `config.data`.
-      train: mirror the images if so configured.
-
-    Returns:
-      A pure function (key, levels) -> x in the network's range.
+    With `train`, images are mirrored if so configured.
     """
     scaler = build_scaler(config)
     flip = train and config.data.random_flip

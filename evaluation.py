@@ -1,7 +1,24 @@
-"""Metrics of generated images as pure functions of feature arrays, each with its standard error.
+"""Metrics of generated images, from Python: the features of images, and metrics of features with their uncertainty.
 
-The door to metrics/, with the Inception Score, bits/dim of a Gaussian, and all metrics of samples at once. Where
-features come from is no concern of this module (extractors.py).
+An extractor turns images (uint8[N, H, W, C]) into features and logits; metrics are pure functions of such arrays.
+`sample_metrics` measures all of them. For example, the test digits in place of samples:
+
+>>> import tempfile
+>>> import evaluation
+>>> from sources.digits import load_digits
+>>> train, test = load_digits("train"), load_digits("test")
+>>> extractor = evaluation.build_feature_extractor(
+...     train.levels, train.classes, test.levels, test.classes, num_levels=17, folder=tempfile.mkdtemp()
+... )
+>>> reference, _ = extractor(train.levels)
+>>> metrics = evaluation.sample_metrics(extractor(test.levels), reference=reference, extractor=extractor.key)
+>>> print([metric.title for metric in metrics[:3]])
+['FD-classifier', 'FD-classifier without bias', 'classifier score (IS formula)']
+>>> evaluation.frechet_distance(reference, reference).value < 1e-6
+True
+
+For RGB photographs, `build_extractor("inception", num_levels=256)` gives the features of FID. docs/extractors.md and
+docs/metrics.md describe extractors and metrics.
 """
 
 from __future__ import annotations
@@ -15,19 +32,31 @@ from jaxtyping import Float, Integer, Num
 from scipy.special import softmax, xlogy
 
 from errors import UserError
-from metrics.frechet import FeatureStatistics, frechet_distance
-from metrics.frechet_unbiased import frechet_distance_unbiased
-from metrics.metric import Metric, as_features, make_metric, mean_metric, stderr_of_mean
-from metrics.naming import FEW_SAMPLES, PUBLISHED_SAMPLES, TEST_SUFFIX, with_labels
+from metrics.classifier import build_feature_extractor
+from metrics.extractors import Extractor, build_extractor, resolve_extractor
+from metrics.frechet import FeatureStatistics, frechet_distance, frechet_distance_unbiased
+from metrics.metric import (
+    FEW_SAMPLES,
+    PUBLISHED_SAMPLES,
+    TEST_SUFFIX,
+    Metric,
+    as_features,
+    make_metric,
+    mean_metric,
+    stderr_of_mean,
+    with_labels,
+)
 from metrics.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, Balls, density_coverage, precision_recall
 from metrics.pairwise import kernel_distance, kernel_distance_blocks, kernel_distance_subsets
-from storage.files import content_hash
+from metrics.reference import load_reference
 
 __all__ = [
+    "Extractor",
     "FeatureStatistics",
     "Metric",
     "PreparedReference",
-    "content_hash",
+    "build_extractor",
+    "build_feature_extractor",
     "density_coverage",
     "floor_metrics",
     "frechet_distance",
@@ -38,12 +67,14 @@ __all__ = [
     "kernel_distance",
     "kernel_distance_blocks",
     "kernel_distance_subsets",
+    "load_reference",
     "mean_metric",
     "precision_recall",
+    "resolve_extractor",
     "sample_metrics",
 ]
 
-FULL_KERNEL_IMAGES = 10_000  # up to which KID takes all pairs; above, disjoint blocks
+FULL_KERNEL_IMAGES = 10_000  # KID takes all pairs of up to as many images; of more, disjoint blocks
 
 # --- Inception Score -------------------------------------------------------------------------------------------------
 
@@ -51,19 +82,16 @@ FULL_KERNEL_IMAGES = 10_000  # up to which KID takes all pairs; above, disjoint 
 def inception_score(
     probabilities: Num[np.ndarray, "N K"], *, num_splits: int = 1, name: str = "inception_score"
 ) -> Metric:
-    """Measures exp(mean over images of KL(p(y|x) || p(y))), p(y) being the mean of p(y|x).
+    """Measure exp(mean over images of KL(p(y|x) || p(y))), p(y) being the mean of p(y|x).
 
     Salimans et al. 2016, Section 4. With one split the standard error is the delta method's: the influence function of
-    the score's logarithm is KL(p(y|x) || p(y)) less its mean. With more, the score is the mean over that many
+    the score's logarithm is KL(p(y|x) || p(y)) minus its mean. With more, the score is the mean over that many
     consecutive parts, as commonly published with 10; its standard error comes from their spread.
 
     Args:
       probabilities: of the classes, for each image; rows sum to 1.
-      num_splits: parts; images must be in random order if there are more than one.
+      num_splits: number of parts; more than one needs images in random order.
       name: of the metric.
-
-    Raises:
-      UserError: if a row is no distribution, or there are fewer than two images in a split.
     """
     if num_splits < 1:
         raise UserError(f"num_splits={num_splits}; expected 1 or more")
@@ -84,7 +112,7 @@ def inception_score(
 def inception_score_from_logits(
     logits: Num[np.ndarray, "N K"], *, num_splits: int = 1, name: str = "inception_score"
 ) -> Metric:
-    """Measures the Inception Score of class scores before the softmax; otherwise as `inception_score`."""
+    """Measure the Inception Score of class scores before the softmax; otherwise as `inception_score`."""
     return inception_score(softmax(as_features("logits", logits), axis=1), num_splits=num_splits, name=name)
 
 
@@ -94,22 +122,12 @@ def inception_score_from_logits(
 def gaussian_bits_per_dim(
     train_levels: Integer[np.ndarray, "N ..."], test_levels: Integer[np.ndarray, "M ..."], num_levels: int
 ) -> Metric:
-    """Measures bits/dim of the Gaussian with full covariance that fits the training images best.
+    """Measure bits/dim of the Gaussian with full covariance that fits the training images best: a network's baseline.
 
-    What a network must beat. Both splits are dequantized as for the network, y = (level + u) / num_levels with u
-    uniform on [0, 1); all that u does to the fit and to the mean log-density is known in closed form, since it adds
-    I / (12 num_levels²) to every covariance. bits/dim = -log2 p(y) / D + log2(num_levels).
-
-    Args:
-      train_levels: integers 0 .. num_levels - 1.
-      test_levels: the same, other images.
-      num_levels: of the data.
-
-    Returns:
-      The mean over the test images, in bits/dim, with its standard error over them.
-
-    Raises:
-      UserError: if a split has fewer than two images, their shapes differ, or a level is out of range.
+    Both splits are dequantized as for the network, y = (level + u) / num_levels with u uniform on [0, 1). The effect of
+    u on the fit and on the mean log-density is known in closed form, since it adds I / (12 num_levels²) to every
+    covariance. bits/dim = -log2 p(y) / D + log2(num_levels), averaged over the test images, with its standard error
+    over them.
     """
     train, test = (np.asarray(levels) for levels in (train_levels, test_levels))
     if train.shape[1:] != test.shape[1:]:
@@ -134,21 +152,15 @@ def gaussian_bits_per_dim(
 
 @dataclasses.dataclass(frozen=True)
 class PreparedReference:
-    """What samples are compared with, and what takes long to compute of it, for any number of sample_metrics.
+    """Real images to compare samples with, and what is slow to compute from them, for repeated `sample_metrics`."""
 
-    Attributes:
-      rows: features of each image; None if only their statistics are known.
-      statistics: of the features.
-      balls: around the images; None without rows, or if these are too few.
-    """
-
-    rows: np.ndarray | None
-    statistics: FeatureStatistics
-    balls: Balls | None
+    rows: np.ndarray | None  # features of each image; None if only their statistics are known
+    statistics: FeatureStatistics  # of the features
+    balls: Balls | None  # around the images; None without rows, or if there are too few
 
     @classmethod
     def of(cls, reference: np.ndarray | FeatureStatistics | PreparedReference) -> PreparedReference:
-        """Prepares features of real images, or their statistics."""
+        """Prepare features of real images, or their statistics."""
         if isinstance(reference, PreparedReference):
             return reference
         if isinstance(reference, FeatureStatistics):
@@ -157,51 +169,32 @@ class PreparedReference:
         return cls(reference, FeatureStatistics.from_features(reference), balls)
 
 
-def _shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
-    """Returns rows in a random order, always the same: data sets often stand in the order of their classes."""
-    return np.random.Generator(np.random.Philox(seed)).permutation(rows)
-
-
-def _kernel_distance(features: np.ndarray, rows: np.ndarray) -> Metric:
-    """Measures the kernel distance over all pairs, or of many images over blocks of images in random order."""
-    if max(len(features), len(rows)) <= FULL_KERNEL_IMAGES:
-        return kernel_distance(features, rows)
-    return kernel_distance_blocks(_shuffled(features, 0), _shuffled(rows, 1))
-
-
-def _of_rows(features: np.ndarray, rows: np.ndarray, balls: Balls | None) -> list[Metric]:
-    """Measures what needs the features of each real image."""
-    distance = _kernel_distance(features, rows)
-    if balls is not None and len(features) > PRECISION_NEIGHBORS:
-        return [distance, *precision_recall(features, balls), *density_coverage(features, balls)]
-    note = f"not measured: {len(features)} and {len(rows)} images are too few to have such neighbours"
-    names = ("precision", "recall", "density", "coverage")
-    return [distance, *(Metric(name, None, None, len(features), note=note) for name in names)]
-
-
 def _against(images: tuple[np.ndarray, np.ndarray], real: PreparedReference, extractor: str) -> tuple[Metric, ...]:
-    features, logits = images
+    # Data sets are often sorted by class: splits and blocks need a random order, always the same one.
+    shuffled = lambda rows, seed: np.random.Generator(np.random.Philox(seed)).permutation(rows)  # noqa: E731
+    (features, logits), rows = images, real.rows
     metrics = [
-        frechet_distance(features, real.statistics if real.rows is None else real.rows),
+        frechet_distance(features, real.statistics if rows is None else rows),
         frechet_distance_unbiased(features, real.statistics),
         inception_score_from_logits(logits),
     ]
     if len(logits) >= PUBLISHED_SAMPLES:
-        splits = _shuffled(logits, 0)
+        splits = shuffled(logits, 0)
         metrics.append(inception_score_from_logits(splits, num_splits=10, name="inception_score_10"))
-    if real.rows is not None:
-        metrics += _of_rows(features, real.rows, real.balls)
+    if rows is not None:
+        if max(len(features), len(rows)) <= FULL_KERNEL_IMAGES:
+            metrics.append(kernel_distance(features, rows))
+        else:
+            metrics.append(kernel_distance_blocks(shuffled(features, 0), shuffled(rows, 1)))
+        if real.balls is not None and len(features) > PRECISION_NEIGHBORS:
+            metrics += [*precision_recall(features, real.balls), *density_coverage(features, real.balls)]
+        else:
+            note = f"not measured: {len(features)} and {len(rows)} images are too few to have such neighbours"
+            names = ("precision", "recall", "density", "coverage")
+            metrics += [Metric(name, None, None, len(features), note=note) for name in names]
     return with_labels(
-        metrics,
-        extractor=extractor,
-        num_features=len(real.statistics.mean),
-        num_reference=real.statistics.num_samples,
+        metrics, extractor=extractor, num_features=len(real.statistics.mean), num_reference=real.statistics.num_samples
     )
-
-
-def _of_test(metric: Metric) -> Metric:
-    label = f"{metric.label}, test images" if metric.label else ""
-    return dataclasses.replace(metric, name=metric.name + TEST_SUFFIX, label=label)
 
 
 def floor_metrics(
@@ -210,11 +203,13 @@ def floor_metrics(
     reference: Float[np.ndarray, "M D"] | FeatureStatistics | PreparedReference,
     extractor: str,
 ) -> tuple[Metric, ...]:
-    """Measures real images that no network has seen in the place of samples: what a perfect network would reach.
+    """Measure real images that no network has seen in place of samples: what a perfect network would reach.
 
-    Arguments are as of `sample_metrics`; names have "_test" at their ends. The Frechet distance is called the floor.
+    Arguments as in `sample_metrics`; names end in "_test". This Fréchet distance is called the floor.
     """
-    return tuple(map(_of_test, _against(test, PreparedReference.of(reference), extractor)))
+    metrics = _against(test, PreparedReference.of(reference), extractor)
+    label = lambda metric: f"{metric.label}, test images" if metric.label else ""  # noqa: E731
+    return tuple(dataclasses.replace(each, name=each.name + TEST_SUFFIX, label=label(each)) for each in metrics)
 
 
 def sample_metrics(
@@ -224,21 +219,18 @@ def sample_metrics(
     test: tuple[Float[np.ndarray, "L D"], Float[np.ndarray, "L K"]] | None = None,
     extractor: str,
 ) -> tuple[Metric, ...]:
-    """Measures samples against real images, and `floor_metrics` of others.
+    """Measure samples against real images, and `floor_metrics` of held-out ones.
 
     Args:
       samples: (features, logits) of generated images.
-      reference: features of real images; of their statistics only Frechet distances and inception_score are measured.
-      test: (features, logits) of real images that are not in the reference; None: none are measured.
+      reference: features of real images; with their statistics alone only Fréchet distances and inception_score.
+      test: (features, logits) of real images that are not in the reference; None: do not measure the floor.
       extractor: key of what computed the features.
 
     Returns:
       frechet_distance, frechet_distance_unbiased, inception_score, inception_score_10 (in 10 splits, as published, of
-      10,000 images or more), kernel_distance, precision, recall, density, coverage; and those of `test`. Their labels
-      say FID, KID and Inception Score only where that is true: metrics.naming.
-
-    Raises:
-      UserError: if features are not finite, of different dimensions or too few, or the extractor is unknown.
+      10,000 images or more), kernel_distance, precision, recall, density, coverage; and those of `test`. Labels are
+      FID, KID and Inception Score only where that is true (see `metrics.metric.with_labels`).
     """
     real = PreparedReference.of(reference)
     metrics = _against(samples, real, extractor)

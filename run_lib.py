@@ -14,7 +14,7 @@ from classifier import training as classifier_training
 from classifier.experiment import FOLDER, check_settings
 from experiment import smoke, startup
 from experiment.build import Experiment, build_experiment, describe
-from metrics import inception_weights
+from metrics import inception
 from models.factory import require_score_network
 from modes import encode as encoding
 from modes import memory as footprint
@@ -348,7 +348,7 @@ def convert_weights(checkpoint: str | Path, output: str | Path = "") -> None:
       UserError: if there is no such file.
       UserError: if it does not hold the weights of that network.
     """
-    inception_weights.convert_weights(checkpoint, output)
+    inception.convert_weights(checkpoint, output)
 
 
 def stats(config: ConfigDict, output: str = "", *, split: str = "train", keep_features: bool = False) -> Path:

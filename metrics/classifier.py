@@ -1,14 +1,13 @@
 """The extractor "classifier": a small network trained on the labels of the data themselves.
 
-For data that no standard network knows, such as the embedded digits. It is trained on the training split, once: it is
-cached by the content of the data and the settings.
+For data unlike photographs, such as the embedded digits. It is trained once, on the training split, and cached by the
+content of the data and the settings.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +24,7 @@ from metrics.images import apply_in_batches, check_levels, flatten_params, param
 from parallel import distributed
 from storage.files import content_hash, read_npz, write_atomically
 
-EVAL_BATCH_SIZE = 256  # images of a batch of features: one compiled function serves any number of images
+EVAL_BATCH_SIZE = 256  # images per batch of features: one compiled function for any number of images
 SMALLEST_SIDE = 8  # pixels: images are pooled by 2 while their shorter side is at least this
 
 
@@ -33,30 +32,19 @@ SMALLEST_SIDE = 8  # pixels: images are pooled by 2 while their shorter side is 
 class ClassifierSettings:
     """Architecture and training of the small classifier.
 
-    Attributes:
-      width: channels of the first convolution; doubled at each pooling.
-      num_features: D, units of the last layer but one.
-      num_steps: training steps.
-      batch_size: images of a step.
-      learning_rate: of Adam at the start; it falls to 0 along a half cosine. Small on purpose: a classifier trained
-        hard keeps little of an image but its class, and a few large features drown the others.
+    The learning rate is small because a well-trained classifier keeps little of an image but its class, and a few large
+    features dominate.
     """
 
-    width: int = 16
-    num_features: int = 64
-    num_steps: int = 400
-    batch_size: int = 128
-    learning_rate: float = 5e-4
+    width: int = 16  # channels of the first convolution; doubled at each pooling
+    num_features: int = 64  # D, units of the last layer but one
+    num_steps: int = 400  # training steps
+    batch_size: int = 128  # images per step
+    learning_rate: float = 5e-4  # of Adam; falls to 0 along a half cosine
 
 
 class Classifier(nn.Module):
-    """A plain convolutional classifier; returns (features, logits).
-
-    Attributes:
-      width: channels of the first convolution; doubled at each pooling.
-      num_features: units of the last layer but one.
-      num_classes: K.
-    """
+    """A convolutional classifier of images in [0, 1]; returns (features, logits). `width` doubles at each pooling."""
 
     width: int
     num_features: int
@@ -64,7 +52,6 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> tuple[Float[Array, "B D"], Float[Array, "B K"]]:
-        """Classifies images in [0, 1]."""
         x, width = 2.0 * x - 1.0, self.width
         x = nn.swish(nn.Conv(width, (3, 3))(x))
         while min(x.shape[1:3]) >= SMALLEST_SIDE:
@@ -76,63 +63,37 @@ class Classifier(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureExtractor:
-    """The features of a trained `Classifier`: the units of its last layer but one.
+    """The features of a trained `Classifier`: the units of its last layer but one (see `extractors.Extractor`).
 
-    Attributes:
-      name: what it is, for the report.
-      hash: of its parameters, in hex.
-      accuracy: share of the test images that it classifies rightly.
-      model: its architecture.
-      params: {"network": its parameters, "scale": factor that makes the mean square of the features 1 on the
-        training images, so that KID, whose kernel has a scale, is of a common size}.
-      image_shape: (H, W, C) of the images it takes.
-      num_levels: of their pixels.
-      key: name in the table of extractors.
-      resize: rule by which images are resized: they are not.
+    A scale factor makes their mean square 1 on the training images, since KID's kernel depends on the scale.
     """
 
     name: str
     hash: str
     accuracy: float
     model: Classifier
-    params: Any
-    image_shape: tuple[int, ...]
-    num_levels: int
+    params: Any  # {"network": its parameters, "scale": factor of the features}
+    image_shape: tuple[int, ...]  # (H, W, C) of its images
+    num_levels: int  # of their pixels
 
     key: ClassVar[str] = "classifier"
     resize: ClassVar[str] = "none"
 
     @property
     def num_features(self) -> int:
-        """D, units of the last layer but one."""
         return self.model.num_features
 
     def __call__(
         self, levels: UInt8[np.ndarray, "N H W C"]
     ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]]:
-        """Returns (features, logits) of images given as levels, float64.
-
-        Raises:
-          UserError: if images have another shape, or a level is not below `num_levels`.
-        """
         check_levels("levels", levels, self.num_levels)
         if levels.shape[1:] != self.image_shape:
             raise UserError(f"images have shape {levels.shape[1:]}; the {self.name} takes {self.image_shape}")
-        return _apply(self.model, self.params, _Scaled(levels, self.num_levels))
+        return _apply(self.model, self.params, levels, self.num_levels)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scaled:
-    """Levels as float32 in [0, 1], made when they are asked for: whole data sets of floats do not fit in memory."""
-
-    levels: UInt8[np.ndarray, "N H W C"]
-    num_levels: int
-
-    def __len__(self) -> int:
-        return len(self.levels)
-
-    def __getitem__(self, chosen: slice | np.ndarray) -> Float[np.ndarray, "B H W C"]:
-        return self.levels[chosen].astype(np.float32) / np.float32(self.num_levels - 1)
+def _scaled(levels: UInt8[np.ndarray, "B H W C"], num_levels: int) -> Float[np.ndarray, "B H W C"]:
+    return levels.astype(np.float32) / np.float32(num_levels - 1)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -141,11 +102,8 @@ def _apply_batch(model: Classifier, params: Any, x: Array) -> Any:
     return features * params["scale"], logits
 
 
-def _apply(model: Classifier, params: Any, images: _Scaled) -> tuple[np.ndarray, np.ndarray]:
-    return apply_in_batches(lambda x: _apply_batch(model, params, x), images, EVAL_BATCH_SIZE)
-
-
-# --- training --------------------------------------------------------------------------------------------------------
+def _apply(model: Classifier, params: Any, levels: np.ndarray, num_levels: int) -> tuple[np.ndarray, np.ndarray]:
+    return apply_in_batches(lambda x: _apply_batch(model, params, _scaled(x, num_levels)), levels, EVAL_BATCH_SIZE)
 
 
 ADAM = optax.scale_by_adam()  # the learning rate is an argument of the step: one compiled function for all settings
@@ -163,44 +121,34 @@ def _train_step(model: Classifier, state: Any, learning_rate: Array, x: Array, l
     return jax.tree.map(lambda p, update: p - learning_rate * update, params, updates), moments
 
 
-def _batches(num_images: int, settings: ClassifierSettings, seed: int) -> Iterator[np.ndarray]:
-    """Yields the images of each step; every image comes once before any comes twice."""
+def _batches(num_images: int, settings: ClassifierSettings, seed: int) -> np.ndarray:
+    """Return the image indices of each step; every image comes once before any comes twice."""
     generator = np.random.Generator(np.random.Philox(seed))
     needed = settings.num_steps * settings.batch_size
     epochs = [generator.permutation(num_images) for _ in range(-(-needed // num_images))]
-    return iter(np.concatenate(epochs)[:needed].reshape(settings.num_steps, settings.batch_size))
+    return np.concatenate(epochs)[:needed].reshape(settings.num_steps, settings.batch_size)
 
 
-def _train(model: Classifier, settings: ClassifierSettings, images: _Scaled, labels: np.ndarray, seed: int) -> Any:
-    """Returns trained parameters as numpy arrays.
+def _train(
+    model: Classifier, settings: ClassifierSettings, levels: np.ndarray, num_levels: int, labels: np.ndarray, seed: int
+) -> Any:
+    """Return trained parameters as numpy arrays.
 
-    One compiled call for each step: within a loop XLA's gradients of convolutions are tens of times slower on a CPU.
+    One compiled call per step: inside a loop XLA's gradients of convolutions are tens of times slower on a CPU.
     """
-    params = jax.jit(model.init)(jax.random.key(seed), images[:1])["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), _scaled(levels[:1], num_levels))["params"]
     state = (params, ADAM.init(params))
-    for step, chosen in enumerate(_batches(len(images), settings, seed)):
+    for step, chosen in enumerate(_batches(len(levels), settings, seed)):
         decay = 0.5 * (1.0 + np.cos(np.pi * step / settings.num_steps))
-        state = _train_step(model, state, np.float32(settings.learning_rate * decay), images[chosen], labels[chosen])
+        x = _scaled(levels[chosen], num_levels)
+        state = _train_step(model, state, np.float32(settings.learning_rate * decay), x, labels[chosen])
     params = {"network": jax.tree.map(np.asarray, state[0]), "scale": np.float32(1.0)}
-    features, _ = _apply(model, params, images)
+    features, _ = _apply(model, params, levels, num_levels)
     return params | {"scale": np.float32(1.0 / np.sqrt(np.mean(features**2)))}
 
 
-# --- cache -----------------------------------------------------------------------------------------------------------
-
-
-def _to_arrays(params: Any, accuracy: float) -> dict[str, Any]:
-    arrays: dict[str, Any] = {f"params/{name}": array for name, array in flatten_params(params).items()}
-    return arrays | {"accuracy": accuracy, "hash": params_hash(params)}
-
-
 def _from_arrays(stored: dict[str, np.ndarray]) -> tuple[Any, float]:
-    """Returns (params, accuracy) of what `_to_arrays` has returned.
-
-    Raises:
-      KeyError: if something is missing.
-      UserError: if it is damaged.
-    """
+    """Return (params, accuracy) from the arrays of a cache file, checked."""
     arrays = {name.removeprefix("params/"): stored[name] for name in stored if name.startswith("params/")}
     params, accuracy = traverse_util.unflatten_dict(arrays, sep="/"), float(stored["accuracy"])
     if params_hash(params) != str(stored["hash"]):
@@ -209,19 +157,16 @@ def _from_arrays(stored: dict[str, np.ndarray]) -> tuple[Any, float]:
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:
-    """Reads the arrays of a classifier, or None if there is no file or it is damaged, which is said."""
+    """Read the arrays of a cached classifier; None if there is no file or it is damaged."""
     if not path.exists():
         return None
     try:
         stored = read_npz(path)
         _from_arrays(stored)
     except (KeyError, ValueError) as error:
-        logging.warning("the feature extractor cached in %s is damaged (%s); it is trained anew", path, error)
+        logging.warning("the feature extractor cached in %s is damaged (%s); it is trained again", path, error)
         return None
     return stored
-
-
-# --- building --------------------------------------------------------------------------------------------------------
 
 
 def _check_labels(name: str, labels: np.ndarray | None, num_images: int) -> np.ndarray:
@@ -250,22 +195,11 @@ def build_feature_extractor(
     seed: int = 0,
     settings: ClassifierSettings | None = None,
 ) -> FeatureExtractor:
-    """Trains the small classifier of a data set, or reads it from the cache.
+    """Train the small classifier of a data set, or read it from the cache.
 
-    The same data, settings and seed give the same features, on the same machine to the last bit.
-
-    Args:
-      train_levels: images to train on, integers 0 .. num_levels - 1.
-      train_labels: their classes, counted from 0; None if there are none.
-      test_levels: images on which the accuracy is measured.
-      test_labels: their classes.
-      num_levels: of the data.
-      folder: of the cache, such as `<workdir>/features`; made if need be.
-      seed: of the initial parameters and of the order of the images.
-      settings: architecture and training; None takes the defaults.
-
-    Raises:
-      UserError: if there are no labels, they do not fit the images, or levels are out of range.
+    The same data, settings and seed give the same features, bit for bit on the same machine. Levels are 0 ..
+    num_levels - 1, labels count from 0; the accuracy is measured on the test images. `folder` is the cache, such as
+    `<workdir>/features`.
     """
     settings = settings or ClassifierSettings()
     for name, levels in (("train_levels", train_levels), ("test_levels", test_levels)):
@@ -281,16 +215,17 @@ def build_feature_extractor(
         if (stored := _load(path)) is not None:
             return stored
         logging.info("training the feature extractor: %d images, %d steps", len(train_levels), settings.num_steps)
-        params = _train(model, settings, _Scaled(train_levels, num_levels), train_labels, seed)
-        _, logits = _apply(model, params, _Scaled(test_levels, num_levels))
-        arrays = _to_arrays(params, float((logits.argmax(axis=1) == test_labels).mean()))
+        params = _train(model, settings, train_levels, num_levels, train_labels, seed)
+        _, logits = _apply(model, params, test_levels, num_levels)
+        arrays: dict[str, Any] = {f"params/{name}": array for name, array in flatten_params(params).items()}
+        arrays |= {"accuracy": float((logits.argmax(axis=1) == test_labels).mean()), "hash": params_hash(params)}
         write_atomically(path, lambda file: np.savez(file, **arrays))
         return arrays
 
     trained = distributed.once_arrays(load_or_train)
     assert trained is not None
     params, accuracy = _from_arrays(trained)
-    logging.info("feature extractor: %.1f %% of %d test images right; %s", 100 * accuracy, len(test_levels), path)
+    logging.info("feature extractor: %.1f %% of %d test images correct; %s", 100 * accuracy, len(test_levels), path)
     return FeatureExtractor(
         name=f"classifier of {model.num_classes} classes trained on this data set, {settings.num_features} features",
         hash=params_hash(params),

@@ -1,7 +1,7 @@
 """The extractor "efficientnet_lite0": a small ImageNet network whose weights come as a Python package.
 
 EfficientNet-Lite0 is EfficientNet-B0 (Tan and Le 2019, Table 1) without squeeze-and-excitation and with ReLU6 in place
-of swish. What is measured in its features is no FID, and is never called that.
+of swish. Distances in its features are not FID, and are never called FID.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESIZE = "bicubic to 224x224 with antialiasing (Keys' cubic with a = -1/2), over
 
 
 class Stage(NamedTuple):
-    """Blocks of the same kind: how many, channels they give, kernel, stride of the first, expansion of channels."""
+    """Blocks of one kind: their number, output channels, kernel, stride of the first, expansion of channels."""
 
     num_blocks: int
     features: int
@@ -49,19 +49,13 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """More channels, a convolution of each alone, fewer channels again; added to the input where shapes allow it.
-
-    Attributes:
-      stage: what kind of block it is.
-      stride: of this block.
-    """
+    """Expand the channels, convolve each alone, project to fewer; add the input where shapes allow it."""
 
     stage: Stage
     stride: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        """Applies the block."""
         wide, kernel_size = x.shape[-1] * self.stage.expansion, (self.stage.kernel_size, self.stage.kernel_size)
         h = x if wide == x.shape[-1] else ConvNorm(wide, activation=nn.relu6, name="expand")(x)
         h = ConvNorm(wide, kernel_size, stride=self.stride, groups=wide, activation=nn.relu6, name="depthwise")(h)
@@ -70,11 +64,10 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The whole network."""
+    """The whole network; returns the features after the pooling and the logits."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B 224 224 3"]) -> tuple[Float[Array, "B 1280"], Float[Array, "B 1000"]]:
-        """Returns the features after the pooling and the class scores before the softmax."""
         x = ConvNorm(STEM_FEATURES, (3, 3), stride=2, activation=nn.relu6, name="stem")(x)
         strides = [(stage, stage.stride if i == 0 else 1) for stage in STAGES for i in range(stage.num_blocks)]
         for number, (stage, stride) in enumerate(strides):
@@ -85,16 +78,13 @@ class EfficientNetLite0(nn.Module):
 
 
 def preprocess(x: Float[Array, "B H W 3"]) -> Float[Array, "B 224 224 3"]:
-    """Resizes images in 0 .. 255, whatever their proportions, and scales them as the network was trained.
+    """Resize images in 0 .. 255, whatever their proportions, and scale them as in the network's training.
 
-    A whole image is resized: the crop of the middle, with which such networks are usually tested, would hide the
-    border of generated images from the metric.
+    The whole image is resized: the usual central crop would hide the border of generated images from the metric.
     """
     x = jax.image.resize(x, (x.shape[0], SIDE, SIDE, x.shape[3]), method="cubic", antialias=True)
     return (x - 127.0) / 128.0
 
-
-# --- weights ---------------------------------------------------------------------------------------------------------
 
 # PyTorch's names of a block's layers, convolution and normalization, and of the layers around the blocks.
 _BLOCK_LAYERS = {
@@ -106,7 +96,7 @@ _LAYERS = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
 
 
 def torch_layer(layer: str, part: str) -> str:
-    """Returns PyTorch's name of a layer: "block_3/expand" and "norm" are _blocks.3._bn0."""
+    """Return PyTorch's name of a layer: "block_3/expand" and "norm" give _blocks.3._bn0."""
     if part == "dense":
         return f"_{layer}"
     *block, name = layer.split("/")
@@ -116,16 +106,12 @@ def torch_layer(layer: str, part: str) -> str:
 
 
 def is_installed() -> bool:
-    """Says whether the package that holds the weights is installed."""
+    """Return whether the package with the weights is installed."""
     return importlib.util.find_spec(PACKAGE) is not None
 
 
 def weights_path() -> Path:
-    """Returns the weights file of the installed package, none of whose code is run.
-
-    Raises:
-      UserError: if the package is not installed; it says how to.
-    """
+    """Return the weights file of the installed package; none of its code is run."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -136,15 +122,7 @@ def weights_path() -> Path:
 
 
 def build_efficientnet(*, num_levels: int) -> PretrainedExtractor:
-    """Builds the extractor from the weights in the package.
-
-    Args:
-      num_levels: of the images.
-
-    Raises:
-      UserError: if the package is not installed.
-      UserError: if its file is damaged or holds something else.
-    """
+    """Build the extractor from the weights in the package."""
     path, model = weights_path(), EfficientNetLite0()
     shapes = param_shapes(model, SIDE)
     return PretrainedExtractor(

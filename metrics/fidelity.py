@@ -1,4 +1,4 @@
-"""How near a restored image is to the true one: PSNR and SSIM, by scikit-image."""
+"""Similarity of a restored image to the true one: PSNR and SSIM, by scikit-image. Images are in [0, 1]."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ SMALLEST_WINDOW = 3  # of one pixel there is no covariance
 
 
 def psnr(truth: Float[np.ndarray, "H W C"], image: Float[np.ndarray, "H W C"]) -> float:
-    """Returns the peak signal-to-noise ratio -10 log10(mean squared error), in dB; infinite for the truth itself.
-
-    Args:
-      truth: in [0, 1].
-      image: in [0, 1].
-    """
+    """Return the peak signal-to-noise ratio -10 log10(mean squared error), in dB; infinite for equal images."""
     from skimage.metrics import peak_signal_noise_ratio  # lazily: half a second
 
     with np.errstate(divide="ignore"):
@@ -25,24 +20,17 @@ def psnr(truth: Float[np.ndarray, "H W C"], image: Float[np.ndarray, "H W C"]) -
 
 
 def ssim_window(height: int, width: int) -> int | None:
-    """Returns the side of SSIM's window: 7 pixels, or the largest odd number that fits; None if that is 1."""
+    """Return the side of SSIM's window: 7 pixels, or the largest odd number that fits; None if that is 1."""
     side = min(height, width, SSIM_WINDOW)
     side -= 1 - side % 2
     return side if side >= SMALLEST_WINDOW else None
 
 
 def ssim(truth: Float[np.ndarray, "H W C"], image: Float[np.ndarray, "H W C"]) -> float:
-    """Returns the structural similarity index (Wang et al. 2004), at most 1, averaged over pixels and channels.
+    """Return the structural similarity index (Wang et al. 2004), at most 1, averaged over pixels and channels.
 
-    In the uniform window of `ssim_window`, at the places where it fits whole, with K1 = 0.01, K2 = 0.03 and sample
-    covariances: scikit-image's defaults. (The window of Wang et al. is a Gaussian of 11 pixels.)
-
-    Args:
-      truth: in [0, 1].
-      image: in [0, 1].
-
-    Raises:
-      UserError: if the images are too small for a window.
+    In a uniform window (`ssim_window`), where it fits whole, with K1 = 0.01, K2 = 0.03 and sample covariances:
+    scikit-image's defaults. (Wang et al. use a Gaussian window of 11 pixels.)
     """
     from skimage.metrics import structural_similarity  # lazily: half a second
 
@@ -56,11 +44,7 @@ def ssim(truth: Float[np.ndarray, "H W C"], image: Float[np.ndarray, "H W C"]) -
 
 
 def _as_float64(truth: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Checks that both have one shape; scikit-image would compute in float32 what is given so.
-
-    Raises:
-      UserError: naming the shapes, if they differ.
-    """
+    """Check that the shapes are equal and convert: scikit-image would compute in float32 from float32."""
     if truth.shape != image.shape:
         raise UserError(f"truth has shape {truth.shape}, image {image.shape}; expected the same [H, W, C]")
     return truth.astype(np.float64), image.astype(np.float64)

@@ -1,9 +1,9 @@
-"""Writes the constants and variables of a TensorFlow graph as an .npz file, by their names.
+"""Write the constants and variables of a TensorFlow graph as an .npz file, by their names.
 
   python -m metrics.graph_constants GRAPH OUTPUT
 
-GRAPH is a frozen graph (.pb) or the folder of a SavedModel. Nothing of it is run. A process of its own, since it loads
-TensorFlow, which nothing else here needs.
+GRAPH is a frozen graph (.pb) or the folder of a SavedModel. None of it is run. It is a separate process because it
+imports TensorFlow, which nothing else here needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VARIABLE_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"  # of names in checkpoints of Te
 
 
 def _nodes(path: Path) -> list[Any]:
-    """Returns the nodes of all graphs and functions in a file."""
+    """Return the nodes of all graphs and functions in a file."""
     if not path.is_dir():
         graph_pb2 = importlib.import_module("tensorflow.core.framework.graph_pb2")
         graphs = [graph_pb2.GraphDef.FromString(path.read_bytes())]
@@ -33,7 +33,7 @@ def _nodes(path: Path) -> list[Any]:
 
 
 def read_constants(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a graph by name; a variable takes the place of a constant of its name."""
+    """Return the arrays of a graph by name; a variable replaces a constant of its name."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     tensorflow = importlib.import_module("tensorflow")
     constants = [node for node in _nodes(path) if node.op == "Const"]

@@ -1,24 +1,37 @@
-"""The extractor "inception": the Inception network of 2015 by which FID and the Inception Score are defined.
+"""The extractor "inception": the Inception network of 2015 that defines FID and the Inception Score.
 
-Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision", as TensorFlow's frozen graph
-classify_image_graph_def of 2015-12-05 has it, and PyTorch's pt_inception-2015-12-05: average pooling inside the blocks
-does not count the padding, the last block pools by maxima, and the classes are 1008, of which ImageNet uses 1000.
-Layers have the names that PyTorch gives them.
+Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision", as in TensorFlow's frozen graph
+classify_image_graph_def of 2015-12-05 and PyTorch's pt_inception-2015-12-05: average pooling inside the blocks does
+not count the padding, the last block uses max pooling, and there are 1008 classes, of which ImageNet uses 1000.
+Layers have PyTorch's names.
+
+`convert_weights` makes the .npz of the weights from any of three public files with the same numbers: PyTorch's
+pt_inception-2015-12-05-6726825d.pth, read without PyTorch and without running its content; TensorFlow's frozen graph
+classify_image_graph_def.pb; and a TF-Hub SavedModel of that graph. TensorFlow reads the last two in a separate process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float
 
 from errors import UserError
-from metrics.pretrained import PRECISION, ConvNorm, PretrainedExtractor, check_params, param_shapes
-from storage.files import cache_folder, read_npz
+from legacy.torch_file import read_torch
+from metrics.images import flatten_params, params_hash
+from metrics.pretrained import PRECISION, ConvNorm, PretrainedExtractor, check_params, param_shapes, params_from_torch
+from storage.files import cache_folder, read_npz, write_atomically
 
 SIDE = 299  # pixels of the network's input
 NUM_FEATURES, NUM_CLASSES = 2048, 1008
@@ -29,11 +42,8 @@ WEIGHTS_URL = (
 RESIZE = "bilinear to 299x299 as in TensorFlow 1 (align_corners=False, half_pixel_centers=False, no antialiasing)"
 
 
-# --- network ---------------------------------------------------------------------------------------------------------
-
-
 def _branch(x: Array, name: str, *layers: tuple[int, int, int], downsample: bool = False) -> Array:
-    """Applies convolutions (channels, kernel height, kernel width) one after another.
+    """Apply convolutions (channels, kernel height, kernel width) in sequence.
 
     With `downsample` the last one has stride 2 and no padding.
     """
@@ -63,13 +73,12 @@ def _shrink(x: Array) -> Array:
 
 
 class BlockA(nn.Module):
-    """35x35 pixels: kernels 1x1, 5x5, twice 3x3, and pooling."""
+    """35x35 pixels: kernels 1x1, 5x5, twice 3x3, and pooling; D = 224 + pool_features."""
 
     pool_features: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-        """Concatenates the branches; D = 224 + pool_features."""
         branches = [
             _branch(x, "branch1x1", (64, 1, 1)),
             _branch(x, "branch5x5", (48, 1, 1), (64, 5, 5)),
@@ -80,11 +89,10 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """From 35x35 to 17x17 pixels."""
+    """From 35x35 to 17x17 pixels; D = 480 + C."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        """Concatenates the branches; D = 480 + C."""
         branches = [
             _branch(x, "branch3x3", (384, 3, 3), downsample=True),
             _branch(x, "branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3), downsample=True),
@@ -100,7 +108,6 @@ class BlockC(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W 768"]:
-        """Concatenates the branches."""
         c = self.channels
         branches = [
             _branch(x, "branch1x1", (192, 1, 1)),
@@ -112,11 +119,10 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """From 17x17 to 8x8 pixels."""
+    """From 17x17 to 8x8 pixels; D = 512 + C."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        """Concatenates the branches; D = 512 + C."""
         branches = [
             _branch(x, "branch3x3", (192, 1, 1), (320, 3, 3), downsample=True),
             _branch(x, "branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3), downsample=True),
@@ -126,17 +132,15 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8x8 pixels: branches that end in a row and a column side by side, and pooling.
+    """8x8 pixels: branches that end in a row and a column kernel in parallel, and pooling.
 
-    Attributes:
-      pool: by means in the first of the two blocks, by maxima in the last: the peculiarity of this network.
+    `pool` is the mean in the first of the two blocks and the maximum in the last: the peculiarity of this network.
     """
 
     pool: Callable[[Array], Array]
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W 2048"]:
-        """Concatenates the branches."""
         short = _branch(x, "branch3x3_1", (384, 1, 1))
         long = _branch(_branch(x, "branch3x3dbl_1", (448, 1, 1)), "branch3x3dbl_2", (384, 3, 3))
         branches = [
@@ -151,18 +155,16 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """The whole network.
+    """The whole network; returns the features after the last pooling ("pool_3") and the logits.
 
-    Attributes:
-      logits_bias: add the bias to the class scores, as TensorFlow's graph does; the Inception Score's first code
-        (Salimans et al. 2016) left it out.
+    `logits_bias` adds the bias to the logits, as TensorFlow's graph does; the first code of the Inception Score
+    (Salimans et al. 2016) left it out.
     """
 
     logits_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B 299 299 3"]) -> tuple[Float[Array, "B 2048"], Float[Array, "B 1008"]]:
-        """Returns the features after the last pooling ("pool_3") and the class scores before the softmax."""
         x = ConvNorm(32, (3, 3), stride=2, padding="VALID", name="Conv2d_1a_3x3")(x)
         x = ConvNorm(32, (3, 3), padding="VALID", name="Conv2d_2a_3x3")(x)
         x = _shrink(ConvNorm(64, (3, 3), name="Conv2d_2b_3x3")(x))
@@ -180,33 +182,27 @@ class Inception(nn.Module):
         return features, nn.Dense(NUM_CLASSES, use_bias=self.logits_bias, precision=PRECISION, name="fc")(features)
 
 
-# --- images ----------------------------------------------------------------------------------------------------------
-
-
 def _neighbours(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns, for each new pixel, the two old ones between which it lies, and how far it is from the first.
-
-    In float32, in which TensorFlow computes them.
-    """
+    """Return the two old pixels around each new one, and its distance to the first; float32, as in TensorFlow."""
     position = np.arange(new_size, dtype=np.float32) * (np.float32(size) / np.float32(new_size))
     low = position.astype(np.int32)
     return low, np.minimum(low + 1, size - 1), position - low.astype(np.float32)
 
 
 def resize_tf1(x: Float[Array, "B H W C"], height: int, width: int) -> Float[Array, "B height width C"]:
-    """Resizes as TensorFlow 1's tf.image.resize_bilinear: new pixel i lies at i * (old size / new size).
+    """Resize as TensorFlow 1's tf.image.resize_bilinear: new pixel i lies at i * (old size / new size).
 
-    Neither are pixels' centres aligned (the picture moves by up to half a pixel) nor is anything smoothed when it
-    shrinks. FID's numbers depend on both.
+    Pixel centres are not aligned (the picture moves by up to half a pixel) and shrinking is not antialiased. FID's
+    values depend on both.
     """
-    low, high, share = _neighbours(x.shape[2], width)
-    x = x[:, :, low] + (x[:, :, high] - x[:, :, low]) * share[None, None, :, None]
-    low, high, share = _neighbours(x.shape[1], height)
-    return x[:, low] + (x[:, high] - x[:, low]) * share[None, :, None, None]
+    low, high, weight = _neighbours(x.shape[2], width)
+    x = x[:, :, low] + (x[:, :, high] - x[:, :, low]) * weight[None, None, :, None]
+    low, high, weight = _neighbours(x.shape[1], height)
+    return x[:, low] + (x[:, high] - x[:, low]) * weight[None, :, None, None]
 
 
 def preprocess(x: Float[Array, "B H W 3"]) -> Float[Array, "B 299 299 3"]:
-    """Resizes images in 0 .. 255 and scales them as the graph does: (x - 128) / 128."""
+    """Resize images in 0 .. 255 and scale them as the graph does: (x - 128) / 128."""
     return (resize_tf1(x, SIDE, SIDE) - 128.0) / 128.0
 
 
@@ -214,28 +210,19 @@ def preprocess(x: Float[Array, "B H W 3"]) -> Float[Array, "B 299 299 3"]:
 
 
 def weights_path(weights: str = "") -> Path:
-    """Returns where the weights are looked for: the file that is named, or where --mode convert_weights puts it."""
+    """Return the weights file: `weights`, or where --mode convert_weights puts it."""
     return Path(weights) if weights else cache_folder("weights") / WEIGHTS
 
 
 def how_to_get_weights(path: str | Path) -> str:
-    """Returns the commands that make the weights file, on one line."""
+    """Return the commands that make the weights file, on one line."""
     file = WEIGHTS_URL.rsplit("/", 1)[1]
     output = "" if Path(path) == weights_path() else f" --output {path}"
     return f"curl -LO {WEIGHTS_URL} && python main.py --mode convert_weights --checkpoint {file}{output}"
 
 
 def build_inception(*, num_levels: int, weights: str = "") -> PretrainedExtractor:
-    """Builds the extractor from a weights file of --mode convert_weights.
-
-    Args:
-      num_levels: of the images.
-      weights: the file; empty: where that mode puts it by default.
-
-    Raises:
-      UserError: if there is none; it says how to get it.
-      UserError: if it is damaged or holds something else.
-    """
+    """Build the extractor from a weights file of --mode convert_weights; empty: from where that mode puts it."""
     path, model = weights_path(weights), Inception()
     if not path.exists():
         raise UserError(
@@ -244,7 +231,7 @@ def build_inception(*, num_levels: int, weights: str = "") -> PretrainedExtracto
     try:
         params = check_params(str(path), read_npz(path), param_shapes(model, SIDE))
     except ValueError as error:
-        raise UserError(f"{error}; to make it anew: {how_to_get_weights(path)}") from error
+        raise UserError(f"{error}; to make it again: {how_to_get_weights(path)}") from error
     return PretrainedExtractor(
         key="inception",
         name="Inception of 2015-12-05, pool_3, trained on ImageNet",
@@ -255,3 +242,134 @@ def build_inception(*, num_levels: int, weights: str = "") -> PretrainedExtracto
         resize=RESIZE,
         num_levels=num_levels,
     )
+
+
+# --- conversion of public files --------------------------------------------------------------------------------------
+
+PTH_SHA256 = "6726825d"  # how the published file's SHA-256 starts: PyTorch puts it in the name
+GRAPH_SECONDS = 300  # limit for TensorFlow to start and read a graph
+
+
+def torch_layer(layer: str, part: str) -> str:
+    """Return PyTorch's name of a layer: "Mixed_5b/branch1x1" and "norm" give Mixed_5b.branch1x1.bn."""
+    name = layer.replace("/", ".")
+    return {"dense": name, "conv": f"{name}.conv", "norm": f"{name}.bn"}[part]
+
+
+STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
+BLOCKS = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")  # mixed, mixed_1, ..., mixed_10
+# Branches with more than one layer or with pooling are TensorFlow's tower, tower_1, tower_2.
+TOWERS = {
+    **dict.fromkeys(("5b", "5c", "5d"), ("branch5x5", "branch3x3dbl", "branch_pool")),
+    "6a": ("branch3x3dbl",),
+    **dict.fromkeys(("6b", "6c", "6d", "6e"), ("branch7x7", "branch7x7dbl", "branch_pool")),
+    "7a": ("branch3x3", "branch7x7x3"),
+    **dict.fromkeys(("7b", "7c"), ("branch3x3", "branch3x3dbl", "branch_pool")),
+}
+TF_ARRAYS = {
+    "kernel": "conv2d_params",
+    "scale": "batchnorm/gamma",
+    "bias": "batchnorm/beta",
+    "mean": "batchnorm/moving_mean",
+    "var": "batchnorm/moving_variance",
+}
+TF_DENSE = {"fc/kernel": "softmax/weights", "fc/bias": "softmax/biases"}
+TF_LAST = "softmax/weights"  # shows the prefix of all names, if the graph was imported into another
+
+
+def _numbered(name: str, number: int) -> str:
+    """Make a name unique as TensorFlow does: conv, conv_1, conv_2."""
+    return f"{name}_{number}" if number else name
+
+
+def tensorflow_name(path: str) -> str:
+    """Return the frozen graph's name of an array: mixed_9/tower/mixed/conv/conv2d_params of
+    "Mixed_7b/branch3x3_2a/kernel".
+    """
+    if path in TF_DENSE:
+        return TF_DENSE[path]
+    *block, layer, array = path.split("/")
+    if not block:
+        return f"{_numbered('conv', STEM.index(layer))}/{TF_ARRAYS[array]}"
+    code = block[0].removeprefix("Mixed_")
+    parts = [_numbered("mixed", BLOCKS.index(code))]
+    match = re.fullmatch(r"(branch.*?)(?:_(\d)([ab]?))?", layer)
+    assert match is not None
+    branch, number, side = match.groups()
+    if branch in TOWERS[code]:
+        parts.append(_numbered("tower", TOWERS[code].index(branch)))
+    if side:
+        parts += ["mixed", _numbered("conv", "ab".index(side))]
+    else:
+        parts.append(_numbered("conv", int(number or 1) - 1))
+    return "/".join([*parts, TF_ARRAYS[array]])
+
+
+def _read_constants(path: Path) -> dict[str, np.ndarray]:
+    """Read the constants and variables of a TensorFlow graph in a process that imports TensorFlow."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "constants.npz"
+        command = [sys.executable, "-m", "metrics.graph_constants", str(path.absolute()), str(output)]
+        root = Path(__file__).resolve().parent.parent
+        try:
+            run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=GRAPH_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"TensorFlow did not read {path} in {GRAPH_SECONDS} s; use the .pth file") from error
+        if run.returncode:
+            reason = (run.stderr.strip() or "no message").splitlines()[-1]
+            raise UserError(f"{path} cannot be read by TensorFlow: {reason}; the .pth file needs no TensorFlow")
+        return read_npz(output)
+
+
+def _from_graph(constants: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Pick the network's arrays out of a graph's."""
+    prefixes = [name.removesuffix(TF_LAST) for name in constants if f"/{name}".endswith(f"/{TF_LAST}")]
+    prefix = prefixes[0] if prefixes else ""
+    found = {path: constants.get(prefix + tensorflow_name(path)) for path in shapes}
+    return {path: array for path, array in found.items() if array is not None}
+
+
+def _read(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Read the network's arrays from any of the three kinds of file, unchecked."""
+    if source.is_dir() or source.suffix == ".pb":
+        return _from_graph(_read_constants(source), shapes)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    if not digest.startswith(PTH_SHA256):
+        logging.warning(
+            "%s is not the published file: its SHA-256 starts with %s, not %s; FID by these weights is not comparable "
+            "with published values",
+            *(source, digest[: len(PTH_SHA256)], PTH_SHA256),
+        )
+    state = read_torch(source)
+    if not all(isinstance(value, np.ndarray) for value in state.values()):
+        raise UserError(f"{source} holds no dictionary of tensors; expected pt_inception-2015-12-05-6726825d.pth")
+    return params_from_torch(state, shapes, torch_layer)
+
+
+def convert_weights(checkpoint: str | Path, output: str | Path = "") -> tuple[Path, str]:
+    """Write the weights of the Inception network as the .npz file that the extractor reads, atomically.
+
+    Args:
+      checkpoint: pt_inception-2015-12-05-6726825d.pth, classify_image_graph_def.pb, or the folder of a TF-Hub
+        SavedModel of tfgan/eval/inception/1.
+      output: file to write; empty: where the extractor looks.
+
+    Returns:
+      (file, SHA-256 of the parameters).
+    """
+    source, target, shapes = Path(checkpoint), weights_path(str(output)), param_shapes(Inception(), SIDE)
+    if not source.exists():
+        raise UserError(f"--checkpoint {source} does not exist")
+    try:
+        arrays = _read(source, shapes)
+    except OSError as error:
+        raise UserError(f"--checkpoint {source} cannot be read: {error.strerror}") from error
+    params = check_params(str(source), arrays, shapes)
+    flat: dict[str, Any] = {**flatten_params(params)}
+    digest = params_hash(params)
+    try:
+        write_atomically(target, lambda file: np.savez(file, **flat))
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}; choose another --output") from error
+    logging.info("wrote %s: %d arrays, SHA-256 of the parameters %s", target, len(flat), digest)
+    return target, digest

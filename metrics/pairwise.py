@@ -15,39 +15,30 @@ from jaxtyping import Float, Num
 from errors import UserError
 from metrics.metric import Metric, as_feature_pair, make_metric, stderr_of_mean
 
-BLOCK_ELEMENTS = 2**24  # of a block of a matrix of all pairs: 128 MiB of float64, whatever the number of images
+BLOCK_ELEMENTS = 2**24  # of a block of a matrix of all pairs: 128 MiB of float64
 
 
 def row_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
-    """Returns the rows of the blocks in which a matrix of all pairs is formed."""
+    """Return the rows of the blocks in which a matrix of all pairs is formed."""
     step = max(1, BLOCK_ELEMENTS // num_columns)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
-# --- kernel distance -------------------------------------------------------------------------------------------------
-
-
 def _kernel(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "n m"]:
-    """Returns the polynomial kernel (xᵀy / D + 1)³ of all pairs (Binkowski et al. 2018, Section 4)."""
+    """Return the polynomial kernel (xᵀy / D + 1)³ of all pairs (Binkowski et al. 2018, Section 4)."""
     return (x @ y.T / x.shape[1] + 1.0) ** 3
 
 
 class _KernelMeans(NamedTuple):
-    """What the pairs of two sets, or the pairs of different rows of one, contribute.
+    """Means over the pairs of two sets, or over the pairs of different rows of one."""
 
-    Attributes:
-      of_rows: mean kernel of each row of the first set with the second.
-      of_columns: mean kernel of each row of the second set with the first.
-      mean_square: mean squared kernel of a pair.
-    """
-
-    of_rows: Float[np.ndarray, "n"]
-    of_columns: Float[np.ndarray, "m"]
-    mean_square: float
+    of_rows: Float[np.ndarray, "n"]  # mean kernel of each row of the first set with the second
+    of_columns: Float[np.ndarray, "m"]  # mean kernel of each row of the second set with the first
+    mean_square: float  # mean squared kernel of a pair
 
     @property
     def interaction(self) -> float:
-        """Variance of the kernel that is not explained by either row of the pair alone."""
+        """Variance of the kernel that neither row of the pair explains alone."""
         rows, columns = self.of_rows, self.of_columns
         return self.mean_square - np.mean(rows**2) - np.mean(columns**2) + rows.mean() * columns.mean()
 
@@ -63,7 +54,7 @@ def _means_across(x: np.ndarray, y: np.ndarray) -> _KernelMeans:
 
 
 def _means_within(x: np.ndarray) -> _KernelMeans:
-    """Leaves out the pairs of a row with itself."""
+    """Leave out the pairs of a row with itself."""
     n, all_pairs = len(x), _means_across(x, x)
     own = (np.sum(x**2, axis=1) / x.shape[1] + 1.0) ** 3
     means = (all_pairs.of_rows * n - own) / (n - 1)
@@ -71,7 +62,7 @@ def _means_within(x: np.ndarray) -> _KernelMeans:
 
 
 def _unbiased_mmd2(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Returns the unbiased squared maximum mean discrepancy and its standard error.
+    """Return the unbiased squared maximum mean discrepancy and its standard error.
 
     The value is a mean over pairs (a U-statistic), whose variance has a part of each row and a part of each pair. The
     spread of the rows' means counts the second part twice, which matters where the value is near zero.
@@ -88,18 +79,10 @@ def _unbiased_mmd2(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 def kernel_distance(
     features: Num[np.ndarray, "N D"], reference: Num[np.ndarray, "M D"], *, name: str = "kernel_distance"
 ) -> Metric:
-    """Measures the squared maximum mean discrepancy over all pairs; with Inception features it is KID.
+    """Measure the squared maximum mean discrepancy over all pairs; with Inception features it is KID.
 
     The unbiased estimate with the kernel (xᵀy / D + 1)³ (Binkowski et al. 2018): zero on average, and so below zero
     half the time, if both sets come from one distribution.
-
-    Args:
-      features: of generated images.
-      reference: of real images.
-      name: of the metric.
-
-    Raises:
-      UserError: if features are not finite, fewer than two, or of another dimension than the reference.
     """
     x, y = as_feature_pair(features, reference)
     note = "unbiased, so it may be below 0; mean over all pairs, standard error of both sides"
@@ -119,16 +102,9 @@ def kernel_distance_blocks(
     max_block_size: int = 1024,
     name: str = "kernel_distance",
 ) -> Metric:
-    """Measures the kernel distance as the mean over disjoint blocks, as TF-GAN does; cheaper than all pairs.
+    """Measure the kernel distance as the mean over disjoint blocks, as TF-GAN does; cheaper than all pairs.
 
-    Args:
-      features: of generated images, in random order.
-      reference: of real images, in random order.
-      max_block_size: images of either set in a block, at most.
-      name: of the metric.
-
-    Raises:
-      UserError: as `kernel_distance`, or if a block would hold fewer than two images of a set.
+    Both sets must be in random order. `max_block_size` is the largest number of images of either set in a block.
     """
     x, y = as_feature_pair(features, reference)
     if max_block_size < 2:
@@ -147,7 +123,7 @@ def kernel_distance_blocks(
 
 
 def _consecutive_parts(num_rows: int, num_parts: int) -> list[np.ndarray]:
-    """Splits rows into consecutive parts, the later ones being longer by one if need be (TF-GAN's order)."""
+    """Split rows into consecutive parts; the later ones may be longer by one (TF-GAN's order)."""
     longer = num_rows % num_parts
     sizes = np.full(num_parts, num_rows // num_parts)
     sizes[num_parts - longer :] += 1
@@ -163,21 +139,11 @@ def kernel_distance_subsets(
     seed: int = 0,
     name: str = "kernel_distance",
 ) -> Metric:
-    """Measures the kernel distance as the mean over random subsets, as KID is commonly published.
+    """Measure the kernel distance as the mean over random subsets, as KID is commonly published.
 
-    Binkowski et al. 2018 take 100 subsets of 1,000 images. Subsets share images, so their mean is less certain than
-    that many independent ones: the standard error counts only as many as could be disjoint.
-
-    Args:
-      features: of generated images.
-      reference: of real images.
-      subset_size: images of either set in a subset, drawn without replacement; all of a set that has fewer.
-      num_subsets: how many.
-      seed: of the drawing.
-      name: of the metric.
-
-    Raises:
-      UserError: as `kernel_distance`, or if `subset_size` or `num_subsets` is less than two.
+    Binkowski et al. 2018 take 100 subsets of 1,000 images of either set, drawn without replacement (all of a smaller
+    set). Subsets overlap, so their mean is less certain than that of independent ones: the standard error counts only
+    as many as could be disjoint.
     """
     x, y = as_feature_pair(features, reference)
     if subset_size < 2 or num_subsets < 2:

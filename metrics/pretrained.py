@@ -1,4 +1,4 @@
-"""What extractors with fixed weights share: their layers, reading weights by name, applying them to images."""
+"""What extractors with fixed weights have in common: layers, reading weights by name, applying them to images."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from errors import UserError
 from metrics.images import RGB, apply_in_batches, check_photographs, params_hash
 from parallel import distributed
 
-BATCH_SIZE = 32  # images of a device that a network is compiled for; the last batch is filled up
-PRECISION = jax.lax.Precision.HIGHEST  # float32 also where accelerators would multiply in less: FID would change
-NORM_EPSILON = 1e-3  # of batch normalization in TensorFlow's networks, from which both of ours come
-MAX_LEVEL = 255.0  # networks trained on photographs know the range 0 .. 255
+BATCH_SIZE = 32  # images per device that a network is compiled for; the last batch is padded
+PRECISION = jax.lax.Precision.HIGHEST  # full float32 on accelerators, too: less would change FID
+NORM_EPSILON = 1e-3  # of batch normalization in TensorFlow's networks, the origin of both of ours
+MAX_LEVEL = 255.0  # networks trained on photographs take the range 0 .. 255
 # Where PyTorch keeps each array of a ConvNorm: the layer, convolution or normalization, and the name in it.
 TORCH_ARRAYS = {
     "kernel": ("conv", "weight"),
@@ -34,15 +34,9 @@ NUM_NAMED = 3  # arrays that a sentence names
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, batch normalization by fixed statistics, an activation.
+    """A convolution without bias, batch normalization with fixed statistics, and an activation.
 
-    Attributes:
-      features: channels of the result.
-      kernel_size: height and width.
-      stride: in both directions.
-      padding: "SAME" or "VALID", as TensorFlow pads.
-      groups: of channels; as many as there are channels: each is convolved alone.
-      activation: None: none.
+    `padding` is TensorFlow's "SAME" or "VALID". With as many `groups` as channels, each channel is convolved alone.
     """
 
     features: int
@@ -54,7 +48,6 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w features"]:
-        """Applies the layer."""
         shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
@@ -74,31 +67,20 @@ class ConvNorm(nn.Module):
         return self.activation(x) if self.activation else x
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def param_shapes(model: nn.Module, side: int) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every array of a network by its slash-joined path, without computing any.
+    """Return the shape of every array of a network by its slash-joined path; nothing is computed.
 
-    Args:
-      model: takes images float[B, side, side, 3].
-      side: in pixels.
+    The model takes images float[B, side, side, 3].
     """
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, RGB)))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items()}
 
 
 def check_params(source: str, params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """Checks arrays by slash-joined path against a network's shapes, and returns them as its tree, float32.
+    """Check arrays by slash-joined path against a network's shapes, and return them as its tree, float32.
 
-    Args:
-      source: where they come from, for the error.
-      params: the arrays.
-      shapes: see `param_shapes`.
-
-    Raises:
-      UserError: naming arrays that are missing, unknown, of another shape, or not finite.
+    `source` names their origin in the error; `shapes` is from `param_shapes`.
     """
     wrong = [f"{path} is missing" for path in sorted(shapes.keys() - params.keys())]
     wrong += [f"{path} is unknown" for path in sorted(params.keys() - shapes.keys())]
@@ -118,16 +100,16 @@ def check_params(source: str, params: Mapping[str, Any], shapes: Mapping[str, tu
 def params_from_torch(
     state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], layer_name: Callable[[str, str], str]
 ) -> dict[str, np.ndarray]:
-    """Picks a network's arrays out of a PyTorch state, those that are there, and turns kernels to our layout.
+    """Pick a network's arrays out of a PyTorch state, and transpose kernels to our layout.
 
     Args:
       state: arrays by PyTorch's names.
-      shapes: see `param_shapes`; a layer that has no "mean" is dense, all others are of class ConvNorm.
+      shapes: see `param_shapes`; a layer without "mean" is dense, all others are ConvNorm.
       layer_name: maps a layer's path and "conv", "norm" or "dense" to PyTorch's name of that layer.
 
     Returns:
-      Arrays by slash-joined path; those of `state` that belong to no layer under their own name, but for PyTorch's
-      count of training batches.
+      The arrays found, by slash-joined path; and those of `state` that belong to no layer, by their own names, except
+      PyTorch's count of training batches.
     """
     left = {name: value for name, value in state.items() if not name.endswith(".num_batches_tracked")}
     params = {}
@@ -144,11 +126,8 @@ def params_from_torch(
 
 
 def _our_layout(kernel: np.ndarray) -> np.ndarray:
-    """Turns [out, in, height, width] into [height, width, in, out], and [out, in] into [in, out]."""
+    """Turn [out, in, height, width] into [height, width, in, out], and [out, in] into [in, out]."""
     return np.ascontiguousarray(kernel.transpose((2, 3, 1, 0) if kernel.ndim == 4 else None))
-
-
-# --- application -----------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnames=("model", "preprocess"))
@@ -159,36 +138,21 @@ def _apply(model: nn.Module, preprocess: Callable[[Array], Array], params: Any, 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PretrainedExtractor:
-    """Features of a network that was trained on photographs, with fixed weights.
-
-    Attributes:
-      key: name in the table of extractors.
-      name: what it is, for the report.
-      model: maps what `preprocess` returns to (features, logits).
-      params: of the model, a tree of numpy arrays.
-      preprocess: maps images float[B, H, W, 3] in 0 .. 255 to the model's input; a function of a module, since it is
-        compiled with the model.
-      num_features: D.
-      resize: rule by which `preprocess` resizes, in words.
-      num_levels: of the images; level 0 is black, the last one white.
-      batch_size: images of each device that are computed together.
-      accuracy: None: nobody measures it here.
-    """
+    """Features of a network that was trained on photographs, with fixed weights (see `extractors.Extractor`)."""
 
     key: str
     name: str
-    model: nn.Module
-    params: Any
-    preprocess: Callable[[Array], Array]
+    model: nn.Module  # maps the output of `preprocess` to (features, logits)
+    params: Any  # of the model, a tree of numpy arrays
+    preprocess: Callable[[Array], Array]  # maps images [B, H, W, 3] in 0 .. 255 to the model's input
     num_features: int
     resize: str
-    num_levels: int
-    batch_size: int = BATCH_SIZE
-    accuracy: ClassVar[float | None] = None
+    num_levels: int  # of the images; level 0 is black, the last one white
+    batch_size: int = BATCH_SIZE  # images per device that are computed together
+    accuracy: ClassVar[float | None] = None  # None: not measured here
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 of the parameters, in hex."""
         return params_hash(self.params)
 
     @functools.cached_property
@@ -198,11 +162,6 @@ class PretrainedExtractor:
     def __call__(
         self, levels: UInt8[np.ndarray, "N H W C"]
     ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]]:
-        """Returns (features, logits) of images given as levels, float64; grey ones are seen as RGB.
-
-        Raises:
-          UserError: if images have neither 1 nor 3 channels, or a level is not below `num_levels`.
-        """
         check_photographs(self.key, levels, self.num_levels)
         factor = np.float32(MAX_LEVEL / (self.num_levels - 1))
 

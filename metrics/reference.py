@@ -1,8 +1,8 @@
-"""Reference statistics on disk: what real images look like to an extractor, and where the numbers come from.
+"""Reference statistics on disk: features of real images as an extractor sees them, and their provenance.
 
-Our own .npz file holds `mean`, `cov`, `num_samples`, `provenance` (a JSON text) and, if they are wanted, the rows of
-the features themselves. Read are, too, what other programs write: `pool_3`, features [N, 2048] of the score_sde of
-2021, and `mu`, `sigma`, as pytorch-fid, TTUR and EDM have them. Those say nothing of where they come from.
+Our .npz file holds `mean`, `cov`, `num_samples`, `provenance` (JSON) and optionally the rows of features themselves.
+Files of other programs, which state no provenance, are read, too: `pool_3`, features [N, 2048] of the 2021 score_sde,
+and `mu`, `sigma` of pytorch-fid, TTUR and EDM.
 """
 
 from __future__ import annotations
@@ -22,43 +22,29 @@ from storage import guards
 from storage.files import read_npz, write_atomically
 
 NOT_STATED = "not stated by the file"
-# Part of the largest eigenvalue by which another may be negative, and of the largest entry by which a matrix may not be
-# symmetric: float32 rounding of a 2048x2048 covariance is 3e-6 of it.
+# Tolerance for negative eigenvalues, relative to the largest one, and for asymmetry, relative to the largest entry:
+# float32 rounding of a 2048x2048 covariance causes 3e-6.
 ROUNDING = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where statistics come from; an empty text: the file does not say.
+    """Where statistics come from; an empty text: the file does not state it."""
 
-    Attributes:
-      extractor: its key, one of metrics.extractors.KEYS.
-      extractor_name: what it is, in words.
-      extractor_hash: SHA-256 of its parameters.
-      resize: rule by which it resizes images.
-      dtype: in which features and statistics were computed.
-      data: name of the data set.
-      split: of it.
-      preparation: what was done to the images as they are stored.
-      fingerprint: of the images, see sources.base.Source.
-      num_levels: that a value of an image can take; 0: not stated.
-      settings: what else they were made with, as JSON.
-    """
-
-    extractor: str = ""
-    extractor_name: str = ""
-    extractor_hash: str = ""
-    resize: str = ""
-    dtype: str = ""
-    data: str = ""
-    split: str = ""
-    preparation: str = ""
-    fingerprint: str = ""
-    num_levels: int = 0
-    settings: str = "{}"
+    extractor: str = ""  # its key, one of metrics.extractors.KEYS
+    extractor_name: str = ""  # what it is, in words
+    extractor_hash: str = ""  # SHA-256 of its parameters
+    resize: str = ""  # how it resizes images
+    dtype: str = ""  # of the computation of features and statistics
+    data: str = ""  # name of the data set
+    split: str = ""  # of it
+    preparation: str = ""  # what was done to the stored images
+    fingerprint: str = ""  # of the images, see sources.base.Source
+    num_levels: int = 0  # of the images; 0: not stated
+    settings: str = "{}"  # what else they were made with, as JSON
 
     def differences(self, other: Provenance) -> list[str]:
-        """Names what differs, but for the settings, each with both values."""
+        """Name what differs, except the settings, with both values."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         return [
             f"{name}: {mine[name]!r} there, {theirs[name]!r} now"
@@ -69,24 +55,17 @@ class Provenance:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What is known of the features of real images.
+    """What is known of the features of real images."""
 
-    Attributes:
-      statistics: their mean, covariance and number.
-      provenance: where they come from.
-      features: of every image, float64[N, D]; None if they were not kept.
-    """
-
-    statistics: FeatureStatistics
-    provenance: Provenance = Provenance()
-    features: Float[np.ndarray, "N D"] | None = None
+    statistics: FeatureStatistics  # their mean, covariance and number
+    provenance: Provenance = Provenance()  # where they come from
+    features: Float[np.ndarray, "N D"] | None = None  # of every image, float64[N, D]; None if not stored
 
 
 class Moments:
-    """Mean and covariance of rows that come a batch at a time and are not kept; in float64.
+    """Running mean and covariance of rows that come in batches, in float64.
 
-    By the update of Chan, Golub and LeVeque (1983) for joining the moments of two sets. Rounding apart, the result
-    does not depend on the batches.
+    By the update of Chan, Golub and LeVeque (1983). Up to rounding, the result does not depend on the batches.
     """
 
     def __init__(self) -> None:
@@ -95,11 +74,7 @@ class Moments:
         self._squares: Any = 0.0
 
     def add(self, rows: Float[np.ndarray, "B D"]) -> None:
-        """Takes in a batch of finite rows.
-
-        Raises:
-          UserError: if a value is NaN or infinite.
-        """
+        """Add a batch of finite rows."""
         rows = as_features("features", rows, min_samples=1)
         mean = rows.mean(axis=0)
         shift, total = mean - self._mean, self.num_samples + len(rows)
@@ -110,27 +85,20 @@ class Moments:
         self.num_samples = total
 
     def statistics(self) -> FeatureStatistics:
-        """Returns the statistics of all rows so far.
-
-        Raises:
-          UserError: if there are fewer than two.
-        """
+        """Return the statistics of all rows so far, two or more."""
         if self.num_samples < 2:
             raise UserError(f"{self.num_samples} image(s) have no covariance; give two or more")
         return FeatureStatistics(self._mean, self._squares / (self.num_samples - 1), self.num_samples)
 
 
 def compact(features: Float[np.ndarray, "N D"]) -> np.ndarray:
-    """Returns features as float32 if that changes none of them, which networks that run in it grant; else unchanged."""
+    """Return features as float32 if that changes none of them, as of networks that run in float32; else unchanged."""
     small = features.astype(np.float32)
     return small if np.array_equal(small, features) else features
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def save_reference(path: str | Path, reference: Reference) -> None:
-    """Writes an .npz file, whole or not at all."""
+    """Write an .npz file, atomically."""
     arrays = dataclasses.asdict(reference.statistics)
     arrays["provenance"] = json.dumps(dataclasses.asdict(reference.provenance), sort_keys=True)
     if reference.features is not None:
@@ -139,16 +107,18 @@ def save_reference(path: str | Path, reference: Reference) -> None:
 
 
 def load_reference(path: str | Path) -> Reference:
-    """Reads statistics from an .npz file, ours or another program's; nothing in it is run.
-
-    Raises:
-      UserError: naming the file, if it is damaged or no such file, its arrays do not fit together or are not finite,
-        or the covariance is none.
-      UserError: if there is none.
-    """
+    """Read statistics from an .npz file, ours or another program's; nothing in it is executed."""
     arrays = read_npz(path)
-    if "pool_3" in arrays:
-        return _from_rows(path, arrays["pool_3"])
+
+    def read_rows(name: str) -> np.ndarray:
+        rows = arrays[name]
+        if rows.dtype.kind != "f":
+            raise UserError(f"{path}: {name} is {rows.dtype}{list(rows.shape)}; expected floating-point rows [N, D]")
+        return as_features(f"{path}: {name}", rows)
+
+    if "pool_3" in arrays:  # the features that the 2021 score_sde kept of a data set
+        rows = read_rows("pool_3")
+        return Reference(FeatureStatistics.from_features(rows), Provenance(dtype=str(arrays["pool_3"].dtype)), rows)
     mean, cov = arrays.get("mean", arrays.get("mu")), arrays.get("cov", arrays.get("sigma"))
     if mean is None or cov is None:
         raise UserError(
@@ -156,53 +126,29 @@ def load_reference(path: str | Path) -> Reference:
             "sigma, or pool_3"
         )
     _check_statistics(path, mean, cov)
-    provenance = _read_provenance(path, arrays["provenance"]) if "provenance" in arrays else Provenance()
-    num_samples = _read_count(path, arrays.get("num_samples", np.array(0)))
+    try:
+        stated = arrays.get("provenance")
+        provenance = Provenance() if stated is None else guards.build(Provenance, guards.parse_json(str(stated)))
+    except ValueError as error:
+        raise UserError(
+            f"{path} states its provenance in another way than this version ({error}); make it again with --mode stats"
+        ) from error
+    count = arrays.get("num_samples", np.array(0))
+    if count.shape != () or count.dtype.kind not in "iu" or count < 0:
+        raise UserError(f"{path} has num_samples {count}; expected a whole number, 0 if it is not known")
     features = None
     if "features" in arrays:
-        features = _read_rows(path, "features", arrays["features"])
-        if features.shape != (num_samples, len(mean)):
+        features = read_rows("features")
+        if features.shape != (count, len(mean)):
             raise UserError(
-                f"{path} has features {features.shape}; expected one of {len(mean)} for each of {num_samples} images"
+                f"{path} has features {features.shape}; expected one of {len(mean)} for each of {count} images"
             )
-    statistics = FeatureStatistics(mean.astype(np.float64), cov.astype(np.float64), num_samples)
+    statistics = FeatureStatistics(mean.astype(np.float64), cov.astype(np.float64), int(count))
     return Reference(statistics, provenance, features)
 
 
-def _read_rows(path: str | Path, name: str, rows: np.ndarray) -> np.ndarray:
-    if rows.dtype.kind != "f":
-        raise UserError(f"{path}: {name} is {rows.dtype}{list(rows.shape)}; expected floating-point rows [N, D]")
-    return as_features(f"{path}: {name}", rows)
-
-
-def _from_rows(path: str | Path, rows: np.ndarray) -> Reference:
-    """Returns the statistics of the features that score_sde kept of a data set."""
-    features = _read_rows(path, "pool_3", rows)
-    return Reference(FeatureStatistics.from_features(features), Provenance(dtype=str(rows.dtype)), features)
-
-
-def _read_count(path: str | Path, value: np.ndarray) -> int:
-    if value.shape != () or value.dtype.kind not in "iu" or value < 0:
-        raise UserError(f"{path} has num_samples {value}; expected a whole number, 0 if it is not known")
-    return int(value)
-
-
-def _read_provenance(path: str | Path, value: np.ndarray) -> Provenance:
-    try:
-        provenance = guards.build(Provenance, guards.parse_json(str(value)))
-    except ValueError as error:
-        raise UserError(
-            f"{path} does not say as this version does where it comes from ({error}); make it anew with --mode stats"
-        ) from error
-    return provenance
-
-
 def _check_statistics(path: str | Path, mean: np.ndarray, cov: np.ndarray) -> None:
-    """Checks that two arrays are a mean and a covariance, up to rounding.
-
-    Raises:
-      UserError: naming the file and what is wrong.
-    """
+    """Check that two arrays are a mean and a covariance, up to rounding."""
     if mean.ndim != 1 or not len(mean) or cov.shape != (len(mean), len(mean)):
         raise UserError(f"{path} has mean {mean.shape} and covariance {cov.shape}; expected [D] and [D, D]")
     for name, array in (("mean", mean), ("covariance", cov)):
@@ -211,10 +157,10 @@ def _check_statistics(path: str | Path, mean: np.ndarray, cov: np.ndarray) -> No
         check_finite(f"{path}: {name}", array)
     cov = cov.astype(np.float64)
     if np.abs(cov - cov.T).max() > ROUNDING * np.abs(cov).max():
-        raise UserError(f"{path} has a covariance that is not symmetric; the file is damaged, make it anew")
+        raise UserError(f"{path} has a covariance that is not symmetric; the file is damaged, make it again")
     values = np.linalg.eigvalsh(cov)
     if values[0] < -ROUNDING * max(values[-1], 0.0):
         raise UserError(
-            f"{path} has a covariance with the negative eigenvalue {values[0]:.3g}, the largest being "
-            f"{values[-1]:.3g}; no data have it: the file is damaged, make it anew"
+            f"{path} has a covariance with the negative eigenvalue {values[0]:.3g} (the largest is "
+            f"{values[-1]:.3g}), which no data have: the file is damaged, make it again"
         )

@@ -1,6 +1,6 @@
-"""The extractor "tfgan": what tensorflow_gan makes of images with a TF-Hub SavedModel, as the 2021 code did.
+"""The extractor "tfgan": features by tensorflow_gan with a TF-Hub SavedModel, as in the 2021 code.
 
-TensorFlow is loaded when such an extractor is built, into the process that asked for it, and not before.
+TensorFlow is imported when such an extractor is built, in the same process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from storage.files import content_hash
 
 TFHUB_URL = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 BATCH_SIZE = 64
-PROBE_SIDE = 299  # pixels of the image by which the outputs of a SavedModel are found out
+PROBE_SIDE = 299  # pixels of the image that probes the outputs of a SavedModel
 RESIZE = "by the SavedModel"
 HOW_TO_INSTALL = "python -m pip install -r requirements.txt"
 OUTPUTS = ("pool_3", "logits")  # features and class scores
@@ -33,13 +33,10 @@ OUTPUTS = ("pool_3", "logits")  # features and class scores
 
 @functools.cache
 def _import_tfgan() -> tuple[Any, Any]:
-    """Returns TensorFlow, and tensorflow_gan's evaluation, which as it is does not import on TensorFlow >= 2.16.
+    """Return TensorFlow and tensorflow_gan's evaluation, which alone does not import on TensorFlow >= 2.16.
 
-    Its package subclasses estimators, which TensorFlow no longer has; so empty packages stand in for the two levels
-    above tensorflow_gan.python.eval, all that is wanted here. That, and TensorFlow Hub, need the Keras before 3.
-
-    Raises:
-      UserError: if it is not installed; it says how to.
+    Its package subclasses estimators, which TensorFlow no longer has; so empty packages replace the two levels above
+    tensorflow_gan.python.eval, the only part needed here. That and TensorFlow Hub need Keras 2.
     """
     spec = importlib.util.find_spec("tensorflow_gan")
     if spec is None or not spec.submodule_search_locations:
@@ -53,12 +50,12 @@ def _import_tfgan() -> tuple[Any, Any]:
         sys.modules.setdefault(name, package)
     tensorflow = importlib.import_module("tensorflow")
     for device in tensorflow.config.list_physical_devices("GPU"):
-        tensorflow.config.experimental.set_memory_growth(device, True)  # otherwise JAX is left without memory
+        tensorflow.config.experimental.set_memory_growth(device, True)  # leave memory for JAX
     return tensorflow, importlib.import_module("tensorflow_gan.python.eval")
 
 
 def _find_model(handle: str) -> Path:
-    """Returns the folder of a SavedModel, downloading it if the handle is a URL that TensorFlow Hub has not cached."""
+    """Return the folder of a SavedModel; TensorFlow Hub downloads a URL that it has not cached."""
     _import_tfgan()
     if "://" in handle:
         try:
@@ -69,12 +66,12 @@ def _find_model(handle: str) -> Path:
                 "unpacked folder as the weights of the extractor 'tfgan'"
             ) from error
     if not (Path(handle) / "saved_model.pb").exists():
-        raise UserError(f"{handle} is no SavedModel: it has no saved_model.pb; the extractor 'tfgan' needs one")
+        raise UserError(f"{handle} is not a SavedModel: it has no saved_model.pb; the extractor 'tfgan' needs one")
     return Path(handle)
 
 
 def _folder_hash(folder: Path) -> str:
-    """Returns the SHA-256 of the names and the content of the files in a folder."""
+    """Return the SHA-256 of the names and the content of the files in a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     parts = [(str(path.relative_to(folder)), np.frombuffer(path.read_bytes(), np.uint8)) for path in files]
     return content_hash(*(part for pair in parts for part in pair))
@@ -82,37 +79,21 @@ def _folder_hash(folder: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TfganExtractor:
-    """Features by tensorflow_gan and a SavedModel.
-
-    Attributes:
-      name: what it is, for the report.
-      hash: SHA-256 of the SavedModel's files, in hex.
-      num_features: D.
-      num_levels: of the images; level 0 is black, the last one white.
-      run: maps images in [-1, 1] to (features, class scores).
-      key: name in the table of extractors.
-      resize: rule by which images are resized, in words.
-      accuracy: None: nobody measures it here.
-    """
+    """Features by tensorflow_gan and a SavedModel (see `extractors.Extractor`)."""
 
     name: str
     hash: str
     num_features: int
-    num_levels: int
-    run: Callable[[np.ndarray], tuple[Any, Any]]
+    num_levels: int  # of the images; level 0 is black, the last one white
+    run: Callable[[np.ndarray], tuple[Any, Any]]  # maps images in [-1, 1] to (features, logits)
 
     key: ClassVar[str] = "tfgan"
     resize: ClassVar[str] = RESIZE
-    accuracy: ClassVar[float | None] = None
+    accuracy: ClassVar[float | None] = None  # None: not measured here
 
     def __call__(
         self, levels: UInt8[np.ndarray, "N H W C"]
     ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]]:
-        """Returns (features, logits) of images given as levels, float64; grey ones are seen as RGB.
-
-        Raises:
-          UserError: if images have neither 1 nor 3 channels, or a level is not below `num_levels`.
-        """
         check_photographs(self.key, levels, self.num_levels)
         middle = np.float32((self.num_levels - 1) / 2)
         apply = lambda batch: self.run((as_rgb(batch).astype(np.float32) - middle) / middle)  # noqa: E731
@@ -120,7 +101,7 @@ class TfganExtractor:
 
 
 def _load(folder: Path) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Loads a SavedModel and returns a function that tensorflow_gan applies it with."""
+    """Load a SavedModel and return the function by which tensorflow_gan applies it."""
     tensorflow, tfgan = _import_tfgan()
     model = importlib.import_module("tensorflow_hub").load(str(folder))
 
@@ -136,16 +117,12 @@ def _load(folder: Path) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def build_tfgan(*, num_levels: int, weights: str = "") -> TfganExtractor:
-    """Builds the extractor; TensorFlow is loaded.
+    """Build the extractor; this imports TensorFlow.
 
     Args:
       num_levels: of the images.
       weights: folder or URL of a SavedModel that maps images in [-1, 1] to "pool_3" and "logits"; empty: TF-GAN's own,
-        which TensorFlow Hub downloads unless it has it cached.
-
-    Raises:
-      UserError: if tensorflow_gan is not installed, or the folder is no SavedModel; it says what to do.
-      UserError: if it cannot be downloaded, or has other outputs.
+        which TensorFlow Hub downloads unless it is cached.
     """
     handle = weights or TFHUB_URL
     folder = _find_model(handle)

@@ -1,4 +1,4 @@
-"""The report of an evaluation: what it holds (`data`), how it reads (`page`), and several compared (`side_by_side`)."""
+"""Reports of evaluations: their data (`data`), their page (`page`), and several compared (`side_by_side`)."""
 
 from report.data import (
     CheckpointInfo,

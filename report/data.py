@@ -1,6 +1,6 @@
-"""What the report of an evaluation holds, and report_<k>.json, in which it is stored for each checkpoint.
+"""The contents of an evaluation's report, stored for each checkpoint as report_<k>.json.
 
-Every number comes with its uncertainty and with all that is needed to repeat it. What was not measured is null.
+Every number has its uncertainty and everything needed to repeat it. What was not measured is null.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from storage.files import write_json
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """Which parameters were evaluated: checkpoint number, training step, and whether they are the averaged ones."""
+    """Which parameters were evaluated: checkpoint number, training step, and whether they are the moving average."""
 
     number: int
     step: int
@@ -31,7 +31,7 @@ class CheckpointInfo:
 class DataInfo:
     """Name of the data set, images of its splits, and levels of a pixel.
 
-    `hash` changes with the images of either split or what is done to them; empty if it is not known.
+    `hash` changes with the images of either split or their preparation; empty if unknown.
     """
 
     name: str
@@ -43,9 +43,9 @@ class DataInfo:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerInfo:
-    """Settings of the sampler, network evaluations of one sample, seconds of drawing all samples, their number.
+    """Settings of the sampler, network evaluations per sample, seconds of drawing all samples, their number.
 
-    `rounding` says how they became levels, in words; empty if it is not known.
+    `rounding` is how they became levels, in words; empty if unknown.
     """
 
     settings: Mapping[str, Any]
@@ -57,9 +57,9 @@ class SamplerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureInfo:
-    """The feature extractor: name in words, hash of its parameters, share of test images that it classifies rightly.
+    """The feature extractor: name in words, hash of its parameters, fraction of test images it classifies correctly.
 
-    `key` is its name in metrics.extractors.KEYS, `resize` the rule by which it resizes images.
+    `key` is one of metrics.extractors.KEYS, `resize` how it resizes images.
     """
 
     name: str
@@ -71,10 +71,9 @@ class FeatureInfo:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceInfo:
-    """What samples are compared with: split or file, number of its images (0: not known), hash of its statistics.
+    """What samples are compared with: split or file, number of its images (0: unknown), hash of its statistics.
 
-    `data_hash` is the fingerprint of the images that the features come from, `preparation` what was done to them; both
-    empty if they are not known.
+    `data_hash` is the fingerprint of its images, `preparation` what was done to them; both empty if unknown.
     """
 
     split: str
@@ -99,41 +98,29 @@ class ReferenceInfo:
 class Report:
     """The evaluation of one checkpoint.
 
-    Attributes:
-      checkpoint: what was evaluated.
-      seed: of the evaluation.
-      data: the data set.
-      metrics: what was measured; a name that is not there was not run.
-      sampler: None if no samples were drawn.
-      features: None if no metric of samples was run.
-      reference: None likewise.
-      files: pictures, relative to the folder of the report: "grid" of samples, "real" images beside samples.
+    `files` are relative to the folder of the report: "grid" of samples, "real" images beside samples.
     """
 
     checkpoint: CheckpointInfo
     seed: int
     data: DataInfo
-    metrics: tuple[Metric, ...]
-    sampler: SamplerInfo | None = None
-    features: FeatureInfo | None = None
-    reference: ReferenceInfo | None = None
+    metrics: tuple[Metric, ...]  # what was measured; other metrics were not run
+    sampler: SamplerInfo | None = None  # None if no samples were drawn
+    features: FeatureInfo | None = None  # None if no metric of samples was run
+    reference: ReferenceInfo | None = None  # None in the same case
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def metric(self, name: str) -> Metric | None:
-        """Returns the metric of this name, or None if it was not run or is not a number."""
+        """Return the metric of this name, or None if it was not run or is not finite."""
         return next((m for m in self.metrics if m.name == name and m.value is not None), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON, None in place of what is not finite."""
+        """Return plain values for JSON, None in place of what is not finite."""
         return finite(dataclasses.asdict(dataclasses.replace(self, files=dict(self.files))))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
-        """Builds a report from what `to_dict` returned.
-
-        Raises:
-          UserError: if a field is missing, unknown, or of another type.
-        """
+        """Build a report from what `to_dict` returned."""
         try:
             return guards.build(cls, values)
         except ValueError as error:
@@ -141,7 +128,7 @@ class Report:
 
 
 def finite(value: Any) -> Any:
-    """Replaces floats that are not finite by None, in nested dictionaries and sequences."""
+    """Replace floats that are not finite by None, in nested dictionaries and sequences."""
     if isinstance(value, Mapping):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -150,26 +137,22 @@ def finite(value: Any) -> Any:
 
 
 def report_path(folder: str | Path, number: int) -> Path:
-    """Returns where the report of a checkpoint lies in the folder of an evaluation."""
+    """Return the path of a checkpoint's report in the folder of an evaluation."""
     return Path(folder) / f"report_{number}.json"
 
 
 def save_report(folder: str | Path, report: Report) -> None:
-    """Writes report_<k>.json, whole or not at all."""
+    """Write report_<k>.json, atomically."""
     write_json(report_path(folder, report.checkpoint.number), report.to_dict())
 
 
 def read_report(path: str | Path) -> Report:
-    """Reads a report_<k>.json; raises a ValueError if it is none."""
+    """Read a report_<k>.json."""
     return Report.from_dict(guards.parse_json(Path(path).read_bytes(), object))
 
 
 def read_reports(folder: str | Path) -> list[Report]:
-    """Reads every report_<k>.json of a folder, in the order of their training steps.
-
-    Raises:
-      UserError: naming a file that cannot be read, or the folder if it holds none.
-    """
+    """Read every report_<k>.json of a folder, in the order of their training steps."""
     reports = []
     for path in Path(folder).glob("report_*.json"):
         if not re.fullmatch(r"report_\d+\.json", path.name):

@@ -1,7 +1,7 @@
 """Pictures: grids of images that keep their pixels, and curves with error bars.
 
-Grids are numpy arrays until they are saved. Curves are matplotlib figures that no global state holds: matplotlib is
-imported only when one is drawn, and pyplot never is.
+Grids are numpy arrays until they are saved. Curves are matplotlib figures without global state: matplotlib is imported
+only when one is drawn, pyplot never.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from storage.files import write_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VISIBLE_PIXELS = 32  # shorter side that an image of a grid should have at least: an 8x8 digit is drawn 4 times larger
-BETWEEN_IMAGES = 0.5  # grey that parts the images of a grid, also those that are black or white at the edge
-CAPTION_PIXELS = 20  # height of the strip that names a grid; Pillow's own font is 11 pixels high
-LEGEND_CHARACTERS = 150  # that fit beside each other under a figure 11 inches wide
+VISIBLE_PIXELS = 32  # smallest shorter side of an image in a grid: an 8x8 digit is enlarged 4 times
+BETWEEN_IMAGES = 0.5  # grey between the images of a grid, visible beside black and white ones
+CAPTION_PIXELS = 20  # height of the caption above a grid; Pillow's own font is 11 pixels high
+LEGEND_CHARACTERS = 150  # in a row under a figure 11 inches wide
 MAX_PNG_CHANNELS = 4
 LOSS_KEYS = ("loss", "eval_loss")
 LOSS_LABELS = {"loss": "training", "eval_loss": "test images"}
@@ -36,14 +36,7 @@ LOSS_LABELS = {"loss": "training", "eval_loss": "test images"}
 
 
 def to_uint8(images: Num[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Turns float images into 0 .. 255, clipped and rounded half up; uint8 ones are returned as they are.
-
-    Args:
-      images: float in [0, 1], or uint8.
-
-    Raises:
-      UserError: if a pixel is not finite, or the type is neither.
-    """
+    """Turn float images in [0, 1] into 0 .. 255, clipped and rounded half up; return uint8 ones unchanged."""
     images = np.asarray(images)
     if images.dtype == np.uint8:
         return images
@@ -55,11 +48,7 @@ def to_uint8(images: Num[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
 
 
 def levels_to_uint8(levels: UInt8[np.ndarray, "*shape"], num_levels: int) -> UInt8[np.ndarray, "*shape"]:
-    """Spreads the levels 0 .. num_levels - 1 evenly over 0 .. 255.
-
-    Raises:
-      UserError: if a level is not below `num_levels`.
-    """
+    """Spread the levels 0 .. num_levels - 1 evenly over 0 .. 255."""
     levels = np.asarray(levels)
     if levels.size and int(levels.max()) >= num_levels:
         raise UserError(f"level {levels.max()} is not below num_levels={num_levels}; give the data's num_levels")
@@ -67,16 +56,16 @@ def levels_to_uint8(levels: UInt8[np.ndarray, "*shape"], num_levels: int) -> UIn
 
 
 def upscale(images: Num[np.ndarray, "*N H W C"], factor: int) -> Num[np.ndarray, "*N h w C"]:
-    """Enlarges images `factor` times by repeating pixels."""
+    """Enlarge images `factor` times by repeating pixels."""
     if factor < 1:
         raise UserError(f"factor={factor}; expected 1 or more")
     return np.repeat(np.repeat(images, factor, axis=-3), factor, axis=-2)
 
 
 def to_rgb(images: UInt8[np.ndarray, "*N H W C"]) -> UInt8[np.ndarray, "*N H W 3"]:
-    """Makes images visible: grey becomes RGB, what is transparent (the last of 2 or 4 channels) is laid on white.
+    """Make images visible: repeat grey as RGB, lay transparency (the last of 2 or 4 channels) on white.
 
-    Of images of five or more channels the first three are shown.
+    Of five or more channels the first three are shown.
     """
     C = images.shape[-1]
     if C in (2, 4):
@@ -88,21 +77,15 @@ def to_rgb(images: UInt8[np.ndarray, "*N H W C"]) -> UInt8[np.ndarray, "*N H W 3
 def image_grid(
     images: Num[np.ndarray, "N H W C"], *, num_columns: int = 8, padding: int = 2, pad_value: float = 0.0
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Lays images out row by row, `padding` pixels around and between them, as `to_rgb` shows them.
+    """Lay out images row by row, `padding` pixels around and between them, as `to_rgb` shows them.
 
-    The layout of the 2021 code's `utils.save_image`: places that no image fills have the colour of the padding.
+    The layout of the 2021 code's `utils.save_image`: empty places have the colour of the padding.
 
     Args:
       images: float in [0, 1], or uint8.
       num_columns: images in a row; fewer if there are fewer.
-      padding: pixels.
+      padding: in pixels.
       pad_value: grey of the padding, in [0, 1].
-
-    Returns:
-      The grid, uint8 RGB.
-
-    Raises:
-      UserError: if there is no image, or `num_columns` or `padding` is out of range.
     """
     images = np.asarray(images)
     if images.ndim != 4 or not images.size:
@@ -123,16 +106,7 @@ def image_grid(
 def grid_of_levels(
     levels: UInt8[np.ndarray, "N H W C"], num_levels: int, num_columns: int | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Lays out images given as levels, small ones enlarged so that they can be seen.
-
-    Args:
-      levels: integers 0 .. num_levels - 1.
-      num_levels: of the data.
-      num_columns: images in a row; None makes the grid as square as it goes.
-
-    Returns:
-      The grid, uint8 RGB.
-    """
+    """Lay out images given as levels; enlarge small ones. Without `num_columns` the grid is about square."""
     images = levels_to_uint8(levels, num_levels)
     factor = max(1, math.ceil(VISIBLE_PIXELS / min(images.shape[1:3])))
     columns = num_columns or math.ceil(math.sqrt(len(images)))
@@ -140,14 +114,9 @@ def grid_of_levels(
 
 
 def side_by_side(grids: Mapping[str, UInt8[np.ndarray, "h w 3"]], gap: int = 16) -> UInt8[np.ndarray, "H W 3"]:
-    """Sets grids side by side on white, each with its caption above it.
+    """Set grids, {caption: grid}, side by side on white, `gap` pixels apart, each with its caption above it.
 
-    Args:
-      grids: caption -> grid.
-      gap: white pixels between two grids.
-
-    Returns:
-      One picture, uint8 RGB; each grid keeps its pixels, its top being in row `CAPTION_PIXELS`.
+    Grids keep their pixels and start in row `CAPTION_PIXELS`.
     """
     height = CAPTION_PIXELS + max(grid.shape[0] for grid in grids.values())
     width = sum(grid.shape[1] for grid in grids.values()) + gap * (len(grids) - 1)
@@ -163,27 +132,23 @@ def side_by_side(grids: Mapping[str, UInt8[np.ndarray, "h w 3"]], gap: int = 16)
 def samples_beside_real(
     samples: UInt8[np.ndarray, "N H W C"], real: UInt8[np.ndarray, "M H W C"], num_levels: int, num_images: int = 64
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Shows the first samples and the first real images side by side, not chosen by anyone, both given as levels."""
+    """Show the first samples and the first real images side by side, not selected, both given as levels."""
     count = min(num_images, len(samples), len(real))
     grids = {"real images": real[:count], "samples": samples[:count]}
     return side_by_side({caption: grid_of_levels(levels, num_levels) for caption, levels in grids.items()})
 
 
 def png_bytes(image: UInt8[np.ndarray, "h w C"]) -> bytes:
-    """Encodes an image as PNG, which loses nothing: grey, RGB, or either with transparency.
-
-    Raises:
-      UserError: if it has more than 4 channels, which no PNG can hold.
-    """
+    """Encode an image as PNG, which is lossless: grey, RGB, or either with transparency."""
     if image.shape[-1] > MAX_PNG_CHANNELS:
-        raise UserError(f"an image of {image.shape[-1]} channels is no picture; a PNG holds 1 to {MAX_PNG_CHANNELS}")
+        raise UserError(f"an image has {image.shape[-1]} channels; a PNG can have 1 to {MAX_PNG_CHANNELS}")
     buffer = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def save_png(path: str | Path, image: UInt8[np.ndarray, "h w C"]) -> None:
-    """Writes an image as PNG (see `png_bytes`), whole or not at all; the folder is made if need be."""
+    """Write an image as PNG (see `png_bytes`), atomically; make its folder."""
     write_bytes(path, png_bytes(image))
 
 
@@ -194,7 +159,7 @@ LOSSES_FILE = "losses.jsonl"  # the loss record of a run, in its workdir
 
 
 def read_record(line: str) -> dict[str, Any] | None:
-    """Returns a line of losses.jsonl, a map of "step" and numbers; None if it is no such line."""
+    """Return a line of losses.jsonl, "step" and numbers; None if it is anything else."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -205,12 +170,9 @@ def read_record(line: str) -> dict[str, Any] | None:
 
 
 def read_losses(path: str | Path) -> list[dict[str, Any]]:
-    """Reads losses.jsonl: one {"step", "loss", "eval_loss" (not in each)} a line.
+    """Read losses.jsonl: one {"step", "loss", "eval_loss" (not in each)} per line.
 
-    A last line without its end is left out: the run may still be writing it.
-
-    Raises:
-      UserError: naming the line that cannot be read.
+    An unfinished last line is left out: the run may still be writing it.
     """
     records = []
     lines = Path(path).read_text(errors="replace").splitlines(keepends=True)
@@ -227,8 +189,8 @@ def read_losses(path: str | Path) -> list[dict[str, Any]]:
 
 
 def blank_figure(x_label: str, y_label: str) -> tuple[Figure, Any]:
-    """Returns a figure of one panel and its axes, labelled and with a grid."""
-    from matplotlib.figure import Figure  # lazily: half a second; a Figure of its own needs no pyplot
+    """Return a figure with one panel and its axes, labelled and with a grid."""
+    from matplotlib.figure import Figure  # lazily: half a second; a bare Figure needs no pyplot
 
     figure = Figure(figsize=(7.0, 4.0), dpi=110, layout="constrained")
     axes = figure.add_subplot()
@@ -239,13 +201,9 @@ def blank_figure(x_label: str, y_label: str) -> tuple[Figure, Any]:
 
 
 def loss_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
-    """Draws the training and the test loss against the step; values that are not finite are left out.
+    """Draw the training and the test loss against the step; values that are not finite are left out.
 
-    Args:
-      records: {"step", "loss", "eval_loss"}; a record may lack either loss.
-
-    Raises:
-      UserError: if no record has a finite loss.
+    A record has "step" and any of "loss" and "eval_loss".
     """
     records = list(records)
     curves = {
@@ -275,18 +233,9 @@ def metric_figure(
     level: float | None = None,
     level_label: str = "",
 ) -> Figure:
-    """Draws a metric of several checkpoints with its standard error, and a level to compare it with.
+    """Draw a metric of several checkpoints with its standard error, and a dashed level to compare it with.
 
-    Args:
-      steps: training step of each checkpoint.
-      values: None where it was not measured.
-      stderrs: one standard error of each value; None draws no bar.
-      label: name of the metric with its unit.
-      level: drawn as a dashed line.
-      level_label: what the line is.
-
-    Raises:
-      UserError: if there is no value.
+    `values` are None where the metric was not measured; without a standard error there is no bar.
     """
     rows = sorted(zip(steps, values, stderrs, strict=True), key=lambda row: row[0])
     points = [(step, value, stderr or 0.0) for step, value, stderr in rows if value is not None]
@@ -301,18 +250,11 @@ def metric_figure(
     return figure
 
 
-# Okabe and Ito's colours, which most colour-blind people tell apart; black is the floor's. Markers say the same again.
+# Okabe and Ito's colours, which most colour-blind people can distinguish; markers differ, too. Black is the floor's.
 CURVE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 CURVE_MARKERS = "os^Dv<>PX*"
 TICKS = (1.0, 2.0, 5.0)  # of each decade
-CLEARANCE = 1.25  # factor between the costs at the edge and the frame
-
-
-def _draw_floor(axes: Any, floor: tuple[float | None, float | None], label: str) -> None:
-    value, stderr = floor
-    if value is not None:
-        axes.axhline(value, linestyle="--", color="black", linewidth=1.0, label=label)
-        axes.axhspan(value - (stderr or 0.0), value + (stderr or 0.0), color="black", alpha=0.08, linewidth=0)
+CLEARANCE = 1.25  # factor between the outermost costs and the frame
 
 
 def _draw_curves(axes: Any, curves: Mapping[str, Sequence[Mapping[str, Any]]], cost: str, quality: str) -> None:
@@ -337,17 +279,8 @@ def _label_ticks(axis: Any, locator: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _scale_cost(axes: Any, values: Sequence[float]) -> None:
-    """Makes the axis logarithmic, a little wider than the values, of which there may be only one."""
-    from matplotlib.ticker import LogLocator
-
-    axes.set_xscale("log")
-    axes.set_xlim(min(values) / CLEARANCE, max(values) * CLEARANCE)
-    _label_ticks(axes.xaxis, LogLocator(subs=TICKS))
-
-
 def _scale_quality(axes: Any, values: Sequence[float], noise: float) -> None:
-    """Makes the axis logarithmic or, if a value is not positive, linear below the power of ten above the noise."""
+    """Make the axis logarithmic or, if a value is not positive, linear below the power of ten above the noise."""
     from matplotlib.ticker import LogLocator, SymmetricalLogLocator
 
     if all(value > 0 for value in values):
@@ -367,37 +300,41 @@ def tradeoff_figure(
     floors: Mapping[str, tuple[float | None, float | None]],
     floor_label: str,
 ) -> Figure:
-    """Draws qualities against costs, one panel for each pair: a row for a quality, a column for a cost.
+    """Draw qualities against costs, one panel for each pair: a row for a quality, a column for a cost.
 
     Args:
       curves: label -> points, joined in their order; a point holds each cost by name and each quality by name as
-        (value, standard error), None where it is not known.
+        (value, standard error), None where unknown.
       costs: name -> label of its axis, which is logarithmic.
       qualities: name -> label of its axis.
       floors: name of a quality -> (value, standard error), drawn as a dashed line in a band.
       floor_label: what the line is.
-
-    Raises:
-      UserError: if there is no point.
     """
     if not any(curves.values()):
         raise UserError("there is no point to draw; expected one result or more")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(11.0, 8.6), dpi=110, layout="constrained")
     panels = figure.subplots(len(qualities), len(costs), squeeze=False, sharex="col", sharey="row")
     points = [point for of_curve in curves.values() for point in of_curve]
     for row, (quality, quality_label) in enumerate(qualities.items()):
         values = [point[quality][0] for point in points if point[quality][0] is not None]
+        floor, noise = floors[quality][0], floors[quality][1] or 0.0
         for column, (cost, cost_label) in enumerate(costs.items()):
             axes = panels[row][column]
-            _scale_cost(axes, [point[cost] for point in points])
-            _draw_floor(axes, floors[quality], floor_label)
+            paid = [point[cost] for point in points]
+            axes.set_xscale("log")
+            axes.set_xlim(min(paid) / CLEARANCE, max(paid) * CLEARANCE)  # there may be only one value
+            _label_ticks(axes.xaxis, LogLocator(subs=TICKS))
+            if floor is not None:
+                axes.axhline(floor, linestyle="--", color="black", linewidth=1.0, label=floor_label)
+                axes.axhspan(floor - noise, floor + noise, color="black", alpha=0.08, linewidth=0)
             _draw_curves(axes, curves, cost, quality)
             axes.grid(alpha=0.3, which="both", linewidth=0.5)
             axes.set_xlabel(cost_label if row == len(qualities) - 1 else "")
             axes.set_ylabel(quality_label if column == 0 else "")
-        _scale_quality(panels[row][0], values, noise=floors[quality][1] or 0.0)
+        _scale_quality(panels[row][0], values, noise)
     handles, labels = panels[0][0].get_legend_handles_labels()
     columns = max(LEGEND_CHARACTERS // (max(map(len, labels)) + 8), 1)  # 8: the marker, and the gap to the next
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), columns), frameon=False)
@@ -405,7 +342,7 @@ def tradeoff_figure(
 
 
 def figure_bytes(figure: Figure) -> bytes:
-    """Renders a figure as PNG with matplotlib's own rasterizer."""
+    """Render a figure as PNG with matplotlib's own rasterizer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()

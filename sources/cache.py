@@ -1,4 +1,4 @@
-"""Prepared images in the cache: folders that appear whole, and arrays that are mapped to memory, not loaded."""
+"""Prepared images in the cache: folders that appear complete or not at all, and memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from errors import UserError
 from storage import files
 
 GIB = 2**30
-RESERVE = 2**28  # bytes of the disk that are left free
-BATCH_BYTES = 2**27  # of images that are in memory at a time
-LOG_SECONDS = 10.0  # between two lines of the log
+RESERVE = 2**28  # bytes of the disk to leave free
+BATCH_BYTES = 2**27  # of images in memory at a time
+LOG_SECONDS = 10.0  # between two log lines
 
 
 def prepared_folder(key: str, build: Callable[[Path], None]) -> Path:
-    """Returns the folder of the cache with this key; it is built if it is not there.
+    """Return the folder of the cache with this key; build it if it is missing.
 
     Args:
-      key: SHA-256 of all that its content depends on.
-      build: called with an empty folder to fill; the folder gets its name when it returns, so that nobody ever sees
-        half of one. Of two processes that build the same, the first one counts.
+      key: SHA-256 of everything its content depends on.
+      build: fills an empty folder, which is renamed when this returns, so nobody sees a partial one. If two processes
+        build the same folder, the first one to finish wins.
     """
     cache = files.cache_folder("data")
     folder = cache / key[:32]
@@ -49,29 +49,20 @@ def prepared_folder(key: str, build: Callable[[Path], None]) -> Path:
 
 
 def remembered(name: str, compute: Callable[[], str]) -> str:
-    """Returns a text of the cache, computing and storing it if it is not there.
-
-    Args:
-      name: SHA-256 of what the text depends on.
-      compute: returns it.
-    """
+    """Return a text of the cache, or compute and store it; `name` is the SHA-256 of what it depends on."""
     path = files.cache_folder("data") / "known" / name[:32]
     if not path.exists():
         files.write_bytes(path, compute().encode())
     return path.read_text()
 
 
-def is_kept(num_images: int, shape: tuple[int, int, int], limit_gib: float) -> bool:
-    """Says whether images are few and small enough to be kept prepared: uint8[num_images, *shape] in limit_gib GiB."""
+def fits(num_images: int, shape: tuple[int, int, int], limit_gib: float) -> bool:
+    """Return whether uint8[num_images, *shape] takes at most `limit_gib` GiB."""
     return num_images * math.prod(shape) <= limit_gib * GIB
 
 
 def check_room(num_bytes: int) -> None:
-    """Checks that the disk of the cache has room.
-
-    Raises:
-      UserError: if it has not.
-    """
+    """Raise a UserError if the disk of the cache has no room."""
     folder = files.cache_folder("data")
     free = shutil.disk_usage(folder).free
     if num_bytes + RESERVE > free:
@@ -82,39 +73,29 @@ def check_room(num_bytes: int) -> None:
 
 
 def write_images(
-    path: Path | None,
-    num_images: int,
-    shape: tuple[int, int, int],
-    read: Callable[[int, int], np.ndarray],
+    path: Path | None, num_images: int, shape: tuple[int, int, int], read: Callable[[int, int], np.ndarray]
 ) -> None:
-    """Reads all images, a batch at a time, and writes an .npy file of them.
+    """Read all images in batches and write an .npy file of uint8[num_images, *shape]; without `path` only read them.
 
-    Args:
-      path: of the file; None: they are only read, to see which can be.
-      num_images: N.
-      shape: (H, W, C).
-      read: (start, stop) -> uint8[stop - start, H, W, C].
-
-    Raises:
-      UserError: if the disk has no room for them.
+    `read` maps (start, stop) to uint8[stop - start, H, W, C].
     """
     batch = max(1, min(BATCH_BYTES // math.prod(shape), 1024))
     if path:
         check_room(num_images * math.prod(shape))
     stored = np.lib.format.open_memmap(path, "w+", np.uint8, (num_images, *shape)) if path else None
-    told = time.monotonic()
+    logged = time.monotonic()
     for start in range(0, num_images, batch):
         stop = min(start + batch, num_images)
         levels = read(start, stop)
         if stored is not None:
             stored[start:stop] = levels
-        if time.monotonic() - told > LOG_SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - logged > LOG_SECONDS:
+            logged = time.monotonic()
             logging.info("prepared %s of %s images", f"{stop:,}", f"{num_images:,}")
     if stored is not None:
         stored.flush()
 
 
 def map_images(path: Path) -> np.ndarray:
-    """Maps an .npy file of images to memory; what is read of it is shared by all processes and may be dropped."""
+    """Memory-map an .npy file of images; all processes share what is read of it."""
     return np.load(path, mmap_mode="r", allow_pickle=False)

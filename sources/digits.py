@@ -1,4 +1,4 @@
-"""The digits that ship inside scikit-learn: real images that need no download."""
+"""The digits that ship inside scikit-learn: real images without a download."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ NUM_DIGITS_TRAIN = 1500  # of the 1,797 digits; the other 297 are the test split
 
 
 def load_digits(split: str) -> ArraySource:
-    """Loads the 8x8 grey handwritten digits that ship inside scikit-learn, 17 levels (0 to 16).
+    """Load the 8x8 grey handwritten digits of scikit-learn, 17 levels (0 to 16); `split` is "train" or "test".
 
-    The split is fixed for all time: a permutation by a frozen generator, 1,500 images to train on and 297 to test.
-
-    Args:
-      split: "train" or "test".
+    The split never changes: a permutation by a frozen generator, 1,500 images to train on and 297 to test.
     """
     from sklearn.datasets import load_digits as load_from_sklearn  # slow to import, and only this source needs it
 

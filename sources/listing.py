@@ -1,17 +1,17 @@
-"""The pictures of a folder or a .zip file: which there are, their content, and how splits and classes are told apart.
+"""The pictures of a folder or a .zip file: their names, their content, and how splits and classes are recognised.
 
 Names are paths inside the folder or file, with "/" between folders.
 """
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int64
@@ -21,43 +21,25 @@ from sources.pictures import SUFFIXES
 from storage import guards
 
 TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first one that is there is the test split
+TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # in order of preference
 
 
-class PictureFiles(Protocol):
-    """Pictures by name."""
+@dataclass(frozen=True)
+class PictureFiles(abc.ABC):
+    """The pictures of a folder or file, by name."""
 
-    @property
-    def path(self) -> Path:
-        """Of the folder or file."""
-        ...
+    path: Path  # of the folder or file
+    names: tuple[str, ...]  # of the pictures, sorted
+    others: int  # number of files that are not pictures by their name
+    fingerprint: str  # SHA-256 of what is known without reading: names, sizes, and modification times or checksums
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the pictures, sorted."""
-        ...
-
-    @property
-    def others(self) -> int:
-        """Number of files that are no pictures by their name."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of what can be known without reading: names, sizes, and times of change or checksums."""
-        ...
-
+    @abc.abstractmethod
     def read(self, name: str) -> bytes:
-        """Reads the content of a picture, from any thread.
+        """Read the content of a picture; several threads may call it."""
 
-        Raises:
-          UserError: saying why it cannot be read.
-        """
-        ...
-
+    @abc.abstractmethod
     def content(self) -> str:
-        """Returns the SHA-256 of names and contents."""
-        ...
+        """Return the SHA-256 of names and contents."""
 
 
 def _digest(lines: Sequence[str]) -> str:
@@ -72,27 +54,16 @@ def _is_picture(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FolderPictures:
-    """The pictures of a folder and of the folders in it (see `PictureFiles`)."""
-
-    path: Path
-    names: tuple[str, ...]
-    others: int
-    fingerprint: str
+class FolderPictures(PictureFiles):
+    """The pictures of a folder and its subfolders."""
 
     def read(self, name: str) -> bytes:
-        """Reads the content of a picture."""
         try:
             return guards.read_content(self.path / name)
         except OSError as error:
             raise UserError(f"it cannot be read: {error.strerror}") from error
 
     def content(self) -> str:
-        """Returns the SHA-256 of names and contents; reads every file."""
         return _digest([f"{name} {self._content_of(name)}" for name in self.names])
 
     def _content_of(self, name: str) -> str:
@@ -103,7 +74,7 @@ class FolderPictures:
 
 
 def _walk(folder: str, inside: str = "") -> Iterator[tuple[str, os.DirEntry]]:
-    """Yields the files of a folder and of those in it, with their names inside it.
+    """Yield (name, entry) of the files of a folder and its subfolders.
 
     Links to folders are not followed: they may lead in a circle.
     """
@@ -118,7 +89,7 @@ def _walk(folder: str, inside: str = "") -> Iterator[tuple[str, os.DirEntry]]:
 
 
 def list_folder(folder: Path) -> FolderPictures:
-    """Lists the pictures of a folder and of the folders in it; hidden ones do not count."""
+    """List the pictures of a folder and its subfolders, without hidden ones."""
     found: dict[str, str] = {}
     others = 0
     for name, entry in _walk(str(folder)):
@@ -132,21 +103,13 @@ def list_folder(folder: Path) -> FolderPictures:
     return FolderPictures(folder, names, others, fingerprint)
 
 
-# --- .zip files ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class ZipPictures:
-    """The pictures of a .zip file (see `PictureFiles`); their checksums say what they hold before they are read."""
+class ZipPictures(PictureFiles):
+    """The pictures of a .zip file, whose checksums identify the contents without reading them."""
 
-    path: Path
-    names: tuple[str, ...]
-    others: int
-    fingerprint: str
-    archives: threading.local  # an open file for each thread, since threads would wait for one another at one
+    archives: threading.local  # one open file per thread: with a single one threads would wait for each other
 
     def read(self, name: str) -> bytes:
-        """Reads the content of a picture and checks it against its checksum."""
         if not hasattr(self.archives, "file"):
             self.archives.file = guards.open_zip(self.path)
         try:
@@ -155,16 +118,11 @@ class ZipPictures:
             raise UserError(f"it cannot be read: {error}") from error
 
     def content(self) -> str:
-        """Returns the fingerprint, which is made of names, sizes and checksums."""
         return self.fingerprint
 
 
 def list_zip(path: Path) -> ZipPictures:
-    """Lists the pictures of a .zip file; hidden ones do not count. Their names are only names: nothing is unpacked.
-
-    Raises:
-      UserError: if it is no .zip file, or a damaged one.
-    """
+    """List the pictures of a .zip file, without hidden ones. Nothing is unpacked."""
     try:
         with guards.open_zip(path) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_hidden(entry.filename)]
@@ -175,17 +133,14 @@ def list_zip(path: Path) -> ZipPictures:
     return ZipPictures(path, names, len(found) - len(names), _digest([found[n] for n in names]), threading.local())
 
 
-# --- splits and classes ----------------------------------------------------------------------------------------------
-
-
 def root(names: Sequence[str]) -> str:
-    """Returns the innermost folder that holds all names, with "/" at the end; empty if there is none.
+    """Return the innermost folder that holds all names, with "/" at the end; empty if there is none.
 
-    A folder that is named like a split is not entered.
+    A folder named like a split is not entered.
     """
     if not names:
         return ""
-    # What the first and the last have in common, folder by folder, all have.
+    # Folders that the first and the last name have in common are common to all.
     parts = [name.split("/") for name in names]
     found = ""
     for first, last in zip(min(parts)[:-1], max(parts)[:-1], strict=False):
@@ -196,9 +151,9 @@ def root(names: Sequence[str]) -> str:
 
 
 def find_splits(names: Sequence[str]) -> dict[str, str]:
-    """Returns the folders of the splits, {"train": folder, "test": folder} or only "train", with "/" at their ends.
+    """Return the folders of the splits, {"train": folder, "test": folder} or only "train", with "/" at their ends.
 
-    If all pictures lie in folders that are named like splits, these are the splits. Otherwise all of them are "train".
+    If all pictures are in folders named like splits, these are the splits; otherwise all pictures are "train".
     """
     start = root(names)
     tops = {name.removeprefix(start).partition("/")[:2] for name in names}
@@ -212,9 +167,9 @@ def find_splits(names: Sequence[str]) -> dict[str, str]:
 
 
 def find_classes(names: Sequence[str], splits: dict[str, str]) -> tuple[str, ...]:
-    """Returns the classes: the names of the folders in the splits, sorted; empty unless every picture lies in one.
+    """Return the classes: the sorted names of the folders in the splits; empty unless every picture is in one.
 
-    A single folder makes no class.
+    A single folder is not a class.
     """
     rests = [name[len(folder) :] for folder in splits.values() for name in names if name.startswith(folder)]
     tops = {rest.partition("/")[:2] for rest in rests}
@@ -225,8 +180,8 @@ def find_classes(names: Sequence[str], splits: dict[str, str]) -> tuple[str, ...
 
 
 def classes_of(names: Sequence[str], splits: dict[str, str], classes: Sequence[str]) -> Int64[np.ndarray, "n"]:
-    """Returns the numbers of the classes of pictures; 0 without classes and outside of the splits."""
+    """Return the class indices of pictures; 0 without classes and outside of the splits."""
     numbers = {f"{folder}{name}": number for folder in splits.values() for number, name in enumerate(classes)}
-    depth = splits["train"].count("/") + 1  # of the folders of classes; the splits lie beside each other
+    depth = splits["train"].count("/") + 1  # of the class folders; the splits are siblings
     class_folders = ["/".join(name.split("/")[:depth]) for name in names]
     return np.array([numbers.get(folder, 0) for folder in class_folders], np.int64)

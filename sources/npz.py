@@ -1,4 +1,4 @@
-"""Images in .npz and .npy files: a data set of one's own, or samples that a network has drawn."""
+"""Images in .npz and .npy files: your own data set, or samples that a network has drawn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LABELS, NUM_CLASSES = "labels", "num_classes"
 
 
 def _classes(arrays: dict[str, np.ndarray], path: str | Path, num_images: int) -> tuple[np.ndarray, int]:
-    """Returns the labels, zeros if the file has none, and the number of classes, 0 then."""
+    """Return the labels, zeros if the file has none, and the number of classes, 0 then."""
     if LABELS not in arrays:
         return np.zeros(num_images, np.int64), 0
     labels = arrays[LABELS]
@@ -33,7 +33,7 @@ def _classes(arrays: dict[str, np.ndarray], path: str | Path, num_images: int) -
 
 
 def _name_of_images(path: str | Path, names: list[str]) -> str:
-    """Returns which of the arrays of an .npz file has the images."""
+    """Return which array of an .npz file holds the images."""
     name = next((name for name in ARRAYS if name in names), None)
     if name is None:
         raise UserError(f"{path} has {', '.join(sorted(names)) or 'nothing'}; expected an array 'samples' or 'images'")
@@ -51,19 +51,10 @@ def _check_levels(levels: np.ndarray, name: str, image_shape: tuple[int, int, in
 
 
 def load_npz(path: str | Path, image_shape: tuple[int, int, int], num_levels: int) -> ArraySource:
-    """Loads the images of an .npz file.
+    """Load the images of an .npz file, with shape `image_shape` (H, W, C) and levels below `num_levels`.
 
-    Its arrays are "images" or "samples": levels, uint8[N, H, W, C]; if there are labels, "labels": whole numbers from
-    0, [N]; and, if the largest label of all is not among them, "num_classes".
-
-    Args:
-      path: of the file.
-      image_shape: height, width and channels that the images must have.
-      num_levels: above all their levels.
-
-    Raises:
-      UserError: if the file is damaged, or its arrays are missing, of another shape or type, or out of range.
-      UserError: if there is no such file.
+    Its arrays: "images" or "samples", uint8[N, H, W, C]; optionally "labels", integers from 0, [N]; and "num_classes"
+    if the largest label of all is not among them.
     """
     arrays = read_npz(path)
     name = _name_of_images(path, list(arrays))
@@ -72,11 +63,8 @@ def load_npz(path: str | Path, image_shape: tuple[int, int, int], num_levels: in
     return ArraySource(arrays[name], classes, num_levels, num_classes)
 
 
-# --- data sets -------------------------------------------------------------------------------------------------------
-
-
 def _read_small(path: Path) -> tuple[str, dict[str, np.ndarray], str]:
-    """Returns which array of an .npz file has the images, the other arrays, and the SHA-256 of its checksums."""
+    """Return which array of an .npz file holds the images, the other arrays, and the SHA-256 of its checksums."""
     try:
         with guards.open_zip(path) as archive:
             names = guards.array_names(archive)
@@ -91,7 +79,7 @@ def _read_small(path: Path) -> tuple[str, dict[str, np.ndarray], str]:
 
 
 def _extract(path: Path, name: str, folder: Path) -> None:
-    """Writes the images of an .npz file as images.npy, which can be mapped to memory."""
+    """Write the images of an .npz file as images.npy, which can be memory-mapped."""
     with guards.open_zip(path) as archive, open(folder / "images.npy", "wb") as file:
         cache.check_room(archive.getinfo(f"{name}.npy").file_size)
         chunks = guards.array_chunks(archive, name)
@@ -99,14 +87,13 @@ def _extract(path: Path, name: str, folder: Path) -> None:
             try:
                 chunk = next(chunks, b"")
             except ValueError as error:
-                raise UserError(f"{path} is damaged: {error}; get it anew") from error
+                raise UserError(f"{path} is damaged: {error}; get it again") from error
             if not chunk:
                 return
             file.write(chunk)
 
 
 def _map_array(path: Path) -> np.ndarray:
-    """Maps an .npy file to memory."""
     try:
         with open(path, "rb") as file:
             guards.check_array(file, path.stat().st_size)
@@ -116,17 +103,9 @@ def _map_array(path: Path) -> np.ndarray:
 
 
 def map_file(path: Path, image_shape: tuple[int, int, int], num_levels: int) -> ArraySource:
-    """Maps the images of an .npz or .npy file to memory, for data sets that memory need not hold.
+    """Memory-map the images of an .npz or .npy file (see `load_npz`), for data sets larger than memory.
 
-    Those of an .npz file (see `load_npz`) are kept in the cache as they are inside it. A .npy file has no labels.
-
-    Args:
-      path: of the file.
-      image_shape: height, width and channels that the images must have.
-      num_levels: above all their levels.
-
-    Raises:
-      UserError: as `load_npz`.
+    The images of an .npz file are extracted into the cache. A .npy file has no labels.
     """
     if path.suffix.lower() == ".npy":
         levels = _map_array(path)
@@ -143,7 +122,7 @@ def map_file(path: Path, image_shape: tuple[int, int, int], num_levels: int) -> 
 
 
 def _digests(source: ArraySource) -> np.ndarray:
-    """Returns the SHA-256 of each image, in hex."""
+    """Return the SHA-256 of each image, in hex."""
     compute = lambda: "\n".join(content_hash(image) for image in source.levels)  # noqa: E731
     return np.array(cache.remembered(content_hash("digests", source.fingerprint), compute).split("\n"))
 
@@ -151,18 +130,14 @@ def _digests(source: ArraySource) -> np.ndarray:
 def load_npz_split(
     path: str, split: str, image_shape: tuple[int, int, int], num_levels: int, test_share: float = 0.1
 ) -> Source:
-    """Opens train or test .npz or .npy files of a folder (see `load_npz`), or a part of a single file.
+    """Open one split of a folder with train and test .npz or .npy files (see `load_npz`), or of a single file.
 
     Args:
-      path: of the folder that has both files, or of one file, `data.path`.
+      path: of the folder, or of a single file, `data.path`.
       split: "train" or "test".
-      image_shape: height, width and channels that the images must have.
+      image_shape: height, width and channels of the images.
       num_levels: above all their levels.
-      test_share: of the images of a single file.
-
-    Raises:
-      UserError: if nothing is named, a file has no images, or as `load_npz`.
-      UserError: if there is no such file.
+      test_share: fraction of the images of a single file to test on.
     """
     if not path:
         raise UserError("data.path is empty; set --config.data.path to the folder of train.npz and test.npz, or a file")

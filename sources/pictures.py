@@ -1,7 +1,7 @@
-"""Pictures of a user's own: how one is decoded and brought to what a network expects; those that `restore` is given.
+"""Decode pictures and bring them to the shape that a network expects; load the few that `--mode restore` is given.
 
-What is done to a picture is written down in docs/data.md. Of a few pictures, what cannot be read or does not fit is
-named and left out, so that one bad file does not stop the others; a whole data set of them is in `folder.py`.
+docs/data.md states what is done to a picture. An unreadable or unfitting one is reported and left out, so that one bad
+file does not stop the others; folder.py prepares a whole data set of them.
 """
 
 from __future__ import annotations
@@ -23,36 +23,32 @@ from storage import guards
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
 RESIZE = ("none", "crop", "stretch")  # values of `data.resize` and `restore.resize`
-MAX_VALUES = 4 * guards.MAX_PIXELS  # of an array: a GiB as float32
-NUM_NAMED = 5  # files that an error lists
+MAX_VALUES = 4 * guards.MAX_PIXELS  # of an array: 1 GiB as float32
+NUM_NAMED = 5  # files that a message lists
 GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # luma of R, G and B by ITU-R BT.601, as Pillow's
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What pictures must be, and what may be done to make them so.
+    """The shape that pictures must have, and how they may be brought to it.
 
-    Attributes:
-      shape: height, width and channels.
-      resize: "none"; "crop": the largest part in the middle that has the proportions, then resized; "stretch": resized
-        as a whole, whatever its proportions.
-      convert_channels: colour may become grey (luma) and grey colour (repeated).
-      group: of the settings that say so, for messages: "restore" or "data".
+    `resize` is "none"; "crop": resize the largest central part of the right proportions; or "stretch": resize the
+    whole, whatever its proportions.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # height, width and channels
     resize: str = "none"
-    convert_channels: bool = False
-    group: str = "restore"
+    convert_channels: bool = False  # allow colour to become grey (luma) and grey colour (repeated)
+    group: str = "restore"  # of the settings, for messages: "restore" or "data"
 
     @property
     def keeps_alpha(self) -> bool:
-        """Whether the last of the channels is the transparency: of 2 (grey) or 4 (RGB) channels."""
+        """Whether the last channel is the opacity: with 2 (grey) or 4 (RGB) channels."""
         return self.shape[-1] in (2, 4)
 
     @property
     def rule(self) -> str:
-        """Says in a report what is done to pictures."""
+        """The rule in words, for reports."""
         ways = {
             "none": "no resizing",
             "crop": "largest central part of the right proportions, antialiased bicubic resizing",
@@ -63,63 +59,34 @@ class Fit:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures that were read.
+    """Pictures that were read."""
 
-    Attributes:
-      names: of the pictures, without their folder; a place in an .npz file as "file_3".
-      values: float32[N, H, W, C] in [0, 1], black to white.
-      source: where they are from, in words.
-      skipped: {file: why it was left out}.
-    """
-
-    names: tuple[str, ...]
-    values: Float[np.ndarray, "N H W C"]
-    source: str
-    skipped: dict[str, str]
+    names: tuple[str, ...]  # file names without folder; "file_3" for the fourth image of file.npz
+    values: Float[np.ndarray, "N H W C"]  # float32[N, H, W, C] in [0, 1], black to white
+    source: str  # where they come from, in words
+    skipped: dict[str, str]  # {file: why it was left out}
 
     def to_levels(self, num_levels: int) -> UInt8[np.ndarray, "N H W C"]:
-        """Returns the nearest levels, 0 .. num_levels - 1."""
+        """Return the nearest levels, 0 .. num_levels - 1."""
         return to_levels(self.values, num_levels)
 
 
 # --- one picture -----------------------------------------------------------------------------------------------------
 
 
-def _is_gray(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA", "La")
-
-
 def _values(image: Image.Image, mode: str) -> Float[np.ndarray, "H W C"]:
-    """Converts to a mode of 8 bits and divides by 255, in place: a large picture is a GiB."""
+    """Convert to an 8-bit mode and divide by 255, in place: a large picture takes 1 GiB."""
     values = np.array(image if image.mode == mode else image.convert(mode), np.float32)
     values /= 255
     return values.reshape(*image.size[::-1], -1)
 
 
-def _with_alpha(image: Image.Image) -> Float[np.ndarray, "H W C"]:
-    return _values(image, "LA" if _is_gray(image) else "RGBA")
-
-
-def _on_white(values: Float[np.ndarray, "H W C"]) -> Float[np.ndarray, "..."]:
-    """Lays a picture with transparency, its last channel, on white; in place."""
-    color, alpha = values[..., :-1], values[..., -1:]
-    color *= alpha
-    color += 1 - alpha
-    return color
-
-
 def to_array(image: Image.Image, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
-    """Returns a picture as values in [0, 1], of 1 channel if it is grey and of 3 if it is not.
+    """Return a picture as values in [0, 1], with 1 channel if it is grey and 3 if not.
 
-    Turned as its EXIF orientation says, transparency laid on white, palettes and other colour spaces turned into RGB,
-    16 bits kept. Of several frames the first counts.
-
-    Args:
-      image: that Pillow has opened.
-      keep_alpha: add the opacity as a last channel, 1 where there is no transparency, and lay nothing on white.
-
-    Raises:
-      UserError: if its values have no known black and white (32 bits).
+    The EXIF orientation is applied, transparency laid on white, palettes and other colour spaces converted to RGB, 16
+    bits kept, and of several frames the first used. With `keep_alpha` the opacity is the last channel instead (1 where
+    there is no transparency).
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
@@ -127,15 +94,20 @@ def to_array(image: Image.Image, *, keep_alpha: bool = False) -> Float[np.ndarra
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float32)[..., None] / 65535
         return np.concatenate([values, np.ones_like(values)], axis=-1) if keep_alpha else values
+    is_gray = image.mode in ("1", "L", "LA", "La")
+    if not keep_alpha and not image.has_transparency_data:
+        return _values(image, "L" if is_gray else "RGB")
+    values = _values(image, "LA" if is_gray else "RGBA")
     if keep_alpha:
-        return _with_alpha(image)
-    if image.has_transparency_data:
-        return _on_white(_with_alpha(image))
-    return _values(image, "L" if _is_gray(image) else "RGB")
+        return values
+    color, alpha = values[..., :-1], values[..., -1:]
+    color *= alpha  # in place
+    color += 1 - alpha
+    return color
 
 
 def _decode_array(data: bytes) -> Float[np.ndarray, "H W C"]:
-    """Decodes a .npy file: uint8 or uint16 of shape [H, W] or [H, W, C], with any number of channels."""
+    """Decode a .npy file: uint8 or uint16 of shape [H, W] or [H, W, C], with any number of channels."""
     array = guards.read_array(io.BytesIO(data), len(data))
     if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or not array.size:
         raise UserError(f"it is {array.dtype}{list(array.shape)}; expected uint8 or uint16 of [H, W] or [H, W, C]")
@@ -145,11 +117,7 @@ def _decode_array(data: bytes) -> Float[np.ndarray, "H W C"]:
 
 
 def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
-    """Decodes the content of a file: a .npy array by its name, anything else with Pillow (see `to_array`).
-
-    Raises:
-      UserError: saying why it cannot be read.
-    """
+    """Decode the content of a file: a .npy array by its name, anything else with Pillow (see `to_array`)."""
     try:
         if name.lower().endswith(".npy"):
             return _decode_array(data)
@@ -159,11 +127,7 @@ def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float
 
 
 def read_picture(path: str | Path, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
-    """Reads a picture from a file (see `decode_picture`).
-
-    Raises:
-      UserError: saying why it cannot be read.
-    """
+    """Read a picture from a file (see `decode_picture`)."""
     try:
         data = guards.read_content(path)
     except OSError as error:
@@ -172,7 +136,7 @@ def read_picture(path: str | Path, *, keep_alpha: bool = False) -> Float[np.ndar
 
 
 def central_part(image: Float[np.ndarray, "h w C"], height: int, width: int) -> Float[np.ndarray, "..."]:
-    """Cuts out the largest part in the middle with the proportions of height x width, to the nearest pixel."""
+    """Cut out the largest central part with the proportions of height x width, to the nearest pixel."""
     h, w = image.shape[:2]
     scale = min(h / height, w / width)
     part_h, part_w = max(round(scale * height), 1), max(round(scale * width), 1)
@@ -181,7 +145,7 @@ def central_part(image: Float[np.ndarray, "h w C"], height: int, width: int) -> 
 
 
 def _fit_channels(image: Float[np.ndarray, "H W c"], fit: Fit) -> Float[np.ndarray, "..."]:
-    """Makes grey of colour or colour of grey, as far as the settings allow; opacity stays the last channel."""
+    """Convert between grey and colour, as far as the settings allow; opacity stays the last channel."""
     found, expected = image.shape[-1], fit.shape[-1]
     if found == expected:
         return image
@@ -201,7 +165,7 @@ def _fit_channels(image: Float[np.ndarray, "H W c"], fit: Fit) -> Float[np.ndarr
 
 
 def _resize(image: Float[np.ndarray, "h w C"], height: int, width: int, keeps_alpha: bool) -> Float[np.ndarray, "..."]:
-    """Resizes, weighting colours by their opacity: those of transparent pixels, which nobody sees, must not bleed."""
+    """Resize, weighting colours by their opacity: those of transparent pixels must not bleed."""
     if not keeps_alpha:
         return np.clip(resize(image, height, width, Image.Resampling.BICUBIC), 0, 1)
     color, alpha = image[..., :-1], image[..., -1:]
@@ -212,17 +176,9 @@ def _resize(image: Float[np.ndarray, "h w C"], height: int, width: int, keeps_al
 
 
 def fit_picture(image: Float[np.ndarray, "h w c"], fit: Fit) -> Float[np.ndarray, "H W C"]:
-    """Brings a picture to the shape that is expected, as far as the settings allow.
+    """Bring a picture, float in [0, 1], to the expected shape, as far as the settings allow.
 
-    Resizing is bicubic with a kernel that widens as the picture shrinks, so that nothing is aliased; what it overshoots
-    is clipped.
-
-    Args:
-      image: in [0, 1].
-      fit: the shape and what is allowed.
-
-    Raises:
-      UserError: naming what was found, what is expected, and the setting that would change it.
+    Resizing is antialiased bicubic; overshoot is clipped.
     """
     height, width, _ = fit.shape
     image = _fit_channels(image, fit)
@@ -238,37 +194,24 @@ def fit_picture(image: Float[np.ndarray, "h w c"], fit: Fit) -> Float[np.ndarray
 
 
 def to_levels(values: Float[np.ndarray, "*shape"], num_levels: int) -> UInt8[np.ndarray, "*shape"]:
-    """Returns the nearest of the levels 0 .. num_levels - 1, spread evenly from black, 0, to white, 1."""
+    """Return the nearest of the levels 0 .. num_levels - 1, spread evenly from black, 0, to white, 1."""
     return np.rint(values * (num_levels - 1)).astype(np.uint8)
 
 
 # --- many ------------------------------------------------------------------------------------------------------------
 
 
-def _list_files(folder: Path) -> list[Path]:
-    """Returns the files of a folder in the order of their names, without those whose name starts with a dot."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+def named(problems: dict[str, str]) -> str:
+    """Name the first problems and count the others."""
+    reasons = [f"{name}: {why}" for name, why in list(problems.items())[:NUM_NAMED]]
+    more = f"; and {len(problems) - NUM_NAMED} more" if len(problems) > NUM_NAMED else ""
+    return "; ".join(reasons) + more
 
 
 def _read_file(path: Path, fit: Fit) -> Float[np.ndarray, "H W C"]:
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"it is no picture by its name; expected {', '.join(SUFFIXES)}")
+        raise UserError(f"its name is not that of a picture; expected {', '.join(SUFFIXES)}")
     return fit_picture(read_picture(path, keep_alpha=fit.keeps_alpha), fit)
-
-
-def _read_files(paths: list[Path], fit: Fit, limit: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns {name: picture} of the first `limit` files that can be read and fit, and {name: why not} of others."""
-    pictures: dict[str, np.ndarray] = {}
-    skipped: dict[str, str] = {}
-    for path in paths:
-        if limit and len(pictures) == limit:
-            break
-        try:
-            pictures[path.name] = _read_file(path, fit)
-        except ValueError as error:
-            skipped[path.name] = str(error)
-            logging.warning("%s is left out: %s", path, error)
-    return pictures, skipped
 
 
 def _load_arrays(path: Path, fit: Fit, num_levels: int, limit: int) -> Pictures:
@@ -281,32 +224,36 @@ def _load_arrays(path: Path, fit: Fit, num_levels: int, limit: int) -> Pictures:
 
 
 def load_pictures(path: str | Path, fit: Fit, *, num_levels: int, limit: int = 0) -> Pictures:
-    """Loads pictures: a file, the files of a folder (not of folders in it), or an .npz file (see `sources.npz`).
+    """Load a picture, the files of a folder (without its subfolders), or an .npz file (see `sources.npz`).
 
-    Files are taken in the order of their names. One that cannot be read or does not fit is named in the log and in
-    `skipped`; hidden files do not count.
+    Files are read in alphabetical order, hidden ones left out. An unusable one is logged and listed in `skipped`.
 
     Args:
       path: of the file or folder; "~" is the home folder.
-      fit: what they must be; an .npz file is not resized.
+      fit: the shape they are brought to; an .npz file is not resized.
       num_levels: of the levels in an .npz file.
-      limit: pictures to load, at the most; 0: all.
-
-    Raises:
-      UserError: if there is no file, or none that can be read and fits; the message names the first ones and why.
-      UserError: if there is no such path.
+      limit: pictures to load, at most; 0: all.
     """
     path = Path(os.path.expanduser(path))
     if path.suffix.lower() == ".npz" and path.is_file():
         return _load_arrays(path, fit, num_levels, limit)
     if not path.exists():
         raise UserError(f"restore.images={str(path)!r} does not exist; give a picture, a folder or an .npz file")
-    files = _list_files(path) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.is_file() and not each.name.startswith("."))
     if not files:
         raise UserError(f"restore.images={str(path)!r} is a folder without files; put pictures in it")
-    pictures, skipped = _read_files(files, fit, limit)
+    pictures: dict[str, np.ndarray] = {}
+    skipped: dict[str, str] = {}
+    for file in files:
+        if limit and len(pictures) == limit:
+            break
+        try:
+            pictures[file.name] = _read_file(file, fit)
+        except ValueError as error:
+            skipped[file.name] = str(error)
+            logging.warning("%s is left out: %s", file, error)
     if not pictures:
-        reasons = [f"{name}: {why}" for name, why in list(skipped.items())[:NUM_NAMED]]
-        more = f"; and {len(skipped) - NUM_NAMED} more" if len(skipped) > NUM_NAMED else ""
-        raise UserError(f"restore.images={str(path)!r} has no picture that can be used: {'; '.join(reasons)}{more}")
+        raise UserError(f"restore.images={str(path)!r} has no picture that can be used: {named(skipped)}")
     return Pictures(tuple(pictures), np.stack(list(pictures.values())).astype(np.float32), str(path), skipped)

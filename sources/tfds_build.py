@@ -1,8 +1,8 @@
-"""Prepares a data set of tensorflow-datasets as ArrayRecord files, in a process of its own: only there is TensorFlow.
+"""Prepare a TFDS data set as ArrayRecord files, in a separate process: only there is TensorFlow imported.
 
     python -m sources.tfds_build NAME FOLDER
 
-TFDS downloads and writes; this says in one sentence what stops it.
+TFDS downloads and writes; this explains its errors in one sentence.
 """
 
 from __future__ import annotations
@@ -21,26 +21,22 @@ from urllib.parse import urlsplit
 from absl import logging as absl_logging
 
 from errors import UserError
-from sources.tfds_open import NotPreparedError, data_folder, open_builder
+from sources.tfds import NotPreparedError, data_folder, open_builder
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_REFUSED = 3  # the last line of stdout says why
 MARK = "tfds_build: "  # before that line
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 NUM_NAMED = 8  # files that a message names
-MAX_RETRIES = 3  # of a download; TFDS's own 10 take 204 s to find out that there is no network
+MAX_RETRIES = 3  # of a download; TFDS's own 10 take 204 s to fail without a network
 HOW_TO_INSTALL = 'python -m pip install "tensorflow>=2.21,<2.22"'
 
 
 class RefusedError(Exception):
-    """What stopped the preparation, in a sentence for the user."""
-
-
-# --- in the process of one's own -------------------------------------------------------------------------------------
+    """What stopped the preparation, as a sentence for the user."""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and what caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -51,7 +47,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _files(builder: Any, url: str) -> str:
-    """Names the files that a data set is made of; of many, the one that could not be had."""
+    """Name the files of a data set; if there are many, only the one at `url`."""
     names = {info.filename for info in builder.url_infos.values() if info.filename}
     if len(names) > NUM_NAMED:
         names = {Path(urlsplit(url).path).name}
@@ -59,12 +55,9 @@ def _files(builder: Any, url: str) -> str:
 
 
 def _explain(error: Exception, builder: Any, manual: Path) -> str:
-    """Returns a sentence about an error of TFDS; empty if it is not one that the user can mend.
+    """Explain an error of TFDS in a sentence; empty if it is not one that the user can fix.
 
-    Args:
-      error: that TFDS raised.
-      builder: of the data set.
-      manual: folder where TFDS looks for files that were got by hand.
+    `manual` is the folder where TFDS looks for files that were downloaded by hand.
     """
     from requests.exceptions import RequestException
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
@@ -79,12 +72,12 @@ def _explain(error: Exception, builder: Any, manual: Path) -> str:
         if isinstance(cause, OSError) and (cause.errno in CANNOT_WRITE or "disk space" in str(cause)):
             return f"its files cannot be written: {_first_line(cause)}; set --config.data.path to another folder"
         if isinstance(cause, NonMatchingChecksumError):
-            return f"a file is not the one that TFDS expects, get it anew: {_first_line(cause).rstrip(':')}"
+            return f"a file is not the one that TFDS expects, get it again: {_first_line(cause).rstrip(':')}"
         if isinstance(cause, (RequestException, DownloadError)):
             url = f"{cause.request.url!s}" if isinstance(cause, RequestException) and cause.request else ""
             return (
                 f"a download failed: {url or _first_line(cause)} ({type(cause).__name__}); connect this machine to the "
-                f"network, or put {_files(builder, url)}, got by other means, in {manual}"
+                f"network, or put {_files(builder, url)}, downloaded elsewhere, in {manual}"
             )
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         how = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
@@ -93,14 +86,11 @@ def _explain(error: Exception, builder: Any, manual: Path) -> str:
 
 
 def build(name: str, folder: Path) -> None:
-    """Downloads and prepares a data set.
+    """Download and prepare a data set; RefusedError explains what stopped it.
 
     Args:
-      name: that TFDS has.
-      folder: TFDS data folder; its sub-folder downloads/manual is where files go that were got by hand.
-
-    Raises:
-      RefusedError: saying what stopped it, if the user can mend it.
+      name: TFDS name.
+      folder: TFDS data folder; its subfolder downloads/manual is for files that were downloaded by hand.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import downloader
@@ -108,7 +98,7 @@ def build(name: str, folder: Path) -> None:
     downloader.MAX_RETRIES = MAX_RETRIES
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # a warning for each retry
     builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
-    config = tfds.download.DownloadConfig(try_download_gcs=False)  # Google's copies are no ArrayRecord files
+    config = tfds.download.DownloadConfig(try_download_gcs=False)  # Google's copies are not ArrayRecord files
     try:
         builder.download_and_prepare(download_config=config, file_format="array_record")
     except Exception as error:
@@ -118,7 +108,7 @@ def build(name: str, folder: Path) -> None:
 
 
 def main(name: str, folder: str) -> int:
-    """Prepares a data set; returns the exit code."""
+    """Prepare a data set; return the exit code."""
     try:
         build(name, Path(folder))
     except RefusedError as error:
@@ -127,11 +117,8 @@ def main(name: str, folder: str) -> int:
     return 0
 
 
-# --- in that of the program ------------------------------------------------------------------------------------------
-
-
 def is_prepared(name: str, path: str = "") -> bool:
-    """Says whether a data set is there; the arguments and errors are those of `open_builder`."""
+    """Return whether a data set is prepared (see `open_builder`)."""
     try:
         open_builder(name, path)
     except NotPreparedError:
@@ -140,15 +127,11 @@ def is_prepared(name: str, path: str = "") -> bool:
 
 
 def prepare(name: str, path: str = "") -> None:
-    """Prepares a data set of TFDS if it is not there yet; TFDS's progress goes to stderr.
+    """Prepare a TFDS data set unless it is already; TFDS's progress goes to stderr.
 
     Args:
-      name: that TFDS has, such as "cifar10".
-      path: TFDS data folder; empty: the usual one (see `data_folder`).
-
-    Raises:
-      UserError: if there is no such data set, or it cannot be prepared; it says why.
-      UserError: if TensorFlow is not installed.
+      name: TFDS name, such as "cifar10".
+      path: TFDS data folder; empty: see `data_folder`.
     """
     folder = data_folder(path)
     if is_prepared(name, path):
@@ -168,7 +151,7 @@ def prepare(name: str, path: str = "") -> None:
         raise UserError(f"{name!r} cannot be prepared in {folder}: {reason}")
     if result.returncode:
         raise UserError(
-            f"{name!r} cannot be prepared in {folder}: TFDS ended with exit code {result.returncode}; what it said is "
+            f"{name!r} cannot be prepared in {folder}: TFDS ended with exit code {result.returncode}; see its output "
             "above"
         )
     open_builder(name, path)

@@ -1,11 +1,11 @@
 """One .tfrecords file in the layout of progressive GANs (Karras et al. 2018), read by index and without TensorFlow.
 
-A TFRecord file is a row of records, each the length of its data in bytes (uint64, little-endian), a checksum of the
+A TFRecord file is a sequence of records: the length of the data in bytes (uint64, little-endian), a checksum of the
 length (uint32), the data, and a checksum of the data (uint32). Here the data are a tf.train.Example with two features:
-`shape`, int64[3], which says (C, H, W), and `data`, uint8[C, H, W] as bytes.
+`shape`, int64[3], (C, H, W), and `data`, uint8[C, H, W] as bytes.
 
-The lengths are checked against their checksums and against the file before anything is read; the checksums of the data
-are not looked at, since in Python that costs more than the network's step.
+The lengths are checked against their checksums and the file size before anything is read. The checksums of the data
+are not checked, since in Python that takes longer than a training step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from errors import UserError
-from sources.base import AS_STORED
+from sources.base import Source
 from storage.files import content_hash
 
 HEADER = struct.Struct("<QI")  # length of the data in bytes, checksum of those eight bytes
@@ -31,64 +31,37 @@ MAX_RECORD_BYTES = 2**28  # 8192 x 8192 pixels in colour: of a record that claim
 
 
 @dataclass(frozen=True)
-class TfrecordSource:
-    """The images of one .tfrecords file, read when they are asked for.
-
-    Attributes:
-      path: of the file.
-      extents: offset and length in bytes of the data of each record, int64[n, 2].
-      shape: (H, W, C) that every image must have.
-      num_levels: that a value can take.
-      num_classes: the images carry no labels.
-      preparation: nothing is done to the images.
-    """
+class TfrecordSource(Source):
+    """The images of one .tfrecords file, read on demand."""
 
     path: str
-    extents: Int64[np.ndarray, "n 2"]
-    shape: tuple[int, int, int]
-    num_levels: int = 256
-    num_classes: int = 0
-    preparation: str = AS_STORED
+    extents: Int64[np.ndarray, "n 2"]  # offset and length in bytes of the data of each record, int64[n, 2]
+    shape: tuple[int, int, int]  # (H, W, C) that every image must have
 
     @property
     def fingerprint(self) -> str:
-        """Text that changes when the file does."""
         status = os.stat(self.path)
         return content_hash(f"{self.path} {status.st_size} {status.st_mtime_ns}")
 
     def __len__(self) -> int:
-        """Returns the number of images."""
         return len(self.extents)
 
     def images(self, indices: np.ndarray) -> np.ndarray:
-        """Reads images as levels, uint8[n, H, W, C].
-
-        Raises:
-          UserError: if a record holds no image of the expected size.
-        """
         with open(self.path, "rb") as file:  # a handle for each call: several threads may read
             return np.stack([self._image(file, int(index)) for index in indices])
-
-    def labels(self, indices: np.ndarray) -> np.ndarray:
-        """Refuses: there are none.
-
-        Raises:
-          UserError: always.
-        """
-        raise UserError(f"the images of {self.path} carry no labels")
 
     def _image(self, file: BinaryIO, index: int) -> np.ndarray:
         offset, length = self.extents[index].tolist()
         if length > MAX_RECORD_BYTES:
             raise UserError(
                 f"record {index} of {self.path} has {length:,} bytes; no more than {MAX_RECORD_BYTES:,} are read as an "
-                "image: write the file anew"
+                "image: write the file again"
             )
         file.seek(offset)
         try:
             image = decode_image(file.read(length))
         except ValueError as error:
-            raise UserError(f"record {index} of {self.path} holds no image, write the file anew: {error}") from error
+            raise UserError(f"record {index} of {self.path} holds no image, write the file again: {error}") from error
         if image.shape != self.shape:
             raise UserError(
                 f"record {index} of {self.path} is an image of (height, width, channels) {image.shape}, but "
@@ -99,18 +72,14 @@ class TfrecordSource:
 
 
 def load_tfrecord(path: str, shape: tuple[int, int, int]) -> TfrecordSource:
-    """Opens a .tfrecords file; reads the length of each record, once in a process, and no image.
+    """Open a .tfrecords file: read the length of each record, once in a process, and no image.
 
-    The 2021 code had one file for both splits, and so has this: losses and bits/dim of the "test" split are those of
+    The 2021 code used one file for both splits, and so does this: losses and bits/dim of the "test" split are those of
     training images.
 
     Args:
       path: of the file, `data.tfrecords_path`.
       shape: (H, W, C) that every image must have.
-
-    Raises:
-      UserError: if no file is configured, or it is not a whole .tfrecords file.
-      UserError: if the file does not exist.
     """
     if not path:
         raise UserError("data.tfrecords_path is empty; set it to the data set's .tfrecords file")
@@ -121,20 +90,14 @@ def load_tfrecord(path: str, shape: tuple[int, int, int]) -> TfrecordSource:
     return TfrecordSource(path, find_records(path, status.st_size, status.st_mtime_ns), shape)
 
 
-@functools.lru_cache(maxsize=2)  # the splits share a file
+@functools.lru_cache(maxsize=2)  # both splits use one file
 def find_records(path: str, size: int, modified: int) -> Int64[np.ndarray, "n 2"]:
-    """Finds the records of a file by hopping from length to length.
+    """Find the records of a file by hopping from length to length: offset and length in bytes of the data of each.
 
     Args:
       path: of the file.
-      size: of the file, in bytes; nothing beyond is looked for.
-      modified: time of its last change; with another one the file is read again.
-
-    Returns:
-      Offset and length in bytes of the data of each record.
-
-    Raises:
-      UserError: if it is not a whole .tfrecords file.
+      size: of the file, in bytes.
+      modified: its modification time, so that a changed file is read again.
     """
     from tensorboardX.record_writer import masked_crc32c  # lazily: it imports torch where that is installed
 
@@ -145,28 +108,22 @@ def find_records(path: str, size: int, modified: int) -> Int64[np.ndarray, "n 2"
             file.seek(position)
             header = file.read(HEADER.size)
             if len(header) < HEADER.size:
-                raise UserError(f"{path} is cut off in the header of record {len(extents) // 2}; get it anew")
+                raise UserError(f"{path} is cut off in the header of record {len(extents) // 2}; get it again")
             length, checksum = HEADER.unpack(header)
             if checksum != masked_crc32c(header[:8]):
-                raise UserError(f"{path} is damaged at byte {position}, or not a .tfrecords file; get it anew")
+                raise UserError(f"{path} is damaged at byte {position}, or not a .tfrecords file; get it again")
             end = position + HEADER.size + length + FOOTER_BYTES
             if end > size:
-                raise UserError(f"{path} is cut off in the data of record {len(extents) // 2}; get it anew")
+                raise UserError(f"{path} is cut off in the data of record {len(extents) // 2}; get it again")
             extents.extend((position + HEADER.size, length))
             position = end
     if not extents:
-        raise UserError(f"{path} is empty; get it anew")
+        raise UserError(f"{path} is empty; get it again")
     return np.frombuffer(extents, np.int64).reshape(-1, 2)
 
 
 def decode_image(record: bytes) -> UInt8[np.ndarray, "H W C"]:
-    """Decodes the data of one record.
-
-    The message is TFDS's copy of tf.train.Example, the parser protobuf's own.
-
-    Raises:
-      UserError: saying what is wrong with them.
-    """
+    """Decode the data of one record with TFDS's copy of tf.train.Example and protobuf's parser."""
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2  # lazily: a third of a second
 

@@ -75,7 +75,7 @@ def test_the_cache_is_used(folder, extractor, monkeypatch):
 
 def test_the_cache_knows_data_labels_settings_and_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "_train", lambda model, *_: {"network": {}, "scale": np.float32(1)})
-    monkeypatch.setattr(classifier, "_apply", lambda model, params, x: (None, np.zeros((len(x), 10))))
+    monkeypatch.setattr(classifier, "_apply", lambda model, params, x, num_levels: (None, np.zeros((len(x), 10))))
     levels, labels = TRAIN.levels.copy(), TRAIN.classes.copy()
     levels[5, 4, 4, 0] = 3 if levels[5, 4, 4, 0] != 3 else 4
     labels[7] = (labels[7] + 1) % 10

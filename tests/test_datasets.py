@@ -12,6 +12,7 @@ from reference import GOLDEN
 import datasets
 from configs import base
 from parallel import distributed, rng
+from sources.base import Source
 
 
 def digits_config(**changes):
@@ -162,6 +163,34 @@ def test_test_images_are_never_mirrored():
 def test_a_wrong_description_of_the_data_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         datasets.build_source(digits_config(**changes), "train")
+
+
+class Stripes(Source):
+    """A whole data set of one's own: the two members without defaults."""
+
+    def __init__(self, shift=0):
+        self.shift = shift
+
+    def __len__(self):
+        return 300
+
+    def images(self, indices):
+        return np.broadcast_to(
+            ((indices + self.shift) % 256).astype(np.uint8)[:, None, None, None], (len(indices), 8, 8, 3)
+        )
+
+
+def test_a_new_data_set_is_one_small_class(monkeypatch):
+    monkeypatch.setitem(datasets.SOURCES, "stripes", lambda config, split: Stripes())
+    config = digits_config(**{"data.dataset": "stripes", "data.num_channels": 3, "data.num_levels": 256})
+    source = datasets.build_source(config, "train")
+    batch = next(datasets.training_batches(source, seed=0, first_step=0, batch_size=8, steps_per_call=1))
+    first = datasets.training_indices(0, 0, 8, len(source))
+    np.testing.assert_array_equal(np.sort(np.asarray(batch)[..., 0, 0, 0], axis=None), np.sort(first % 256))
+    assert (source.num_classes, source.preparation) == (0, "as stored")
+    assert source.fingerprint == Stripes().fingerprint != Stripes(shift=1).fingerprint
+    with pytest.raises(ValueError, match="the images of this data set carry no labels"):
+        source.labels(np.arange(2))
 
 
 def test_data_that_are_not_prepared_are_named(tmp_path):

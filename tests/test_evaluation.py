@@ -1,5 +1,6 @@
 """Metrics against closed forms, brute force, tensorflow_gan, and the spread of repeated experiments."""
 
+import doctest
 import functools
 import importlib.util
 import itertools
@@ -19,6 +20,7 @@ import datasets
 import evaluation
 from evaluation import FeatureStatistics
 from metrics import pairwise
+from storage.files import content_hash
 
 TESTS = Path(__file__).parent
 TFGAN = json.loads((TESTS / "golden" / "tfgan_metrics.json").read_text())
@@ -36,6 +38,11 @@ def tfgan_metrics():
     }
 
 
+def test_the_example_of_the_module_works():
+    result = doctest.testmod(evaluation)
+    assert (result.failed, result.attempted) == (0, 9)
+
+
 def test_metrics_are_those_of_tensorflow_gan():
     assert tfgan_metrics() == pytest.approx(TFGAN, rel=1e-9)
 
@@ -51,8 +58,8 @@ def test_the_recorded_values_are_what_tensorflow_gan_computes():
 
 def test_the_metrics_load_no_tensorflow_and_drawing_no_pyplot():
     code = """
-import sys, evaluation, plots, report
-from metrics import classifier
+import sys, evaluation
+from report import plots
 print([name for name in ("tensorflow", "matplotlib") if name in sys.modules])
 plots.figure_bytes(plots.metric_figure([1, 2], [1.0, 2.0], [0.1, None], label="FD"))
 print([name for name in ("tensorflow", "matplotlib.pyplot") if name in sys.modules])
@@ -195,8 +202,8 @@ def test_mean_metric_is_a_mean_with_its_standard_error():
 def test_content_hash_tells_apart_shape_type_value_and_order():
     a = np.arange(6)
     variants = [(a,), (a.reshape(2, 3),), (a.astype(np.int32),), (a[::-1],), (a, a), ("a", "b"), ("ab",)]
-    assert len({evaluation.content_hash(*variant) for variant in variants}) == len(variants)
-    assert evaluation.content_hash(a[::2]) == evaluation.content_hash(np.array([0, 2, 4]))
+    assert len({content_hash(*variant) for variant in variants}) == len(variants)
+    assert content_hash(a[::2]) == content_hash(np.array([0, 2, 4]))
 
 
 @pytest.mark.parametrize(

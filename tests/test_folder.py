@@ -270,7 +270,7 @@ def test_mistakes_are_told(tmp_path):
         load_folder(str(tmp_path / "bad.zip"), "train", RULES)
     save(tmp_path / "same/a.png", COLOR[0])
     save(tmp_path / "same/b.png", COLOR[0])
-    with pytest.raises(ValueError, match=r"same has 2 image\(s\) that differ in nothing and cannot"):
+    with pytest.raises(ValueError, match=r"same has 2 image\(s\), all the same, which cannot"):
         load_folder(str(tmp_path / "same"), "train", RULES)
     with pytest.raises(ValueError, match=r"data.test_share=1.0; expected more than 0 and less than 1"):
         load_folder(str(fill(tmp_path / "data")), "train", Rules(RULES.fit, 256, test_share=1.0))

@@ -7,39 +7,39 @@ import pytest
 
 import evaluation
 from evaluation import FeatureStatistics
-from metrics import frechet_unbiased
+from metrics import frechet
 
 
 def distances_of(x, reference):
-    return frechet_unbiased._Distances.to(FeatureStatistics.from_features(reference), x)
+    return frechet._Distances.to(FeatureStatistics.from_features(reference), x)
 
 
 def test_distances_of_weighted_samples_are_those_of_repeated_ones(monkeypatch):
     rng = np.random.default_rng(0)
     x, y = rng.exponential(size=(40, 5)) + 3.0, rng.standard_normal((30, 5))
     y[:, 4] = y[:, 0]  # a covariance of rank 4
-    monkeypatch.setattr(frechet_unbiased, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(frechet, "BLOCK_ROWS", 7)
     for weights in (np.ones(40, int), rng.integers(3, size=40)):
         expected = evaluation.frechet_distance(np.repeat(x, weights, axis=0), y).value
         assert distances_of(x, y).of(weights) == pytest.approx(expected, rel=1e-7)
 
 
 def test_parts_have_every_image_equally_often():
-    sets = frechet_unbiased._parts(np.random.default_rng(0).permutation(60))
+    sets = frechet._parts(np.random.default_rng(0).permutation(60))
     assert [[len(part) for part in parts] for parts in sets] == [[30, 30], [40, 40, 40], [60]]
     for parts, times in zip(sets, (1, 2, 1), strict=True):
         assert np.array_equal(np.bincount(np.concatenate(parts)), np.full(60, times))
 
 
 def test_a_line_in_one_over_n_is_extrapolated_exactly(monkeypatch):
-    monkeypatch.setattr(frechet_unbiased._Distances, "of", lambda self, weights: 0.7 + 5.0 / weights.sum())
+    monkeypatch.setattr(frechet._Distances, "of", lambda self, weights: 0.7 + 5.0 / weights.sum())
     distances = distances_of(np.random.default_rng(0).standard_normal((61, 2)), np.eye(2))
-    assert frechet_unbiased._extrapolate(distances, np.random.default_rng(1)) == pytest.approx(0.7, abs=1e-3)
+    assert frechet._extrapolate(distances, np.random.default_rng(1)) == pytest.approx(0.7, abs=1e-3)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_value_is_the_true_distance_and_the_interval_holds_it(monkeypatch, shift):
-    monkeypatch.setattr(frechet_unbiased, "MANY_RESAMPLES", 60)  # for speed
+    monkeypatch.setattr(frechet, "MANY_RESAMPLES", 60)  # for speed
     rng, repeats, n, dimension = np.random.default_rng(1), 100, 100, 6
     reference = FeatureStatistics(np.zeros(dimension), np.eye(dimension), 0)
     scale = 1.0 + shift / 2

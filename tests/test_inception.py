@@ -14,7 +14,7 @@ from oracle_runs import assert_repeated
 from torch_states import inception_state
 
 from metrics import inception
-from metrics.inception_weights import torch_layer
+from metrics.inception import torch_layer
 from metrics.pretrained import check_params, param_shapes, params_from_torch
 
 PATH = tiny.ROOT / "tests/golden/inception.npz"

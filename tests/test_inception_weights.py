@@ -14,9 +14,9 @@ from torch_states import inception_state
 
 import run_lib
 from errors import UserError
-from metrics import inception, inception_weights
+from metrics import inception
 from metrics.extractors import build_extractor
-from metrics.inception_weights import convert_weights, tensorflow_name
+from metrics.inception import convert_weights, tensorflow_name
 from metrics.pretrained import param_shapes
 
 # Three layers of the network, narrower, stand in for all of it.
@@ -28,7 +28,7 @@ SMALL |= {"fc/kernel": (4, 7), "fc/bias": (7,)}
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    monkeypatch.setattr(inception_weights, "param_shapes", lambda model, side: SMALL)
+    monkeypatch.setattr(inception, "param_shapes", lambda model, side: SMALL)
     monkeypatch.setenv("SCORE_SDE_CACHE", str(tmp_path / "cache"))
     state = inception_state(SMALL)
     return state | {"Conv2d_1a_3x3.bn.num_batches_tracked": np.zeros(1, np.int64)}
@@ -38,7 +38,7 @@ def small(monkeypatch, tmp_path):
 def logs(monkeypatch):
     said = []
     for level in ("warning", "info"):
-        monkeypatch.setattr(inception_weights.logging, level, lambda text, *values: said.append(text % values))
+        monkeypatch.setattr(inception.logging, level, lambda text, *values: said.append(text % values))
     return said
 
 
@@ -59,8 +59,8 @@ def test_a_file_of_pytorch_is_converted(small, tmp_path, logs, write):
 
 def test_the_published_file_brings_no_warning(small, tmp_path, logs, monkeypatch):
     legacy_writers.write_zip(tmp_path / "weights.pth", small)
-    digest = inception_weights.hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
-    monkeypatch.setattr(inception_weights, "PTH_SHA256", digest[:8])
+    digest = inception.hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    monkeypatch.setattr(inception, "PTH_SHA256", digest[:8])
     assert run_lib.convert_weights(tmp_path / "weights.pth", tmp_path / "mine.npz") is None
     assert [text.split(":")[0] for text in logs] == [f"wrote {tmp_path}/mine.npz"]
 
@@ -105,10 +105,10 @@ def test_what_cannot_be_written_is_told(small, tmp_path):
 
 def test_a_damaged_weights_file_is_told_with_the_commands_that_make_it_anew(tmp_path):
     (tmp_path / "mine.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"mine.npz is damaged .*; to make it anew: curl .* --output .*/mine.npz$"):
+    with pytest.raises(ValueError, match=r"mine.npz is damaged .*; to make it again: curl .* --output .*/mine.npz$"):
         build_extractor("inception", num_levels=256, weights=str(tmp_path / "mine.npz"))
     np.savez(tmp_path / "mine.npz", other=np.zeros(3))
-    with pytest.raises(ValueError, match=r"does not hold the weights of this network: .*; to make it anew: curl"):
+    with pytest.raises(ValueError, match=r"does not hold the weights of this network: .*; to make it again: curl"):
         build_extractor("inception", num_levels=256, weights=str(tmp_path / "mine.npz"))
 
 

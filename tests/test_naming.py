@@ -7,7 +7,7 @@ import pytest
 
 import evaluation
 from evaluation import FeatureStatistics, Metric
-from metrics import naming
+from metrics import metric as naming
 from metrics.extractors import KEYS
 
 

@@ -101,7 +101,7 @@ class TestGrid:
         ("call", "message"),
         [
             (lambda: plots.image_grid(np.zeros((0, 8, 8, 1))), r"images have shape \(0, 8, 8, 1\); expected"),
-            (lambda: plots.png_bytes(np.zeros((8, 8, 5), np.uint8)), "an image of 5 channels is no picture"),
+            (lambda: plots.png_bytes(np.zeros((8, 8, 5), np.uint8)), "an image has 5 channels; a PNG can have 1 to 4"),
             (lambda: plots.image_grid(np.zeros((1, 8, 8, 1)), num_columns=0), "num_columns=0, padding=2; expected"),
             (lambda: plots.to_uint8(np.zeros(3, np.int64)), "images have type int64; expected uint8, or float"),
             (lambda: plots.to_uint8(np.array([0.5, np.nan])), "NaN or infinite; the sampler diverged"),

@@ -119,7 +119,7 @@ def test_what_is_not_there_is_prepared_by_a_process_of_its_own(tmp_path, monkeyp
     ("code", "stdout", "message"),
     [
         (3, "Downloading ...\n\ntfds_build: it rains\n", "'mnist' cannot be prepared in .*: it rains$"),
-        (1, "", "'mnist' cannot be prepared in .*: TFDS ended with exit code 1; what it said is above"),
+        (1, "", "'mnist' cannot be prepared in .*: TFDS ended with exit code 1; see its output above"),
     ],
 )
 def test_a_failure_of_the_process_is_told(tmp_path, monkeypatch, code, stdout, message):
@@ -131,9 +131,7 @@ def test_a_failure_of_the_process_is_told(tmp_path, monkeypatch, code, stdout, m
 def test_without_tensorflow_the_command_that_installs_it_is_told(tmp_path, monkeypatch):
     commands = serve(monkeypatch, 0)
     monkeypatch.setattr(tfds_build.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        FileNotFoundError, match=r'which is not installed: python -m pip install "tensorflow>=2.21,<2.22"'
-    ):
+    with pytest.raises(ValueError, match=r'which is not installed: python -m pip install "tensorflow>=2.21,<2.22"'):
         run_lib.prepare(make_config(tmp_path, "CIFAR10"))
     assert not commands
     assert tfds_build.HOW_TO_INSTALL.split('"')[1] in (tiny.ROOT / "requirements.txt").read_text().splitlines()
@@ -179,14 +177,14 @@ MANY = [f"{i}.zip" for i in range(9)]
             caused(refused("https://host/a.tar")),
             builder("a.tar", "b.tar"),
             "a download failed: https://host/a.tar (ConnectionError); connect this machine to the network, or put "
-            "a.tar, b.tar, got by other means, in data/downloads/manual",
+            "a.tar, b.tar, downloaded elsewhere, in data/downloads/manual",
         ),
-        (refused("https://host/7.zip"), builder(*MANY), "or put 7.zip, got by other means, in data/downloads/manual"),
+        (refused("https://host/7.zip"), builder(*MANY), "or put 7.zip, downloaded elsewhere, in data/downloads/manual"),
         (DownloadError("HTTP code: 404."), builder("a"), "a download failed: HTTP code: 404. (DownloadError); connect"),
         (
             NonMatchingChecksumError("tmp/a.tar has wrong checksum:\n* Expected: 3"),
             builder("a.tar"),
-            "a file is not the one that TFDS expects, get it anew: tmp/a.tar has",
+            "a file is not the one that TFDS expects, get it again: tmp/a.tar has",
         ),
         (
             ModuleNotFoundError("No module named 'tensorflow_io'", name="tensorflow_io"),
@@ -229,5 +227,5 @@ def test_a_machine_without_network_is_told_within_seconds(tmp_path):
     )
     assert result.returncode == tfds_build.EXIT_REFUSED, result.stderr[-2000:]
     assert "tfds_build: a download failed: https://" in result.stdout
-    assert f"train-labels-idx1-ubyte.gz, got by other means, in {tmp_path}/downloads/manual" in result.stdout
+    assert f"train-labels-idx1-ubyte.gz, downloaded elsewhere, in {tmp_path}/downloads/manual" in result.stdout
     assert "Traceback" not in result.stderr

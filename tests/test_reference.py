@@ -147,11 +147,17 @@ def test_a_singular_covariance_in_float32_is_one(tmp_path):
         ({"mean": np.ones(2), "cov": np.eye(2), "num_samples": 1.5}, "bad.npz has num_samples 1.5"),
         (
             {"mean": np.ones(2), "cov": np.eye(2), "provenance": "{"},
-            r"bad.npz does not say .*anew with --mode",
+            r"bad.npz states its provenance .*again with --mode",
         ),
-        ({"mean": np.ones(2), "cov": np.eye(2), "provenance": "[1]"}, "bad.npz does not say"),
-        ({"mean": np.ones(2), "cov": np.eye(2), "provenance": '{"x": 1}'}, "bad.npz does not say"),
-        ({"mean": np.ones(2), "cov": np.eye(2), "provenance": '{"split": 1}'}, "bad.npz does not say .*split is 1"),
+        ({"mean": np.ones(2), "cov": np.eye(2), "provenance": "[1]"}, "bad.npz states its provenance in another way"),
+        (
+            {"mean": np.ones(2), "cov": np.eye(2), "provenance": '{"x": 1}'},
+            "bad.npz states its provenance in another way",
+        ),
+        (
+            {"mean": np.ones(2), "cov": np.eye(2), "provenance": '{"split": 1}'},
+            "bad.npz states its provenance in another way .*split is 1",
+        ),
         ({"mean": np.ones(2), "cov": np.eye(2), "num_samples": 9, "features": ROWS}, r"bad.npz has features \(50, 4\)"),
         ({"pool_3": np.ones((5, 1, 1, 2))}, r"bad.npz: pool_3 has shape \(5, 1, 1, 2\); expected \[N, D\]"),
         ({"pool_3": np.ones((5, 2), np.uint8)}, r"bad.npz: pool_3 is uint8\[5, 2\]"),

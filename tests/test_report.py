@@ -108,7 +108,7 @@ def test_numbers_are_written_to_the_second_digit_of_their_uncertainty(value, std
 @pytest.mark.parametrize(
     ("distance", "verdict"),
     [
-        (0.25, "**2.50 times the floor**. That is within 3 times the floor (0.3), without counting"),
+        (0.25, "**2.50 times the floor**. That is within 3 times the floor (0.3), even without"),
         (0.33, "**3.30 times the floor**. That is within 3 times the floor plus its uncertainty (0.3 + 0.06), but not"),
         (0.46, "That is **not** within 3 times the floor plus its uncertainty (0.3 + 0.06): it is 0.1 too much."),
     ],
@@ -143,7 +143,7 @@ def test_the_page_names_the_reference_and_the_interval():
 def test_bits_of_different_images_are_not_compared():
     network, gaussian = metrics(bits_per_dim=(2.6, 0.02), gaussian_bits_per_dim=(2.949, 0.02))
     changed = full_report(metrics=(dataclasses.replace(network, num_samples=1500), gaussian))
-    assert "are of different images, and are not compared" in page.bits_sentence(changed)
+    assert "are for different images, and are not compared" in page.bits_sentence(changed)
 
 
 def test_the_bias_sentence_names_the_side_with_fewer_images():
@@ -194,7 +194,7 @@ def test_the_page_has_every_number_and_picture(tmp_path):
         "parameters": "exponential moving average (EMA)",
         "data": "digits: 1,500 training and 297 test images, 17 levels",
         "sampler": "method=pc, num_steps=250",
-        "network evaluations of a sample (nfe)": "250",
+        "network evaluations per sample (nfe)": "250",
         "samples": "500 in 25.0 s",
         "rounding of the samples": "the nearest of 17 levels",
         "feature extractor": "a classifier (`classifier`)",

@@ -296,7 +296,7 @@ def test_a_perfect_restoration_is_left_out_of_the_mean_and_told():
     images = [image_of({"psnr_mean": [value], "ssim_mean": [1.0]}) for value in (20.0, np.inf, 30.0)]
     similarity, ratio = sorted(summarize(images), key=lambda metric: metric.name == "psnr_mean")
     assert (ratio.value, ratio.stderr, ratio.num_samples) == (25.0, 5.0, 2)
-    assert ratio.note.endswith("; 1 image(s) left out, whose value is infinite")
+    assert ratio.note.endswith("; 1 image(s) with an infinite value left out")
     assert similarity.num_samples == 3
     assert images[1].to_dict()["qualities"] == {"psnr_mean": [None], "ssim_mean": [1.0]}
     [alone] = summarize(images[:1])[:1]
@@ -414,9 +414,9 @@ def test_a_measurement_is_seen_as_the_image_nearest_to_grey(monkeypatch):
         ({"restore__resize": "fit"}, ValueError, "restore.resize='fit' is unknown; known: crop, none, stretch"),
         ({"num_images": -1}, ValueError, "--num_images=-1: expected 0 or more"),
         ({"images": "", "num_images": 298}, ValueError, "num_images=298, but the test split of digits has 297 images"),
-        ({"images": "none"}, FileNotFoundError, "restore.images='none' does not exist"),
+        ({"images": "none"}, ValueError, "restore.images='none' does not exist"),
         ({"restore__operator": "inpainting"}, ValueError, "restore.operator='inpainting' is unknown; known: "),
-        ({"restore__mask": "middle"}, FileNotFoundError, "restore.mask='middle': no such file"),
+        ({"restore__mask": "middle"}, ValueError, "restore.mask='middle': no such file"),
         ({"restore__method": "magic"}, ValueError, "restore.method='magic' is unknown; known: "),
         (
             {"images": "", "restore__input": "measurement"},

@@ -35,7 +35,7 @@ from legacy.torch_file import read_torch
 from metrics.reference import load_reference
 from report import plots
 from report.data import read_report
-from sources import tfds_open, tfrecord
+from sources import tfds, tfrecord
 from sources.folder import Rules, load_folder
 from sources.listing import list_folder, root
 from sources.npz import load_npz_split
@@ -489,7 +489,7 @@ def test_a_data_set_cannot_have_a_module_imported(tmp_path, monkeypatch, form):
     (folder / "features.json").write_text(json.dumps(features))
     (folder / "dataset_info.json").write_text(json.dumps({"name": "mine", "version": "1.0.0"}))
     with pytest.raises(ValueError, match=r"features.json names the class 'evil_module.F.*, which would be imported"):
-        tfds_open.open_builder("mine", str(tmp_path / "data"))
+        tfds.open_builder("mine", str(tmp_path / "data"))
     assert not (tmp_path / "executed").exists()
 
 

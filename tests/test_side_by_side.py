@@ -36,7 +36,7 @@ def test_two_reports_stand_beside_each_other_with_their_difference(tmp_path, cap
     assert rows["checkpoint"][:2] == ["1 (step 1,000)", "2 (step 2,000)"]
     assert "500 samples, rounded to the nearest of 17 levels, against the reference (train split, 1,500 images)" in text
     assert "by the extractor classifier abcdef0123456789." in text
-    assert "was not computed alike" not in text
+    assert "was computed differently" not in text
 
 
 def test_three_reports_have_no_difference_and_only_common_metrics(tmp_path):
@@ -115,12 +115,12 @@ def test_what_was_computed_otherwise_is_told(tmp_path):
     bits = Metric("bits_per_dim", 2.5, 0.1, 500, "bits/dim", "by another ODE solver")
     changed = (bits, *test_report.full_report().metrics[4:])
     text = report.compare_reports([write(tmp_path, "a"), write(tmp_path, "b", metrics=changed)])
-    assert "bits_per_dim was not computed alike." in text
+    assert "bits_per_dim was computed differently." in text
     assert "b.json: by another ODE solver." in text
     notes = [f"rtol 0.01, {count} network evaluations; own error is 0.{count} on average" for count in (37, 43)]
     alike = [(dataclasses.replace(bits, note=note),) for note in notes]
     files = [write(tmp_path, name, metrics=metrics) for name, metrics in zip("cd", alike, strict=True)]
-    assert "not computed alike" not in report.compare_reports(files)
+    assert "computed differently" not in report.compare_reports(files)
 
 
 def test_columns_are_named_by_what_their_paths_do_not_share(tmp_path):
@@ -140,7 +140,7 @@ def test_files_that_are_no_reports_are_named(tmp_path):
         report.compare_reports([good, "nowhere.json"])
     for content in ('{"results": []}', "[1]", "half a", '{"metrics": [1]}'):
         bad.write_text(content)
-        with pytest.raises(ValueError, match=r"samplers.json is no report_<k>.json of --mode eval \("):
+        with pytest.raises(ValueError, match=r"samplers.json is not a report_<k>.json of --mode eval \("):
             report.compare_reports([good, str(bad)])
 
 

@@ -12,7 +12,6 @@ import tiny
 import datasets
 from configs import base
 from sources import tfds as tfds_source
-from sources import tfds_any
 from sources.pictures import Fit, fit_picture, to_levels
 
 GENERATOR = np.random.default_rng(0)
@@ -58,12 +57,12 @@ def everything(source):
     ],
 )
 def test_splits_are_those_of_the_data_set(known, expected):
-    assert tfds_any.choose_splits(dict.fromkeys(known), "own") == expected
+    assert tfds_source.choose_splits(dict.fromkeys(known), "own") == expected
 
 
 def test_splits_of_unknown_meaning_are_refused():
     with pytest.raises(ValueError, match="'own' has no split 'train', but a, b: which to train on is unknown"):
-        tfds_any.choose_splits({"b": 0, "a": 0}, "own")
+        tfds_source.choose_splits({"b": 0, "a": 0}, "own")
 
 
 @pytest.mark.parametrize("name", ["test", "validation"])
@@ -177,7 +176,7 @@ def test_nothing_is_decoded_twice(tmp_path, monkeypatch):
     np.testing.assert_array_equal(first.labels(np.array([3, 1])), [0, 1])
     decoded = []
     monkeypatch.setattr(
-        tfds_any, "decode_picture", lambda data, name, **options: decoded.append(data) or EXACT[9] / 255
+        tfds_source, "decode_picture", lambda data, name, **options: decoded.append(data) or EXACT[9] / 255
     )
     again = datasets.build_source(make_config(tmp_path), "train")
     assert len(decoded) == 1  # one image, to see its size
@@ -200,9 +199,9 @@ def test_data_too_large_to_keep_are_decoded_when_read(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        ("tfds:mnist", FileNotFoundError, r"'mnist' is not prepared as ArrayRecord files in .*--mode prepare --config"),
-        ("MNIST", FileNotFoundError, "'mnist' is not prepared"),
-        ("FASHION_MNIST", FileNotFoundError, "'fashion_mnist' is not prepared"),
+        ("tfds:mnist", ValueError, r"'mnist' is not prepared as ArrayRecord files in .*--mode prepare --config"),
+        ("MNIST", ValueError, "'mnist' is not prepared"),
+        ("FASHION_MNIST", ValueError, "'fashion_mnist' is not prepared"),
         ("tfds:nonesuch", ValueError, r"tensorflow-datasets .* has no data set 'nonesuch', and .* none of that name"),
         ("tfds:imagenete/320px", ValueError, "has no data set 'imagenete/320px'.*; did you mean imagenette?"),
         ("tfds:", ValueError, "data.dataset='tfds:' names no data set of TFDS; expected one, such as tfds:mnist"),

@@ -45,7 +45,7 @@ def test_the_hash_is_of_every_file(tmp_path):
 
 def test_what_is_missing_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(tfgan, "_import_tfgan", lambda: None)
-    with pytest.raises(ValueError, match=f"{tmp_path} is no SavedModel: it has no saved_model.pb"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a SavedModel: it has no saved_model.pb"):
         build_extractor("tfgan", num_levels=256, weights=str(tmp_path))
     monkeypatch.undo()
     monkeypatch.setattr(tfgan.importlib.util, "find_spec", lambda name: None)

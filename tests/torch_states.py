@@ -2,7 +2,7 @@
 
 import inception_oracle
 
-from metrics.inception_weights import torch_layer
+from metrics.inception import torch_layer
 
 NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 

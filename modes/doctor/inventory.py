@@ -27,10 +27,10 @@ from modes.evaluate.real_features import choose_extractor
 from parallel import distributed
 from parallel.cluster import find_place, is_tpu_worker
 from sources import tfds_build
-from sources.tfds_open import data_folder
+from sources.tfds import data_folder
 from storage.files import cache_folder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OK, MISSING, WARNING, BROKEN = "ok", "missing", "warning", "BROKEN"
 GIB = 2**30
 LITTLE_DISK = 2 * GIB  # free bytes; below it a warning

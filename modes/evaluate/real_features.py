@@ -19,8 +19,7 @@ from evaluation import PreparedReference, floor_metrics, sample_metrics
 from metrics import classifier
 from metrics.extractors import Extractor, build_extractor, resolve_extractor
 from metrics.frechet import FeatureStatistics
-from metrics.metric import Metric
-from metrics.naming import INCEPTION
+from metrics.metric import INCEPTION, Metric
 from metrics.pretrained import BATCH_SIZE
 from metrics.reference import NOT_STATED, Reference, compact, load_reference
 from parallel import distributed
