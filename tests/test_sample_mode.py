@@ -382,8 +382,8 @@ def test_data_without_labels_are_refused(workdir, monkeypatch):
 
 
 def test_results_open_only_for_their_own_settings(tmp_path):
-    results.open_folder(tmp_path, configure(), ("seed",), {}, flag="--output")
+    results.open_folder(tmp_path, configure(), ("samples",), {}, flag="--output")
     results.record_facts(tmp_path, {"nfe": 3})
-    results.open_folder(tmp_path, configure(), ("seed",), {}, flag="--output")  # facts are no setting
+    results.open_folder(tmp_path, configure(), ("samples",), {}, flag="--output")  # facts are no setting
     with pytest.raises(workdirs.WorkdirError, match=r"\(seed: 42 there, 1 now\); choose a new --eval_folder"):
-        results.open_folder(tmp_path, configure(seed=1), ("seed",), {}, flag="--eval_folder")
+        results.open_folder(tmp_path, configure(seed=1), ("samples",), {}, flag="--eval_folder")
