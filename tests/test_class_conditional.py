@@ -178,8 +178,8 @@ class OneImageOfEachClass(nn.Module):
         return (x - mean) / expand(std, x)
 
 
-def build_network(*, num_classes):
-    return OneImageOfEachClass(num_classes)
+def build_network(config):
+    return OneImageOfEachClass(config.model.num_classes)
 
 
 LEVELS = (3, 12)  # of all pixels of the images of each class, of 0 .. 16

@@ -178,11 +178,13 @@ def alternative(setting):
     """Another allowed value of a setting."""
     default, rule = setting.default, setting.rule
     if isinstance(rule, Choice):
-        return next(name for name in rule.known if name != default)
+        return next((name for name in rule.known if name != default), default)
     if isinstance(default, bool):
         return not default
     if isinstance(default, str):
         return "elsewhere"
+    if isinstance(default, tuple):
+        return (0.5, *default[1:])
     return default + 2 if isinstance(default, int) else 0.7 * default + 0.001
 
 
@@ -193,10 +195,10 @@ RESULTS = {
     "latents": lambda experiment, params: build_encoding_program(experiment)(params, LEVELS)["latents"],
 }
 LEVELS = np.random.default_rng(0).integers(0, 17, (4, 8, 8, 1), np.uint8)
-# Settings that another one gives a meaning to, or that the tiny run needs.
-FIXED = {"model.num_classes", "sampling.labels", "sampling.classifier_scale", "sampling.guidance_scale"}
-FIXED |= {"training.importance_sampling", "sampling.clip", "data.image_size", "sampling.rtol", "likelihood.rtol"}
-FIXED |= {"likelihood.atol", "sampling.atol", "sampling.predictor", "sampling.corrector"}
+# The next predictor is not defined with a probability flow. Rematerialization rounds differently in the last place,
+# which an adaptive integration amplifies up to its tolerance; results of both may be mixed.
+FIXED = {"sampling.predictor", "model.remat"}
+TINY = {"sampling__num_steps": 25, "sampling__rtol": 1e-2, "sampling__atol": 1e-2}
 
 
 def perturb(params):
@@ -208,15 +210,15 @@ def perturb(params):
 @pytest.mark.parametrize("kind", RESULTS)
 def test_results_do_not_depend_on_what_does_not_affect_them(kind):
     """The same to the last bit when every setting that the table does not name is another one, all at once."""
-    config = tiny.make_config(sampling__num_steps=25, sampling__rtol=1e-2, sampling__atol=1e-2)
+    config = tiny.make_config(**TINY)
     others = [s for s in settings.SETTINGS.values() if kind not in s.affects and s.name not in FIXED]
-    changed = tiny.make_config(sampling__num_steps=25, sampling__rtol=1e-2, sampling__atol=1e-2)
+    changed = tiny.make_config(**TINY)
     changed.update_from_flattened_dict({s.name: alternative(s) for s in others})
     first, second = build_experiment(config), build_experiment(changed)
     params = distributed.replicate(perturb(first.init_state().params))
     compute = RESULTS[kind]
     np.testing.assert_array_equal(compute(first, params), compute(second, params))
-    affecting = tiny.make_config(sampling__num_steps=25, sampling__rtol=1e-2, sampling__atol=1e-2, model__beta_max=15.0)
+    affecting = tiny.make_config(**TINY, model__beta_max=15.0)
     assert not np.array_equal(compute(build_experiment(affecting), params), compute(first, params))
 
 
