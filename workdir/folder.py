@@ -138,9 +138,11 @@ def check_same(stored: Mapping[str, Any], given: Mapping[str, Any], holder: str,
     if not differing:
         return
     listed = "; ".join(f"{key}: {known[key]!r} there, {given[key]!r} now" for key in differing)
-    variables = [(key.replace("jax.", "JAX_").upper(), known[key]) for key in differing if key.startswith("jax.")]
-    as_there = [f"unset {name}" if value is None else f"set {name}={value}" for name, value in variables]
-    raise WorkdirError(f"{holder} ({listed}); {'; '.join([*as_there, way_out])}")
+    of_jax = {key.replace("jax.", "JAX_").upper(): known[key] for key in differing if key.startswith("jax.")}
+    if len(of_jax) == len(differing):
+        as_there = [f"unset {name}" if value is None else f"set {name}={value}" for name, value in of_jax.items()]
+        way_out = f"{' and '.join(as_there)}, or {way_out}"
+    raise WorkdirError(f"{holder} ({listed}); {way_out}")
 
 
 @distributed.on_main
