@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from configs.settings import check
 from errors import UserError
-from models.factory import told_classes
+from models.factory import num_classes_of
 from models.score import get_model_fn, get_score_fn
 from parallel import distributed, rng
 from sde_lib import SDE, VESDE, VPSDE, expand
@@ -315,7 +315,7 @@ def build_loss(config: ConfigDict, sde: SDE, model: nn.Module) -> LossFn:
         left out never or always.
     """
     check(config, "training")
-    loss_fn, num_classes = _build_objective(config, sde, model), told_classes(config)
+    loss_fn, num_classes = _build_objective(config, sde, model), num_classes_of(config)
     if not num_classes:
         return loss_fn
     probability = config.training.label_dropout

@@ -28,7 +28,7 @@ from dequantization import Dequantize, build_dequantization
 from experiment import ahead
 from experiment.alike import loop_over_alike
 from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
-from models.factory import check_labels, told_classes
+from models.factory import check_labels, num_classes_of
 from models.score import get_score_fn
 from parallel import distributed, rng
 from sampling import build_sampler
@@ -131,7 +131,7 @@ def check_sampling(config: ConfigDict, sde: SDE) -> None:
       UserError: naming the setting that is wrong.
     """
     build_sampler(config, sde, (1, *datasets.image_shape(config)))
-    if told_classes(config):
+    if num_classes_of(config):
         build_classifier_free(config, sde, build_labels(config))
 
 

@@ -184,8 +184,8 @@ def create_model(config: ConfigDict) -> nn.Module:
     return NETWORKS[config.model.name](config)
 
 
-def told_classes(config: ConfigDict) -> int:
-    """Returns how many classes of images the configured score network is told, 0 if none or if it is a classifier."""
+def num_classes_of(config: ConfigDict) -> int:
+    """Return the number of classes that condition the score network; 0 if none do, or if it is a classifier."""
     return config.model.num_classes if config.model.name in SCORE_NETWORKS else 0
 
 
