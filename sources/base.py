@@ -150,10 +150,8 @@ def held_out(digests: np.ndarray, share: float, path: object = "the data set") -
       path: of them, for messages.
 
     Raises:
-      UserError: if `share` is out of range or there are not two different images.
+      UserError: if there are not two different images.
     """
-    if not 0.0 < share < 1.0:
-        raise UserError(f"data.test_share={share}; expected more than 0 and less than 1")
     ordered = np.sort(digests)
     if not len(ordered) or ordered[0] == ordered[-1]:
         raise UserError(
