@@ -406,9 +406,11 @@ def check(config: ConfigDict, *groups: str) -> None:
         group, _, key = setting.name.rpartition(".")
         if groups and group not in groups:
             continue
-        value = config[group][key] if group else config[key]
-        _check_type(setting, value)
-        setting.rule(setting.name, value)
+        of_group = config.get(group, {}) if group else config
+        if key not in of_group:
+            raise UserError(f"the configuration has no {setting.name}; start from configs.base.get_config()")
+        _check_type(setting, of_group[key])
+        setting.rule(setting.name, of_group[key])
 
 
 # --- what results depend on ------------------------------------------------------------------------------------------

@@ -138,6 +138,16 @@ def test_a_group_is_checked_alone():
         settings.check(config, "training")
 
 
+def test_a_missing_setting_is_named():
+    config = base.get_config().unlock()
+    del config.sampling.snr
+    with pytest.raises(ValueError, match=r"has no sampling.snr; start from configs.base.get_config"):
+        settings.check(config)
+    del config["likelihood"]
+    with pytest.raises(ValueError, match=r"has no likelihood.dequantization"):
+        settings.check(config, "likelihood")
+
+
 # --- what results depend on ------------------------------------------------------------------------------------------
 
 
