@@ -17,14 +17,14 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
-import checks
+from configs.settings import check
 from errors import UserError
 from parallel import distributed, rng
 from sources.base import Source
 from sources.digits import load_digits
 from sources.folder import Rules, load_folder
 from sources.npz import load_npz_split
-from sources.pictures import RESIZE, Fit
+from sources.pictures import Fit
 from sources.tfds import PREFIX, TfdsSource, keep, load_any, load_celeba, load_lsun, load_tfds, scene_name
 from sources.tfrecord import load_tfrecord
 from storage.files import content_hash
@@ -71,7 +71,6 @@ def _load_any(config: ConfigDict, split: str) -> Source:
 def rules_of(config: ConfigDict) -> Rules:
     """Return how `config.data` prepares pictures of any size and kind."""
     data = config.data
-    checks.one_of("data.resize", data.resize, RESIZE)
     fit = Fit(image_shape(config), data.resize, convert_channels=True, group="data")
     return Rules(fit, data.num_levels, data.strict, data.test_share, data.cache_gib)
 
@@ -82,17 +81,9 @@ def tfds_name(config: ConfigDict) -> str:
     return name.removeprefix(PREFIX) if name.startswith(PREFIX) else TFDS_NAMES.get(name, lambda config: "")(config)
 
 
-def check_name(config: ConfigDict) -> None:
-    """Raise a UserError if the configured data set is unknown; TFDS itself checks the names of its own."""
-    if config.data.dataset == PREFIX:
-        raise UserError(f"data.dataset={PREFIX!r} names no data set of TFDS; expected one, such as {PREFIX}mnist")
-    if not config.data.dataset.startswith(PREFIX):
-        checks.one_of("data.dataset", config.data.dataset, (*SOURCES, f"{PREFIX}NAME"))
-
-
 def open_source(config: ConfigDict, split: str) -> Source:
     """Open one split of the configured data set, unchecked (see `build_source`)."""
-    check_name(config)
+    check(config, "data")
     load = _load_any if config.data.dataset.startswith(PREFIX) else SOURCES[config.data.dataset]
     return load(config, split)
 
@@ -243,8 +234,7 @@ class Scaler:
 
 def build_scaler(config: ConfigDict) -> Scaler:
     """Build the scaling from `config.data`."""
-    if not 2 <= config.data.num_levels <= 256:
-        raise UserError(f"data.num_levels={config.data.num_levels}; expected 2 to 256, what uint8 images can hold")
+    check(config, "data")
     return Scaler(config.data.num_levels, config.data.centered, config.data.uniform_dequantization)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
-import checks
+from configs.settings import check
 from datasets import Scaler
 from parallel import rng
 from sde_lib import SDE
@@ -113,5 +113,5 @@ def build_dequantization(config: ConfigDict, scaler: Scaler, sde: SDE, *, eps: f
       UserError: if the name is unknown.
     """
     name = config.likelihood.dequantization
-    checks.one_of("likelihood.dequantization", name, PROTOCOLS)
+    check(config, "likelihood")
     return PROTOCOLS[name].build(scaler, float(noise_levels(sde, np.array([eps])).sigma[0]))

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-import checks
+from configs.settings import check
 from errors import UserError
 from sde_lib import SDE, ScoreFn
 from solvers.adaptive import integrate_flow
@@ -73,8 +73,7 @@ def build_codec(config: ConfigDict, sde: SDE) -> Codec:
     Raises:
       UserError: if a tolerance is not positive.
     """
-    checks.positive("sampling.rtol", config.sampling.rtol)
-    checks.positive("sampling.atol", config.sampling.atol)
+    check(config, "sampling")
     return Codec(sde, sde.sampling_eps, config.sampling.rtol, config.sampling.atol)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
+from configs.settings import check
 from parallel import rng
 from sde_lib import SDE, ScoreFn
 from solvers import ode
@@ -138,9 +139,7 @@ def build_likelihood(
       UserError: if the trace's name is unknown or a number out of range.
     """
     settings = config.likelihood
-    checks.one_of("likelihood.trace", settings.trace, TRACES)
-    for name in ("num_probes", "rtol", "atol"):
-        checks.positive(f"likelihood.{name}", settings[name])
+    check(config, "likelihood")
     checks.inner_time("eps", eps, sde.T)
     draw_probes = TRACES[settings.trace]
     return functools.partial(

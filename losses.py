@@ -18,9 +18,9 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
-import checks
+from configs.settings import check
 from errors import UserError
-from models.factory import told_classes
+from models.factory import num_classes_of
 from models.score import get_model_fn, get_score_fn
 from parallel import distributed, rng
 from sde_lib import SDE, VESDE, VPSDE, expand
@@ -287,7 +287,6 @@ def with_label_dropout(loss_fn: LossFn, *, no_label: int, probability: float) ->
 
 
 def _check_times_and_objective(training: ConfigDict) -> None:
-    checks.one_of("training.objective", training.objective, OBJECTIVES)
     if not training.continuous:
         for name, chosen, reason in (
             ("likelihood_weighting=True", training.likelihood_weighting, "the discrete losses have fixed weights"),
@@ -315,7 +314,8 @@ def build_loss(config: ConfigDict, sde: SDE, model: nn.Module) -> LossFn:
         objective is asked for with an SDE that has none or with a setting of the continuous ones, or labels would be
         left out never or always.
     """
-    loss_fn, num_classes = _build_objective(config, sde, model), told_classes(config)
+    check(config, "training")
+    loss_fn, num_classes = _build_objective(config, sde, model), num_classes_of(config)
     if not num_classes:
         return loss_fn
     probability = config.training.label_dropout
@@ -437,12 +437,8 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     Raises:
       UserError: if the optimizer is unknown or a setting would silently train nothing.
     """
+    check(config, "optim")
     optim = config.optim
-    checks.one_of("optim.optimizer", optim.optimizer, ("Adam",))
-    if optim.grad_clip == 0:
-        raise UserError("optim.grad_clip=0 would set every gradient to zero; a negative value turns clipping off")
-    if optim.lr <= 0 or optim.warmup < 0:
-        raise UserError(f"optim.lr={optim.lr}, optim.warmup={optim.warmup}; expected lr > 0 and warmup >= 0 steps")
     return make_optimizer(
         lr=optim.lr,
         beta1=optim.beta1,

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 import datasets
 import report
 from classifier import training as classifier_training
-from classifier.experiment import FOLDER, check_settings
+from classifier.experiment import FOLDER
+from configs.settings import check
 from experiment import smoke, startup
 from experiment.build import Experiment, build_experiment, describe
 from metrics import inception
@@ -50,6 +51,12 @@ __all__ = [
 ]
 
 
+def _checked(config: ConfigDict) -> ConfigDict:
+    """Check every setting, and shrink the experiment if `training.smoke` asks for it."""
+    check(config)
+    return smoke.shrink(config) if config.training.smoke else config
+
+
 def doctor(config: ConfigDict | None = None) -> bool:
     """Prints what is installed, present or missing and how to get it, and runs a self-test of some ten seconds.
 
@@ -75,7 +82,7 @@ def prepare(config: ConfigDict) -> None:
       UserError: if a setting is wrong, or the data cannot be had.
       UserError: if files or TensorFlow are missing.
     """
-    preparing.prepare_data(smoke.shrink(config) if config.training.smoke else config)
+    preparing.prepare_data(_checked(config))
 
 
 def memory(config: ConfigDict) -> None:
@@ -87,7 +94,7 @@ def memory(config: ConfigDict) -> None:
     Raises:
       UserError: if a setting is wrong, or JAX does not tell the memory on this backend.
     """
-    config = smoke.shrink(config) if config.training.smoke else config
+    config = _checked(config)
     require_score_network(config)
     train_loop.check_schedule(config)
     footprint.print_memory(config)
@@ -107,7 +114,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       WorkdirError: if the workdir cannot be written, holds another experiment, or another run trains there.
       CheckpointError: if the workdir has checkpoints, but all are damaged, or one cannot be written.
     """
-    config = smoke.shrink(config) if config.training.smoke else config
+    config = _checked(config)
     require_score_network(config)
     train_loop.check_schedule(config)
     experiment = build_experiment(config)
@@ -138,10 +145,9 @@ def train_classifier(config: ConfigDict, workdir: str | Path) -> None:
       WorkdirError: if the workdir cannot be written, or it or its classifier is of another experiment.
       CheckpointError: if the classifier has checkpoints, but all are damaged.
     """
-    config = smoke.shrink(config) if config.training.smoke else config
-    check_settings(config)
+    config = _checked(config)
     train_loop.check_schedule(config, "classifier")
-    workdirs.check_same_experiment(workdir, config)
+    workdirs.check_same_experiment(workdir, config, "checkpoints")
     with locks.hold(Path(workdir) / FOLDER):
         train, test = (datasets.build_source(config, split) for split in ("train", "test"))
         classifier_training.train_classifier(config, Path(workdir), train, test)
@@ -149,10 +155,10 @@ def train_classifier(config: ConfigDict, workdir: str | Path) -> None:
 
 def _open(config: ConfigDict, workdir: str | Path) -> Experiment:
     """Builds the experiment of a workdir that holds a training run of it."""
-    config = smoke.shrink(config) if config.training.smoke else config
+    config = _checked(config)
     require_score_network(config)
     experiment = build_experiment(config)
-    workdirs.check_same_experiment(workdir, config)
+    workdirs.check_same_experiment(workdir, config, "checkpoints")
     describe(experiment)
     return experiment
 
@@ -371,5 +377,5 @@ def stats(config: ConfigDict, output: str = "", *, split: str = "train", keep_fe
       UserError: if data or weights are missing.
       WorkdirError: if the folder of the file cannot be written.
     """
-    config = smoke.shrink(config) if config.training.smoke else config
+    config = _checked(config)
     return data_stats.write_stats(config, split=split, output=output, keep_features=keep_features)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
-import checks
+from configs.settings import check
 from errors import UserError
 from parallel import distributed, rng
 from sde_lib import SDE, VESDE, VPSDE, ReverseSDE, ScoreFn, expand
@@ -235,17 +235,8 @@ def _check_pairing(settings: ConfigDict, sde: SDE) -> None:
 
 def _build_pc(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
     settings = config.sampling
-    checks.one_of("sampling.predictor", settings.predictor, PREDICTORS)
-    checks.one_of("sampling.corrector", settings.corrector, CORRECTORS)
-    checks.one_of("sampling.langevin_norm", settings.langevin_norm, ("batch", "sample"))
-    checks.one_of("sampling.pc_order", settings.pc_order, ("corrector_first", "predictor_first"))
-    if settings.num_steps < 0:
-        raise UserError(f"sampling.num_steps={settings.num_steps}: expected 0 (model.num_scales) or more")
     sde = sde.with_steps(settings.num_steps or config.model.num_scales)
     _check_pairing(settings, sde)
-    if settings.corrector != "none":
-        checks.positive("sampling.snr", settings.snr)
-        checks.positive("sampling.n_steps_each", settings.n_steps_each)
     return functools.partial(
         _sample_pc,
         sde=sde,
@@ -317,7 +308,7 @@ def build_sampler(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampl
     Raises:
       UserError: if a name is unknown, a number out of range, or the pairing is not defined; the message says why.
     """
-    checks.one_of("sampling.method", config.sampling.method, METHODS)
+    check(config, "sampling")
     if len(shape) < 2 or min(shape) < 1:
         raise UserError(f"shape={shape}: expected a batch axis and at least one more, none of them empty")
     sampler = METHODS[config.sampling.method](config, sde, tuple(shape))

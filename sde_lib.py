@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
+from configs.settings import check
 from errors import UserError
 from parallel import rng
 
@@ -357,7 +358,5 @@ def build_sde(config: ConfigDict) -> SDE:
     Raises:
       UserError: if the name is unknown or a constant is out of range.
     """
-    name = config.training.sde.lower()
-    if name not in SDES:
-        raise UserError(f"training.sde={config.training.sde!r} is unknown; known: {', '.join(sorted(SDES))}")
-    return SDES[name](config)
+    check(config, "training", "model")
+    return SDES[config.training.sde.lower()](config)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 import checks
+from configs.settings import check
 from errors import UserError
 from parallel import rng
 from sde_lib import SDE, ScoreFn, expand
@@ -142,12 +143,10 @@ def build_variational_bound(config: ConfigDict, sde: SDE, *, eps: float) -> Vari
     Raises:
       UserError: if the number of times is not even and positive, or `eps` not between 0 and T.
     """
+    check(config, "likelihood")
     num_times = config.likelihood.bound_num_times
-    if num_times < 2 or num_times % 2:
-        raise UserError(
-            f"likelihood.bound_num_times={num_times}: expected an even number of 2 or more, for the standard error "
-            "takes the times in pairs; or 0 for no bound"
-        )
+    if num_times == 0:
+        raise UserError("likelihood.bound_num_times=0 stands for no bound; set an even number of network evaluations")
     checks.inner_time("eps", eps, sde.T)
     ends = noise_levels(sde, np.array([eps, sde.T]))
     bin_width = (2.0 if config.data.centered else 1.0) / config.data.num_levels

@@ -49,7 +49,7 @@ from benchmarks import contractions
 from benchmarks import measure as measuring
 from benchmarks.process_memory import Growth
 from experiment.build import Experiment, build_experiment, map_train_steps
-from models.factory import told_classes
+from models.factory import num_classes_of
 from modes import memory
 from parallel import distributed
 
@@ -87,7 +87,7 @@ def map_forward(experiment: Experiment) -> jax.stages.Wrapped:
 def forward_shapes(experiment: Experiment, batch_size: int) -> tuple[Any, ...]:
     """Returns the shapes of the arguments of the score on one device, for so many images there."""
     x, vector = (batch_size, *experiment.image_shape), (batch_size,)
-    labels = jax.ShapeDtypeStruct(vector, jnp.int32) if told_classes(experiment.config) else None
+    labels = jax.ShapeDtypeStruct(vector, jnp.int32) if num_classes_of(experiment.config) else None
     params = jax.eval_shape(experiment.init_state).params
     return params, jax.ShapeDtypeStruct(x, jnp.float32), jax.ShapeDtypeStruct(vector, jnp.float32), labels
 
@@ -109,7 +109,7 @@ def trace_program(experiment: Experiment, what: str) -> jax.stages.Traced:
         mapped, batch = map_train_steps(experiment), (settings.n_jitted_steps, settings.batch_size)
         levels = jax.ShapeDtypeStruct((*batch, *experiment.image_shape), jnp.uint8)
         labels = jax.ShapeDtypeStruct(batch, jnp.int32)
-        told = (levels, labels) if told_classes(experiment.config) else levels
+        told = (levels, labels) if num_classes_of(experiment.config) else levels
         inputs = experiment.keys["train"], jax.eval_shape(experiment.init_state), told
     return jax.jit(inspect.unwrap(mapped)).trace(*inputs)  # without the mapping over devices
 
@@ -126,7 +126,7 @@ def count_contractions(experiment: Experiment, what: str) -> float:
 
 def _random_labels(experiment: Experiment, shape: tuple[int, ...]) -> np.ndarray | None:
     """Returns random class labels, int32, for a network that is told them."""
-    classes = told_classes(experiment.config)
+    classes = num_classes_of(experiment.config)
     return np.random.default_rng(2).integers(0, classes, shape, np.int32) if classes else None
 
 

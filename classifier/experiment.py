@@ -10,7 +10,6 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-import checks
 import datasets
 import losses
 from classifier.loss import make_classifier_loss
@@ -23,18 +22,6 @@ FOLDER = "classifier"  # inside the workdir of the score network
 NETWORK = "wideresnet_noise_conditional"
 NORMALIZATION_FILE = "normalization.json"
 CHUNK = 1000  # images that are read at once to be measured
-COUNTS = (
-    "blocks_per_group",
-    "channel_multiplier",
-    "batch_size",
-    "microbatches",
-    "n_iters",
-    "n_jitted_steps",
-    "log_freq",
-    "eval_freq",
-    "snapshot_freq",
-    "snapshot_freq_for_preemption",
-)
 
 
 # --- what the images are normalized by -------------------------------------------------------------------------------
@@ -89,23 +76,6 @@ class Normalization:
 
 
 # --- the experiment --------------------------------------------------------------------------------------------------
-
-
-def check_settings(config: ConfigDict) -> None:
-    """Checks the settings of `config.classifier`, but for its schedule.
-
-    Raises:
-      UserError: naming the first that is wrong.
-    """
-    settings = config.classifier
-    for name in COUNTS:
-        if not isinstance(settings[name], int) or settings[name] < 1:
-            raise UserError(f"classifier.{name}={settings[name]!r}; expected a whole number, 1 or more")
-    checks.positive("classifier.lr", settings.lr)
-    for name in ("warmup", "weight_decay"):
-        checks.not_negative(f"classifier.{name}", settings[name])
-    if not 0.0 <= settings.ema_rate < 1.0:
-        raise UserError(f"classifier.ema_rate={settings.ema_rate}; expected 0 <= rate < 1")
 
 
 def classifier_config(config: ConfigDict, num_classes: int) -> ConfigDict:

@@ -12,7 +12,6 @@ from absl import logging
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-import checks
 from classifier.experiment import (
     FOLDER,
     NETWORK,
@@ -22,6 +21,7 @@ from classifier.experiment import (
     classifier_config,
 )
 from classifier.gradient import condition_on_class
+from configs import settings
 from errors import UserError
 from experiment.build import Experiment, Guide
 from losses import TrainState
@@ -31,17 +31,6 @@ from sde_lib import SDE, ScoreFn
 from workdir import folder as workdirs
 from workdir.checkpoints import CheckpointError, Checkpoints
 
-# What must be the score network's, besides the constants of its SDE.
-SAME = (
-    "data.dataset",
-    "data.category",
-    "data.image_size",
-    "data.image_width",
-    "data.num_channels",
-    "data.num_levels",
-    "data.centered",
-    "training.sde",
-)
 # What the config.json of a classifier must state, and which of that are counts.
 NEEDED = ("model.num_classes", "model.blocks_per_group", "model.channel_multiplier", "data.dataset")
 COUNTS = (*NEEDED[:3], "classifier.snapshot_freq")
@@ -93,9 +82,8 @@ def check_guidance(config: ConfigDict) -> None:
     """Checks the settings of guidance by a classifier; no file is read.
 
     Raises:
-      UserError: if the scale is negative, or there are no labels to guide to.
+      UserError: if there are no labels to guide to, or a classifier is named and not used.
     """
-    checks.not_negative("sampling.classifier_scale", config.sampling.classifier_scale)
     if config.sampling.classifier_scale and not config.sampling.labels:
         raise UserError(
             f"sampling.classifier_scale={config.sampling.classifier_scale} guides towards labels, but sampling.labels "
@@ -169,18 +157,16 @@ def _check_same_images(folder: Path, stored: Mapping[str, Any], experiment: Expe
     """Checks that a classifier knows the images of a score network, at its noise levels.
 
     Raises:
-      UserError: naming what differs.
+      WorkdirError: naming what differs.
     """
-    given = workdirs.flatten(experiment.config)
-    constants = [f"model.{field.name}" for field in dataclasses.fields(experiment.sde)]  # type: ignore[arg-type]
-    keys = [*SAME, *(key for key in constants if key in given)]
-    differing = [key for key in keys if stored.get(key) != given[key]]
-    if differing:
-        listed = "; ".join(f"{key}: {stored.get(key)!r} there, {given[key]!r} now" for key in differing)
-        raise UserError(
-            f"the classifier in {folder} is of another experiment ({listed}); train one with --mode train_classifier "
-            "and this configuration, or set sampling.classifier to the folder of one that fits"
-        )
+    constants = {f"model.{field.name}" for field in dataclasses.fields(experiment.sde)}  # type: ignore[arg-type]
+    given = settings.affecting(experiment.config, "noise")
+    given = {key: value for key, value in given.items() if key in constants or not key.startswith("model.")}
+    way_out = (
+        "train one with --mode train_classifier and this configuration, or set sampling.classifier to the folder of "
+        "one that fits"
+    )
+    workdirs.check_same(stored, given, f"the classifier in {folder} is of another experiment", way_out)
 
 
 def _normalization(folder: Path, stored: Mapping[str, Any]) -> Normalization:

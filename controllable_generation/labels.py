@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-import checks
+from configs.settings import check
 from errors import UserError
-from models.factory import told_classes
+from models.factory import num_classes_of
 from sde_lib import SDE, ScoreFn, expand
 
 PART = re.compile(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?")  # a label, or the first and the last of several
@@ -64,7 +64,7 @@ def build_labels(config: ConfigDict, *, guide_classes: int = 0) -> tuple[int, ..
       UserError: if labels are asked for that nothing knows, or the list is malformed.
     """
     text = config.sampling.labels
-    known = [classes for classes in (told_classes(config), guide_classes) if classes]
+    known = [classes for classes in (num_classes_of(config), guide_classes) if classes]
     if text and not known:
         raise UserError(
             f"sampling.labels={text!r}, but the network was trained without labels (model.num_classes=0) and no "
@@ -157,16 +157,11 @@ def build_classifier_free(config: ConfigDict, sde: SDE, labels: Sequence[int]) -
     Raises:
       UserError: if a setting is out of range, or there is nothing to guide or to guide to.
     """
-    settings, num_classes = config.sampling, told_classes(config)
-    checks.not_negative("sampling.guidance_scale", settings.guidance_scale)
-    interval = tuple(settings.guidance_interval)
-    if len(interval) != 2 or not 0 <= interval[0] < (interval[1] or math.inf):
-        raise UserError(
-            f"sampling.guidance_interval={interval}: expected (low, high), noise levels sigma with 0 <= low < high, or "
-            "high = 0 for no bound"
-        )
+    check(config, "sampling")
+    settings, num_classes = config.sampling, num_classes_of(config)
+    low, high = settings.guidance_interval
     if num_classes and labels:
-        return ClassifierFree(sde, num_classes, settings.guidance_scale, (interval[0], interval[1] or math.inf))
+        return ClassifierFree(sde, num_classes, settings.guidance_scale, (low, high or math.inf))
     if settings.guidance_scale != 1:
         reason = "sampling.labels is empty" if num_classes else "the network is told no classes (model.num_classes=0)"
         raise UserError(

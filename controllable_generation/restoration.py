@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-import checks
+from configs.settings import check
 from controllable_generation import guidance, operators
 from controllable_generation.masks import read_mask
 from controllable_generation.operators import ImageShape, Operator
@@ -56,31 +56,25 @@ def _colorize(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Opera
 
 
 def _super_resolution(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
-    checks.one_of("restore.downsampling", settings.downsampling, ("box", "bicubic"))
-    if settings.factor < 2 or any(size % settings.factor for size in image_shape[:2]):
+    if any(size % settings.factor for size in image_shape[:2]):
         raise UserError(
-            f"restore.factor={settings.factor}: expected 2 or more, a divisor of both {image_shape[0]} and "
+            f"restore.factor={settings.factor}: expected a divisor of both {image_shape[0]} and "
             f"{image_shape[1]}, the height and width of the images"
         )
     return operators.super_resolution(image_shape, settings.factor, settings.downsampling)
 
 
 def _gaussian_blur(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
-    checks.positive("restore.blur_std", settings.blur_std)
     return operators.gaussian_blur(image_shape, settings.blur_std)
 
 
 def _motion_blur(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
-    if settings.blur_length < 1:
-        raise UserError(f"restore.blur_length={settings.blur_length}: expected 1 pixel (no blur) or more")
     return operators.motion_blur(image_shape, settings.blur_length, settings.blur_angle)
 
 
 def _fourier(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
     """Measures whole lines of frequencies: the lowest, and others at random."""
     H, W, _ = image_shape
-    checks.share("restore.fourier_share", settings.fourier_share)
-    checks.share("restore.fourier_center", settings.fourier_center)
     num_lines = max(round(settings.fourier_share * W), 1)
     num_center = min(max(round(settings.fourier_center * W), 1), num_lines)
     nearest = np.argsort(np.abs(np.fft.fftfreq(W)), kind="stable")
@@ -132,10 +126,10 @@ def build_operator(config: ConfigDict, image_shape: ImageShape) -> Operator:
       UserError: if a setting is unknown, out of range, or does not go with the images.
       UserError: if a file that it names is missing.
     """
+    check(config, "restore")
     name = config.restore.operator
     if ".py:" in name:
         return _load_operator(name, image_shape)
-    checks.one_of("restore.operator", name, OPERATORS)
     return OPERATORS[name](config.restore, image_shape, config.seed)
 
 
@@ -188,11 +182,9 @@ def _build_weighting(config: ConfigDict, sde: SDE, operator: Operator) -> guidan
     if settings.method == "dps":
         return guidance.dps_weighting(sde.with_steps(config.model.num_scales), settings.scale)
     if settings.method == "pigdm":
-        checks.positive("restore.data_std", settings.data_std)
         return guidance.pigdm_weighting(
             operator, sde, noise=noise, scale=settings.scale, data_std=float(settings.data_std)
         )
-    checks.positive("restore.cg_steps", settings.cg_steps)
     return guidance.mmps_weighting(operator, sde, noise=noise, scale=settings.scale, num_steps=settings.cg_steps)
 
 
@@ -228,11 +220,8 @@ def build_restoration(config: ConfigDict, sde: SDE, operator: Operator) -> Resto
       UserError: if the method is unknown, a number out of range, or the method not defined for the operator, the
         noise or the sampler.
     """
-    settings = config.restore
-    checks.one_of("restore.method", settings.method, METHODS)
-    checks.positive("restore.scale", settings.scale)
-    checks.not_negative("restore.noise", settings.noise)
-    return METHODS[settings.method](config, sde, operator)
+    check(config, "restore")
+    return METHODS[config.restore.method](config, sde, operator)
 
 
 __all__ = [

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import datasets
 from experiment import startup, stored_programs
 from experiment.background import Background
-from models.factory import told_classes
+from models.factory import num_classes_of
 from parallel import distributed
 
 
@@ -33,7 +33,7 @@ def training_batch(config: ConfigDict, group: str = "training") -> Any:
     sizes = config[group].n_jitted_steps, config[group].batch_size // distributed.device_count()
     levels = jax.ShapeDtypeStruct((*sizes, *datasets.image_shape(config)), jnp.uint8)
     labels = jax.ShapeDtypeStruct(sizes, jnp.int32)
-    return (levels, labels) if group == "classifier" or told_classes(config) else levels
+    return (levels, labels) if group == "classifier" or num_classes_of(config) else levels
 
 
 def compile_in_background(

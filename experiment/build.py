@@ -18,41 +18,24 @@ from absl import logging
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
-import checks
 import datasets
 import losses
 import models
 import sde_lib
+from configs.settings import check, of_group
 from controllable_generation.labels import build_classifier_free, build_labels, labels_of_samples
 from dequantization import Dequantize, build_dequantization
-from errors import UserError
 from experiment import ahead
 from experiment.alike import loop_over_alike
 from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
-from models.factory import check_labels, told_classes
+from models.factory import check_labels, num_classes_of
 from models.score import get_score_fn
 from parallel import distributed, rng
 from sampling import build_sampler
 from sde_lib import SDE, VESDE, ScoreFn
 from solvers import ode
 from variational_bound import VariationalBound, build_variational_bound
-from workdir import folder as workdirs
 
-# Settings that count something.
-COUNTS = (
-    "training.batch_size",
-    "training.microbatches",
-    "training.n_iters",
-    "training.n_jitted_steps",
-    "training.log_freq",
-    "training.eval_freq",
-    "training.snapshot_freq",
-    "training.snapshot_freq_for_preemption",
-    "training.snapshot_num_samples",
-    "eval.batch_size",
-    "eval.num_samples",
-    "eval.bpd_num_draws",
-)
 PURPOSES = ("init", "train", "eval", "sample", "bpd", "grid")  # append only: the order fixes the keys
 
 
@@ -109,9 +92,8 @@ class Experiment:
 
     def sampler_settings(self) -> dict[str, Any]:
         """Returns what a sample depends on besides the network and the seed."""
-        settings = workdirs.flatten(self.config)
         steps = self.config.sampling.num_steps or self.config.model.num_scales
-        chosen = {key: value for key, value in settings.items() if key.startswith("sampling.")}
+        chosen = of_group(self.config, "sampling")
         network = {} if self.config.model.dtype == "float32" else {"model.dtype": self.config.model.dtype}
         return {"training.sde": self.config.training.sde, **network, **chosen, "sampling.num_steps": steps}
 
@@ -128,17 +110,6 @@ class Experiment:
         return get_score_fn(
             self.sde, self.model, params, {}, train=False, continuous=continuous, class_labels=class_labels
         )
-
-
-def _check_values(config: ConfigDict) -> None:
-    for name in COUNTS:
-        group, key = name.split(".")
-        if config[group][key] < 1:
-            raise UserError(f"{name}={config[group][key]}; expected 1 or more")
-    if not 0.0 <= config.model.ema_rate < 1.0:
-        raise UserError(f"model.ema_rate={config.model.ema_rate}; expected 0 <= rate < 1")
-    checks.one_of("eval.bpd_dataset", config.eval.bpd_dataset, ("test", "train"))
-    checks.one_of("training.on_nan", config.training.on_nan, ("stop", "skip"))
 
 
 def _build_likelihoods(
@@ -160,7 +131,7 @@ def check_sampling(config: ConfigDict, sde: SDE) -> None:
       UserError: naming the setting that is wrong.
     """
     build_sampler(config, sde, (1, *datasets.image_shape(config)))
-    if told_classes(config):
+    if num_classes_of(config):
         build_classifier_free(config, sde, build_labels(config))
 
 
@@ -170,7 +141,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     Raises:
       UserError: naming the first setting that is wrong and what is expected.
     """
-    _check_values(config)
+    check(config)
     sde = sde_lib.build_sde(config)
     model = models.create_model(config)
     check_labels(config, model)

@@ -25,21 +25,6 @@ from workdir.checkpoints import CheckpointError, Checkpoints
 from workdir.progress import track
 
 NUM_SHOWN = 100  # samples in a picture
-# Beginnings of the keys that samples depend on, besides the parameters. Of the data only what makes the network's
-# input and turns its output into levels: samples are the same wherever the images lie, or if there are none.
-_SETTINGS = (
-    "seed",
-    "data.image_size",
-    "data.image_width",
-    "data.num_channels",
-    "data.num_levels",
-    "data.centered",
-    "data.uniform_dequantization",
-    "model.",
-    "training.sde",
-    "training.continuous",
-    "sampling.",
-)
 
 
 # --- what samples depend on ------------------------------------------------------------------------------------------
@@ -51,9 +36,9 @@ def depends_on_batch(config: ConfigDict) -> bool:
     return (sampling.method, sampling.corrector, sampling.langevin_norm) == ("pc", "langevin", "batch")
 
 
-def settings_of_samples(config: ConfigDict) -> tuple[str, ...]:
-    """Returns the beginnings of the keys that samples depend on."""
-    return (*_SETTINGS, "eval.batch_size") if depends_on_batch(config) else _SETTINGS
+def kinds_of_samples(config: ConfigDict) -> tuple[str, ...]:
+    """Return the kinds of `settings.affecting` that samples are of."""
+    return ("samples", "batches") if depends_on_batch(config) else ("samples",)
 
 
 def warn_of_batch(config: ConfigDict, sampler: str = "the sampler") -> None:

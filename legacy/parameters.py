@@ -22,7 +22,7 @@ from errors import UserError
 from models import blocks, create_model, layers, normalization, refinenet, wideresnet
 from models.convolution import Conv
 from models.ddpm import DDPM
-from models.factory import image_size, told_classes
+from models.factory import image_size, num_classes_of
 
 Path = tuple[str, ...]
 
@@ -169,7 +169,7 @@ def match_parameters(config: ConfigDict) -> list[Leaf]:
     Raises:
       UserError: if it is told classes, which no network of the original is.
     """
-    if told_classes(config):
+    if num_classes_of(config):
         raise UserError(
             f"model.num_classes={config.model.num_classes}: score_sde has no networks that are told classes, so there "
             "is nothing to import or export; set model.num_classes=0"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -101,8 +99,9 @@ class NCSNv2(nn.Module):
         return h if self.noise_levels is None else divide_by_sigma(h, time_cond, self.noise_levels)
 
 
-def _build_v2(
+def build_ncsnv2(
     *,
+    resolution: int,
     nf: int,
     image_size: tuple[int, int],
     normalization: str,
@@ -112,8 +111,12 @@ def _build_v2(
     noise_levels: VESDE | None,
     remat: bool,
     dtype: jnp.dtype | None,
-    resolution: int,
 ) -> NCSNv2:
+    """Build the NCSNv2 made for a resolution of 64, 128 or 256 pixels.
+
+    Raises:
+      UserError: if the images cannot be halved often enough, or group normalization cannot divide the channels.
+    """
     layout = LAYOUTS[resolution]
     require_halvings(image_size, layout.num_halvings)
     if normalization == "GroupNorm":
@@ -121,15 +124,6 @@ def _build_v2(
             num_groups(width * nf, DDPM_GROUPS)
     options = RefineOptions(nonlinearity, interpolation, NORMS[normalization], remat=remat)
     return NCSNv2(nf, layout, options, centered, noise_levels, dtype)
-
-
-def build_v2(resolution: int) -> Callable[..., NCSNv2]:
-    """Returns the builder of the NCSNv2 made for a resolution of 64, 128 or 256 pixels.
-
-    Its arguments are named after the settings of `config.model`; it raises ValueError if images of the configured size
-    cannot be halved often enough, or group normalization cannot divide the channels.
-    """
-    return functools.partial(_build_v2, resolution=resolution)
 
 
 def build_ncsn(

@@ -10,10 +10,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from configs.settings import flatten
 from errors import UserError
 from parallel import distributed
 from parallel.membership import START_SECONDS
-from workdir import folder as workdirs
 
 FLAGS = flags.FLAGS
 EXIT_BAD_FLAG = 2
@@ -157,5 +157,5 @@ def join_processes(mode: Mode) -> None:
         preemptible=mode.preemptible,
     )
     given = {f"--{name}": FLAGS[name].value for name in ("mode", "workdir", *mode.flags)}
-    config = {f"--config.{key}": value for key, value in workdirs.flatten(FLAGS.config).items()}
+    config = {f"--config.{key}": value for key, value in flatten(FLAGS.config).items()}
     distributed.require_same(given | config)

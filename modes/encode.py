@@ -15,6 +15,7 @@ from absl import logging
 from jaxtyping import Array, Float, Num, UInt8
 
 import datasets
+from configs.settings import flatten
 from errors import UserError
 from experiment import drawing
 from experiment.build import Experiment
@@ -27,7 +28,6 @@ from sde_lib import VESDE
 from solvers import ode
 from sources.npz import load_npz
 from storage import files
-from workdir import folder as workdirs
 from workdir import locks, results
 from workdir.progress import track
 
@@ -39,8 +39,6 @@ NUM_ROWS = 8  # rows of the other pictures
 SUMMARY_FILE = "encode.json"  # written last: where it is, the other files are those of the same run
 LATENTS_FILE = "latents.npz"
 PICTURES = ("reconstruction.png", "interpolation.png", "temperature.png")
-# What latents depend on besides the parameters and the images.
-SETTINGS = ("data.", "model.", "training.sde", "training.continuous", "sampling.rtol", "sampling.atol")
 
 # (replicated params, batch of all hosts) -> arrays by name, a row for each example
 Program = Callable[[Any, np.ndarray], dict[str, np.ndarray]]
@@ -343,7 +341,7 @@ def _summarize(experiment: Experiment, encoded: Encoded, snapshot: Snapshot, sou
         "interpolation": {"weights": WEIGHTS, "pairs": len(encoded.interpolation)},
         "temperature": {"factors": TEMPERATURES, "images": len(encoded.temperature)},
         "seed": config.seed,
-        "config": workdirs.flatten(config),
+        "config": flatten(config),
     }
 
 
@@ -373,7 +371,7 @@ def encode_images(
     restored = drawing.restore(experiment, workdir, snapshot)
     with locks.hold(folder, "--output"):
         open_folder = functools.partial(
-            results.open_folder, folder, experiment.config, SETTINGS, restored.params, flag="--output"
+            results.open_folder, folder, experiment.config, ("latents",), restored.params, flag="--output"
         )
         if distributed.once((folder / results.SETTINGS_FILE).exists):  # to be refused before the work; made after it
             open_folder()

@@ -184,7 +184,7 @@ def export_checkpoint(config: ConfigDict, workdir: str | Path, checkpoint: str |
     if Path(checkpoint).exists():
         raise UserError(f"{checkpoint} exists; nothing was overwritten: choose another --checkpoint")
     experiment = build_experiment(config)
-    workdirs.check_same_experiment(workdir, config)
+    workdirs.check_same_experiment(workdir, config, "checkpoints")
     template = experiment.state_template()
     with Checkpoints(
         workdir, snapshot_freq=config.training.snapshot_freq, template=template, read_only=True

@@ -132,7 +132,7 @@ def write_samples(
     folder = workdirs.output_folder(workdir, output or default_output(config, restored.number))
     with locks.hold(folder, "--output"):
         params = classifier_guidance.all_params(restored.params, classifier)
-        results.open_folder(folder, config, drawing.settings_of_samples(config), params, flag="--output")
+        results.open_folder(folder, config, drawing.kinds_of_samples(config), params, flag="--output")
         num_images = num_images or _default_number(labels)
         samples = _draw(experiment, restored, folder, labels=labels, num_images=num_images, classifier=classifier)
         if distributed.is_main_process():

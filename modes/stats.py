@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 import checks
 import datasets
+from configs.settings import affecting
 from datasets import Scaler, build_scaler
 from errors import UserError
 from metrics.extractors import Extractor
@@ -31,8 +32,6 @@ from workdir import folder as workdirs
 SPLITS = ("train", "test")
 CENTER_IMAGES = 256  # whose mean is the centre that distances are taken from
 DTYPE = "features float32, statistics float64"
-# Beginnings of the keys that the statistics may depend on.
-SETTINGS = ("seed", "data.", "eval.extractor", "eval.weights")
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -143,8 +142,11 @@ def measure(
 
 
 def _provenance(config: ConfigDict, source: datasets.Source, split: str, extractor: Extractor) -> Provenance:
-    settings = {key: value for key, value in workdirs.flatten(config).items() if key.startswith(SETTINGS)}
-    made_by = {"settings": settings, "versions": workdirs.versions(), "commit": workdirs.commit()}
+    made_by = {
+        "settings": affecting(config, "statistics"),
+        "versions": workdirs.versions(),
+        "commit": workdirs.commit(),
+    }
     return Provenance(
         extractor=extractor.key,
         extractor_name=extractor.name,

@@ -349,7 +349,7 @@ def require_same(values: dict[str, Any]) -> None:
     """
     expected, own = once(lambda: values), json.loads(json.dumps(values))
     for name in sorted(expected.keys() | own.keys()):
-        if expected.get(name) != own.get(name):
+        if repr(expected.get(name)) != repr(own.get(name)):  # NaN equals itself here; settings.check refuses it
             raise UserError(
                 f"{name}: {own.get(name)!r} on process {jax.process_index()}, but {expected.get(name)!r} on process 0; "
                 "it must be the same on all"

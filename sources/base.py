@@ -103,8 +103,6 @@ def held_out(digests: np.ndarray, fraction: float, path: object = "the data set"
       fraction: of the images, at least one.
       path: where the images are, for messages.
     """
-    if not 0.0 < fraction < 1.0:
-        raise UserError(f"data.test_share={fraction}; expected more than 0 and less than 1")
     ordered = np.sort(digests)
     if not len(ordered) or ordered[0] == ordered[-1]:
         raise UserError(f"{path} has {len(ordered)} image(s), all the same, which cannot be split; add a different one")

@@ -194,7 +194,7 @@ def test_samples_of_classes_are_drawn_from_the_command_line(workdir, monkeypatch
     stored = read_npz(folder / "samples.npz")
     np.testing.assert_array_equal(stored["labels"], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1])
     other = tiny.make_config(**settings | GUIDED, sampling__classifier=str(workdir / "other"))
-    with pytest.raises(WorkdirError, match=r"params_crc32: .* now; sampling.classifier: '' there, '.*other' now"):
+    with pytest.raises(WorkdirError, match=r"params_crc32: .* now"):
         run_lib.sample(other, workdir, folder.relative_to(workdir), num_images=12)
     with pytest.raises(ValueError, match="there is no label 10; the 10 classes are 0 to 9"):
         run_lib.sample(tiny.make_config(**settings | GUIDED | {"sampling__labels": "0..10"}), workdir)

@@ -10,10 +10,10 @@ import pytest
 import tiny
 
 from configs import base
+from configs.settings import flatten
 from configs.ve import cifar10_ncsnpp
 from experiment.build import build_experiment
 from models.factory import require_score_network
-from workdir.folder import flatten
 
 FOLDER = tiny.ROOT / "configs"
 LEAVES = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.glob("*/**/[a-z]*.py"))
@@ -118,25 +118,17 @@ def test_cifar10_ncsnpp_has_the_published_size():
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == 62_693_251
 
 
-def test_every_key_is_commented():
-    """Each line that sets a default says what it means."""
-    lines = (tiny.ROOT / "configs" / "base.py").read_text().splitlines()
-    keys = [line.strip() for line in lines if line.strip().startswith('"') and ":" in line]
-    assert [key for key in keys if "#" not in key and not key.endswith("(),")] == []
-    assert base.get_config().is_locked
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training.log_freq": 0}, r"training.log_freq=0; expected 1 or more"),
-        ({"model.ema_rate": 1.0}, r"model.ema_rate=1.0; expected 0 <= rate < 1"),
+        ({"training.log_freq": 0}, r"training.log_freq=0: expected 1 or more"),
+        ({"model.ema_rate": 1.0}, r"model.ema_rate=1.0: expected 0 or more and less than 1"),
         ({"eval.bpd_dataset": "val"}, r"eval.bpd_dataset='val' is unknown; known: test, train"),
         (
             {"model.scale_by_sigma": True},
             r"or for model.name='ncsnpp' model.embedding_type='fourier'",
         ),
-        ({"data.num_levels": 300}, r"data.num_levels=300; expected 2 to 256"),
+        ({"data.num_levels": 300}, r"data.num_levels=300: expected 2 to 256"),
         ({"training.sde": "vp"}, r"training.sde='vp' is unknown; known: subvpsde, vesde, vpsde"),
         ({"model.name": "unet"}, r"model.name='unet' is unknown; known: "),
         ({"sampling.corrector": "mala"}, r"sampling.corrector='mala' is unknown; known: "),

@@ -240,7 +240,7 @@ def test_a_file_of_other_images_is_refused(workdir, tmp_path, arrays, message):
         ({"num_images": -1}, ValueError, "num_images=-1; expected 1 or more"),
         ({"num_images": 298}, ValueError, "num_images=298, but the test split of digits has 297 images; ask for at"),
         ({"sampling__atol": 0.0}, ValueError, "sampling.atol=0.0: expected a positive number"),
-        ({"eval__batch_size": 0}, ValueError, "eval.batch_size=0; expected 1 or more"),
+        ({"eval__batch_size": 0}, ValueError, "eval.batch_size=0: expected 1 or more"),
         (
             {"snapshot": 7},
             CheckpointError,

@@ -25,7 +25,7 @@ def evaluator(**changes):
 
 
 def open_with(folder, **contents):
-    results.open_folder(folder, tiny.make_config(), ("seed",), {}, flag="--eval_folder", contents=contents)
+    results.open_folder(folder, tiny.make_config(), ("samples",), {}, flag="--eval_folder", contents=contents)
 
 
 def test_results_of_changed_data_are_not_mixed(tmp_path):

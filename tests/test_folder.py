@@ -272,8 +272,6 @@ def test_mistakes_are_told(tmp_path):
     save(tmp_path / "same/b.png", COLOR[0])
     with pytest.raises(ValueError, match=r"same has 2 image\(s\), all the same, which cannot"):
         load_folder(str(tmp_path / "same"), "train", RULES)
-    with pytest.raises(ValueError, match=r"data.test_share=1.0; expected more than 0 and less than 1"):
-        load_folder(str(fill(tmp_path / "data")), "train", Rules(RULES.fit, 256, test_share=1.0))
 
 
 def test_only_broken_pictures_are_named(tmp_path):

@@ -224,7 +224,7 @@ def test_a_failed_integration_is_nan():
     ("settings", "message"),
     [
         ({"trace": "sphere"}, "likelihood.trace='sphere' is unknown; known: exact, gaussian, rademacher"),
-        ({"num_probes": 0}, "likelihood.num_probes=0: expected a positive number"),
+        ({"num_probes": 0}, "likelihood.num_probes=0: expected 1 or more"),
         ({"rtol": 0.0}, "likelihood.rtol=0.0: expected a positive number"),
         ({"atol": -1.0}, "likelihood.atol=-1.0: expected a positive number"),
         ({"eps": 2.0}, "eps=2.0: expected a time between 0 and T=1.0"),

@@ -311,8 +311,8 @@ def test_optimizer_state_has_one_structure_for_all_settings():
     ("changes", "message"),
     [
         ({"optim.optimizer": "SGD"}, r"optim.optimizer='SGD' is unknown; known: Adam"),
-        ({"optim.grad_clip": 0.0}, r"grad_clip=0 would set every gradient to zero"),
-        ({"optim.lr": -1.0}, r"expected lr > 0"),
+        ({"optim.grad_clip": 0.0}, r"optim.grad_clip=0.0: expected a positive bound, or a negative number for none"),
+        ({"optim.lr": -1.0}, r"optim.lr=-1.0: expected a positive number"),
     ],
 )
 def test_bad_optimizer_settings_are_refused(changes, message):

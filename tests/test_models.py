@@ -284,10 +284,10 @@ CLASSIFIER = {"model.name": "wideresnet_noise_conditional", "model.num_classes":
             {"model.embedding_type": "fourier", "training.continuous": False},
             "training.continuous=False labels noise levels by index; set model.embedding_type='positional'",
         ),
-        ({"model.dropout": 1.0}, r"model.dropout=1.0: expected a probability in \[0, 1\)"),
+        ({"model.dropout": 1.0}, r"model.dropout=1.0: expected 0 or more and less than 1"),
         ({"model.init_scale": -1.0}, "model.init_scale=-1.0: expected 0"),
-        ({"model.nf": 2}, "model.nf=2: expected a whole number of at least 4"),
-        ({"model.num_res_blocks": -1}, "model.num_res_blocks=-1: expected a whole number of at least 0"),
+        ({"model.nf": 2}, "model.nf=2: expected 4 or more"),
+        ({"model.num_res_blocks": -1}, "model.num_res_blocks=-1: expected 0 or more"),
         ({"model.normalization": "InstanceNorm"}, "model.normalization='InstanceNorm': this network has 'GroupNorm'"),
         ({"model.name": "ddpm"}, "group normalization of 8 channels: 32 groups do not divide them; .* 32 channels"),
         (NCSN | {"model.normalization": "VarianceNorm"}, "this network has 'InstanceNorm..' only"),
@@ -295,21 +295,24 @@ CLASSIFIER = {"model.name": "wideresnet_noise_conditional", "model.num_classes":
         (NCSN | {"data.image_size": 5}, "images of 5x5 pixels .* cannot be halved 1 times"),
         (NCSN | {"model.name": "ncsnv2_256", "data.image_size": 12}, "of 12x12 pixels .* 3 times, .* multiples of 8"),
         ({"model.name": "ncsnv2_64"}, "group normalization of 8 channels: 32 groups do not divide them"),
-        (NCSN | {"model.num_classes": 10}, "model.name='ncsn' cannot be told classes; networks that can: ddpm, ncsnpp"),
-        ({"model.num_classes": -1}, "model.num_classes=-1: expected a whole number of at least 0"),
+        (
+            NCSN | {"model.num_classes": 10},
+            "model.name='ncsn' cannot be conditioned on classes; .*: ddpm, ncsnpp",
+        ),
+        ({"model.num_classes": -1}, "model.num_classes=-1: expected 0 or more"),
         ({"model.num_classes": 3, "model.conditional": False}, "leaves out; set model.conditional=True"),
         (CLASSIFIER | {"model.num_classes": 1}, "model.num_classes=1: a classifier needs 2 or more"),
         (CLASSIFIER | {"data.image_size": 6}, "images of 6x6 pixels .* cannot be halved twice, .* multiples of 4"),
-        (CLASSIFIER | {"model.blocks_per_group": 0}, "model.blocks_per_group=0: expected a whole number of at least 1"),
+        (CLASSIFIER | {"model.blocks_per_group": 0}, "model.blocks_per_group=0: expected 1 or more"),
         ({"model.ch_mult": ()}, r"model.ch_mult=\(\): expected a positive multiple"),
         ({"model.ch_mult": (1, 0)}, r"model.ch_mult=\(1, 0\): expected a positive multiple"),
         ({"data.image_size": 9}, r"data.image_size=9 cannot be halved 1 times .* choose a multiple of 2"),
         ({"data.image_width": 5}, "data.image_width=5 cannot be halved 1 times"),
         (
             {"model.fir": True, "model.fir_kernel": [1, -1]},
-            "model.fir_kernel=.* expected at least 2 taps with a positive sum",
+            "model.fir_kernel=.* at least 2 taps with a positive sum",
         ),
-        ({"model.fir": True, "model.fir_kernel": [1]}, "model.fir_kernel=.* expected at least 2 taps"),
+        ({"model.fir": True, "model.fir_kernel": [1]}, "model.fir_kernel=.* at least 2 taps"),
         ({"model.fir": True, "model.fir_kernel": [[1, 2], [3, 4]]}, "model.fir_kernel=.* a list of numbers"),
         ({"model.nf": 18}, "group normalization of 18 channels: .* 4 groups do not divide them; choose model.nf"),
         (
@@ -382,7 +385,7 @@ class Constant(nn.Module):
 
 
 def test_a_new_network_is_one_function_and_one_line(monkeypatch):
-    monkeypatch.setitem(factory.NETWORKS, "constant", lambda *, nf: Constant(nf))
+    monkeypatch.setitem(factory.NETWORKS, "constant", lambda config: Constant(config.model.nf))
     config = config_of(SMALL | {"model.name": "constant"})
     model = create_model(config)
     factory.check_labels(config, model)
@@ -395,13 +398,6 @@ def test_a_classifier_is_no_score_network():
     factory.check_labels(config, create_model(config))  # it is told sigma in any case
     with pytest.raises(ValueError, match=r"'wideresnet_noise_conditional' is a classifier, .*networks: ddpm, ncsn, "):
         factory.require_score_network(config)
-
-
-def test_every_argument_of_a_network_has_a_reader():
-    for build in factory.NETWORKS.values():
-        assert set(factory._arguments(build)) <= factory.READERS.keys()
-    used = {name for build in factory.NETWORKS.values() for name in factory._arguments(build)}
-    assert used == factory.READERS.keys()
 
 
 def test_depths_of_ncsnv2_are_those_of_their_resolutions():

@@ -66,15 +66,3 @@ def test_grids_are_computed_while_tracing_and_stay_float64():
     expected = noise_levels.time_grid(VPSDE(), 4, "karras")[1]
     assert float(traced(1.0)) == pytest.approx(expected, rel=1e-6)
     assert dtypes == [np.float64]
-
-
-@pytest.mark.parametrize(
-    ("num_steps", "name", "message"),
-    [
-        (4, "cosine", "sampling.time_grid='cosine' is unknown; known: karras, log_snr, quadratic, uniform"),
-        (0, "uniform", "sampling.num_steps=0: expected a positive number"),
-    ],
-)
-def test_refuses(num_steps, name, message):
-    with pytest.raises(ValueError, match=message):
-        noise_levels.time_grid(VPSDE(), num_steps, name)

@@ -115,12 +115,12 @@ def test_a_tree_keeps_its_structure(wire):
 
 
 def test_what_differs_is_named(wire):
-    require_same({"--config.seed": 1, "pair": (1, 2)})
+    require_same({"--config.sampling.snr": float("nan"), "--config.seed": 1, "pair": (1, 2)})
     wire.play(1)
     with pytest.raises(
         ValueError, match=r"--config.seed: 2 on process 0, but 1 on process 0; it must be the same on all"
     ):
-        require_same({"--config.seed": 2, "pair": [1, 2]})
+        require_same({"--config.sampling.snr": float("nan"), "--config.seed": 2, "pair": [1, 2]})
 
 
 def test_rows_are_divided_and_joined_in_order(monkeypatch):

@@ -228,7 +228,7 @@ def test_replacement_starts_with_the_noised_measurement():
         ({"method": "replacement", "operator": "gaussian_blur"}, "pc", "scale=1.0, 'gaussian_blur'; use 'projection'"),
         ({"method": "projection", "scale": 2.0}, "pc", "restore.scale=2.0: a projection goes at most the whole way"),
         ({"method": "pigdm", "data_std": 0.0}, "pc", "restore.data_std=0.0: expected a positive number"),
-        ({"method": "mmps", "cg_steps": 0}, "pc", "restore.cg_steps=0: expected a positive number"),
+        ({"method": "mmps", "cg_steps": 0}, "pc", "restore.cg_steps=0: expected 1 or more"),
     ],
 )
 def test_undefined_pairings_are_refused_when_built(settings, method, message):

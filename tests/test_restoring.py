@@ -409,7 +409,7 @@ def test_a_measurement_is_seen_as_the_image_nearest_to_grey(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"restore__num_draws": 0}, ValueError, "restore.num_draws=0: expected a positive number"),
+        ({"restore__num_draws": 0}, ValueError, "restore.num_draws=0: expected 1 or more"),
         ({"restore__input": "photo"}, ValueError, "restore.input='photo' is unknown; known: image, measurement"),
         ({"restore__resize": "fit"}, ValueError, "restore.resize='fit' is unknown; known: crop, none, stretch"),
         ({"num_images": -1}, ValueError, "--num_images=-1: expected 0 or more"),

@@ -12,6 +12,7 @@ from PIL import Image
 import datasets
 import run_lib
 import sampling
+from configs.settings import affecting
 from evaluation import sample_metrics
 from experiment import drawing
 from experiment.build import Experiment, SamplingProgram, build_experiment
@@ -208,7 +209,7 @@ def test_no_data_set_is_touched(tmp_path, monkeypatch):
     )
     make_workdir(tmp_path, config)
     monkeypatch.setattr(datasets, "build_source", refuse)
-    monkeypatch.setattr(datasets, "SOURCES", {})
+    monkeypatch.setattr(datasets, "SOURCES", dict.fromkeys(datasets.SOURCES, refuse))
     folder = run_lib.sample(config, tmp_path, num_images=3, snapshot=1, png=True)
     assert folder == tmp_path / "samples" / "ckpt_1_pc_2"
     assert settings_of(folder)["facts"]["checkpoint"]["step"] == 12
@@ -251,7 +252,7 @@ def test_samples_that_depend_on_their_batch_are_told_and_kept_apart(caplog):
         caplog.clear()
         drawing.warn_of_batch(config)
         assert ("depends on the others of its batch" in caplog.text) == depends
-        assert ("eval.batch_size" in drawing.settings_of_samples(config)) == depends
+        assert ("eval.batch_size" in affecting(config, *drawing.kinds_of_samples(config))) == depends
     assert not drawing.depends_on_batch(configure(**langevin | QUICK_ODE))  # it has no corrector
 
 
@@ -382,8 +383,8 @@ def test_data_without_labels_are_refused(workdir, monkeypatch):
 
 
 def test_results_open_only_for_their_own_settings(tmp_path):
-    results.open_folder(tmp_path, configure(), ("seed",), {}, flag="--output")
+    results.open_folder(tmp_path, configure(), ("samples",), {}, flag="--output")
     results.record_facts(tmp_path, {"nfe": 3})
-    results.open_folder(tmp_path, configure(), ("seed",), {}, flag="--output")  # facts are no setting
+    results.open_folder(tmp_path, configure(), ("samples",), {}, flag="--output")  # facts are no setting
     with pytest.raises(workdirs.WorkdirError, match=r"\(seed: 42 there, 1 now\); choose a new --eval_folder"):
-        results.open_folder(tmp_path, configure(seed=1), ("seed",), {}, flag="--eval_folder")
+        results.open_folder(tmp_path, configure(seed=1), ("samples",), {}, flag="--eval_folder")

@@ -50,7 +50,7 @@ def test_steps_may_be_named(experiment):
         ("pc,pc:25", "'pc:25': the same sampler as 'pc'; leave one of them out"),
         ("pc:many", "'pc:many': sampling.num_steps=many is not a value of type int"),
         ("pc:2.5", "'pc:2.5': sampling.num_steps=2.5 is not a value of type int"),
-        ("pc:-4", "'pc:-4': sampling.num_steps=-4: expected 0 (model.num_scales) or more"),
+        ("pc:-4", "'pc:-4': sampling.num_steps=-4: expected 0 or more"),
         ("pc:4:snr=loud", "'pc:4:snr=loud': sampling.snr=loud is not a value of type float"),
         ("pc:4:noise_removal=1", "'pc:4:noise_removal=1': sampling.noise_removal=1 is not True or False"),
         ("pc:4:snrr=1", "'pc:4:snrr=1': config.sampling has no key 'snrr'; known: "),

@@ -12,11 +12,11 @@ from PIL import Image
 
 import datasets
 import run_lib
+from configs.settings import flatten
 from experiment.build import build_experiment
 from experiment.smoke import shrink
 from parallel import distributed
 from workdir.checkpoints import Checkpoints
-from workdir.folder import flatten
 
 LEAVES = sorted(set(test_configs.LEAVES) - set(test_configs.CLASSIFIERS))
 # What shrinking may change; all else, the family, the noise levels and the objective, is kept.

@@ -177,8 +177,9 @@ def test_an_example_depends_on_its_own_key_alone():
 @pytest.mark.parametrize(
     ("num_times", "eps", "message"),
     [
-        (7, EPS, "likelihood.bound_num_times=7: expected an even number of 2 or more"),
-        (-2, EPS, "likelihood.bound_num_times=-2: expected an even number of 2 or more"),
+        (7, EPS, "likelihood.bound_num_times=7: expected an even number, 0 or more"),
+        (-2, EPS, "likelihood.bound_num_times=-2: expected an even number, 0 or more"),
+        (0, EPS, "likelihood.bound_num_times=0 stands for no bound"),
         (4, 2.0, "eps=2.0: expected a time between 0 and T=1.0"),
     ],
 )

@@ -15,7 +15,7 @@ import datasets
 from errors import UserError
 from experiment.build import Experiment
 from losses import TRAINING_EPS, TrainState
-from models.factory import told_classes
+from models.factory import num_classes_of
 from parallel import rng
 from sde_lib import expand
 from solvers import noise_levels
@@ -154,7 +154,7 @@ class LossWatch:
 
 def denoising_loss_at_time(experiment: Experiment) -> LossAtTime:
     """Returns ‖std s + z‖² / D of each image: about 1 for a network that knows nothing, whatever is trained on."""
-    is_told = told_classes(experiment.config) > 0
+    is_told = num_classes_of(experiment.config) > 0
 
     def loss(
         key: PRNGKeyArray, params: Any, x: Float[Array, "B H W C"], labels: Int[Array, "B"], t: Float[Array, "B"]

@@ -18,7 +18,7 @@ from errors import UserError
 from experiment import drawing, startup
 from experiment.build import Experiment, SamplingProgram, build_loss_program, build_train_program
 from losses import TrainState
-from models.factory import told_classes
+from models.factory import num_classes_of
 from parallel import distributed
 from report import plots
 from solvers.ode import SolverError
@@ -158,7 +158,7 @@ class ScoreTrainer:
     @property
     def takes_labels(self) -> bool:
         """Whether the network is told classes."""
-        return told_classes(self.experiment.config) > 0
+        return num_classes_of(self.experiment.config) > 0
 
     @property
     def loss_at_time(self) -> LossAtTime:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
 
+from configs import settings
 from errors import UserError
 from parallel import distributed
 from storage import guards
@@ -21,25 +22,9 @@ from storage.files import write_json
 CONFIG_FILE = "config.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffrax", "numpy", "scipy")
 
-# A workdir belongs to one network on one kind of data under one SDE: these may not change when a run is resumed.
-FIXED_GROUPS = ("model.", "data.", "training.sde", "training.continuous")
-# Where the data lie, how they are kept, and what may be changed on the way: a rate, and how the network is computed.
-FREE_KEYS = ("data.path", "data.strict", "data.cache_gib", "model.ema_rate", "model.dtype", "model.remat")
-
 
 class WorkdirError(UserError):
     """The workdir cannot be used for this run."""
-
-
-def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Returns a configuration as {dotted key: value}, tuples as lists, as it reads back from JSON."""
-    flat: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(config.to_dict())).items():
-        if isinstance(value, dict):
-            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
-        else:
-            flat[name] = value
-    return flat
 
 
 def commit() -> str:
@@ -134,34 +119,49 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return stored
 
 
-@distributed.on_main
-def check_same_experiment(workdir: str | Path, config: ConfigDict, group: str = "training") -> None:
-    """Checks that an existing workdir was made with the same network, data and SDE, and counts checkpoints alike.
+def check_same(stored: Mapping[str, Any], given: Mapping[str, Any], holder: str, way_out: str) -> None:
+    """Check that results on disk were made with the settings that are given now.
 
-    A setting that the program did not have when the workdir was made is no difference.
+    A setting that was not stored was not there yet, and had its default. What JAX was set to is not known then.
+
+    Args:
+      stored: settings by name; those that are not given do not matter.
+      given: settings that matter, see `settings.affecting`.
+      holder: what has the stored ones, and with the article "of other settings" or the like.
+      way_out: what to do if they differ.
+
+    Raises:
+      WorkdirError: naming every setting that differs, with both values, and the way out.
+    """
+    known = settings.flatten(settings.defaults()) | dict(stored)
+    differing = sorted(key for key in given.keys() & known.keys() if known[key] != given[key])
+    if not differing:
+        return
+    listed = "; ".join(f"{key}: {known[key]!r} there, {given[key]!r} now" for key in differing)
+    of_jax = {key.replace("jax.", "JAX_").upper(): known[key] for key in differing if key.startswith("jax.")}
+    if len(of_jax) == len(differing):
+        as_there = [f"unset {name}" if value is None else f"set {name}={value}" for name, value in of_jax.items()]
+        way_out = f"{' and '.join(as_there)}, or {way_out}"
+    raise WorkdirError(f"{holder} ({listed}); {way_out}")
+
+
+@distributed.on_main
+def check_same_experiment(workdir: str | Path, config: ConfigDict, kind: str = "run") -> None:
+    """Check that a workdir, if it holds a run, was made with the same settings.
 
     Args:
       workdir: that may hold a run.
       config: experiment configuration.
-      group: of its settings that has the schedule of the checkpoints: "training", or "classifier".
+      kind: of `settings.affecting`: "run" to resume its training, "checkpoints" to use them, "classifier" for the
+        folder of a classifier.
 
     Raises:
       WorkdirError: naming every setting that differs.
     """
     path = Path(workdir) / CONFIG_FILE
-    if not path.exists():
-        return
-    stored, given = read_config(path), flatten(config)
-    # Checkpoint k is that of step k * snapshot_freq: by another frequency a number would be taken already.
-    fixed = (*FIXED_GROUPS, f"{group}.snapshot_freq")
-    differences = {
-        key: (stored[key], given[key])
-        for key in sorted(stored.keys() & given.keys() - {f"{group}.snapshot_freq_for_preemption"})
-        if key.startswith(fixed) and key not in FREE_KEYS and stored[key] != given[key]
-    }
-    if differences:
-        listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differences.items())
-        raise WorkdirError(f"--workdir={workdir} holds another experiment ({listed}); choose a new --workdir")
+    if path.exists():
+        holder = f"--workdir={workdir} holds another experiment"
+        check_same(read_config(path), settings.affecting(config, kind), holder, "choose a new --workdir")
 
 
 def output_folder(workdir: str | Path, output: str) -> Path:
@@ -179,10 +179,10 @@ def output_folder(workdir: str | Path, output: str) -> Path:
 @distributed.on_main
 def record_config(workdir: str | Path, config: ConfigDict) -> None:
     """Writes config.json: the exact configuration, the versions of the packages and the commit of this code."""
-    given = flatten(config)
+    given = settings.flatten(config) | settings.of_jax()
     path = Path(workdir) / CONFIG_FILE
     if path.exists():
-        stored = read_config(path)
-        for key in sorted(key for key in given if stored.get(key) != given[key]):
-            logging.info("%s changes from %s to %s", key, stored.get(key), given[key])
+        stored = settings.flatten(settings.defaults()) | read_config(path)
+        for key in sorted(key for key in given.keys() & stored.keys() if stored[key] != given[key]):
+            logging.info("%s changes from %s to %s", key, stored[key], given[key])
     write_json(path, {"config": given, "versions": versions(), "commit": commit()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import datasets
+from configs import settings
 from parallel import distributed
 from report import DataInfo
 from storage import files, guards
 from workdir import folder as workdirs
-from workdir.folder import WorkdirError
 
 SETTINGS_FILE = "settings.json"
-SAME_RESULTS = ("model.remat",)  # settings without effect on any number
 FACTS = "facts"  # key of settings.json under which the results are described; no setting
 
 
@@ -69,7 +68,7 @@ def cached(
 def open_folder(
     folder: Path,
     config: ConfigDict,
-    names: tuple[str, ...],
+    kinds: Sequence[str],
     params: Any,
     *,
     flag: str,
@@ -80,7 +79,7 @@ def open_folder(
     Args:
       folder: of the results; its settings.json says what they depend on.
       config: experiment configuration.
-      names: beginnings of the keys that the results depend on.
+      kinds: of results, see `settings.affecting`.
       params: of the network, numpy arrays.
       flag: of the command line that names the folder, for the message.
       contents: hashes of what the results depend on besides, by name; one that the folder does not state yet, since
@@ -89,22 +88,16 @@ def open_folder(
     Raises:
       WorkdirError: naming what differs.
     """
-    settings_given = workdirs.flatten(config).items()
-    given = {key: value for key, value in settings_given if key.startswith(names) and key not in SAME_RESULTS}
+    given = settings.affecting(config, *kinds)
     given["params_crc32"] = functools.reduce(lambda crc, leaf: zlib.crc32(leaf, crc), jax.tree.leaves(params), 0)
-    hashes = {f"{name}_sha256": digest for name, digest in (contents or {}).items()}
+    given |= {f"{name}_sha256": digest for name, digest in (contents or {}).items()}
     path = folder / SETTINGS_FILE
-    stored = guards.read_json(path) if path.exists() else given
-    of_contents = {key for key in stored if key.endswith("_sha256")}
-    settings = {key: value for key, value in stored.items() if key not in {FACTS, *of_contents}}
-    differing = [key for key in settings.keys() | given.keys() if settings.get(key) != given.get(key)]
-    differing += [key for key in of_contents & hashes.keys() if stored[key] != hashes[key]]
-    if differing:
-        now = given | hashes
-        listed = "; ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in sorted(differing))
-        raise WorkdirError(f"{folder} holds results of other settings ({listed}); choose a new {flag}")
-    if not path.exists() or hashes.keys() - stored.keys():
-        files.write_json(path, stored | hashes)
+    stored = guards.read_json(path) if path.exists() else {}
+    if path.exists():
+        holder = f"{folder} holds results of other settings"
+        workdirs.check_same({"params_crc32": None} | stored, given, holder, f"choose a new {flag}")
+    if given.keys() - stored.keys():
+        files.write_json(path, stored | given)
 
 
 def record_facts(folder: Path, facts: dict[str, Any]) -> None:

@@ -62,10 +62,10 @@ class Comparer:
     def draw(self, spec: SamplerSpec, experiment: Experiment) -> tuple[Samples, int]:
         """Draws the samples of one sampler, using what is in its folder; returns them and the batch size."""
         folder = self.folder / spec.folder
-        names = drawing.settings_of_samples(experiment.config)
+        kinds = drawing.kinds_of_samples(experiment.config)
         classifier = self.classifiers[spec.text]
         params = classifier_guidance.all_params(self.snapshot.params, classifier)
-        results.open_folder(folder, experiment.config, names, params, flag="--output")
+        results.open_folder(folder, experiment.config, kinds, params, flag="--output")
         guide = classifier.guide() if classifier else None
         program = SamplingProgram(experiment, drawing.batch_size(experiment.config, self.num_images), guide=guide)
         samples = drawing.draw_samples(program, self.params, folder, self.num_images)

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from packaging.requirements import Requirement
 
 import datasets
+from configs.settings import check
 from experiment.build import build_experiment
 from metrics import efficientnet, inception, tfgan
 from modes.evaluate.real_features import choose_extractor
@@ -250,7 +251,7 @@ def find_data(path: str = "") -> Iterator[Finding]:
 def _look_for_data(config: ConfigDict) -> tuple[str, str, str]:
     """Returns state, text and remedy for the configured data set; nothing is decoded that is not yet."""
     data, flag = config.data, "--config.data.path=DIR"
-    datasets.check_name(config)
+    check(config, "data")
     if name := datasets.tfds_name(config):
         if tfds_build.is_prepared(name, data.path):
             return OK, f"prepared in {data_folder(data.path)}", ""

@@ -44,22 +44,7 @@ from workdir.checkpoints import Checkpoints
 from workdir.folder import WorkdirError
 from workdir.progress import track
 
-# Results in a folder are used again only if all of these, and the parameters, are what they were.
-SETTINGS = (
-    "seed",
-    "data.",
-    "model.",
-    "training.sde",
-    "training.continuous",
-    "training.reduce_mean",
-    "training.likelihood_weighting",
-    "training.importance_sampling",
-    "training.objective",
-    "sampling.",
-    "likelihood.",
-    "eval.batch_size",
-    "eval.bpd_dataset",
-)
+KINDS = ("samples", "loss", "likelihood")  # of results in a folder, see `configs.settings`
 # A Gaussian is fitted to the training images if there are at least so many for each value of an image, and if an image
 # has no more than so many values: beyond, its covariance takes minutes and gigabytes.
 GAUSSIAN_IMAGES, GAUSSIAN_VALUES = 2, 12_288
@@ -281,7 +266,7 @@ def evaluate_checkpoint(
     config, of_checkpoint = evaluator.config, folder / f"ckpt_{number}"
     of_samples = classifier_guidance.all_params(state.params_ema, evaluator.classifier)
     contents = evaluator.contents
-    results.open_folder(of_checkpoint, config, SETTINGS, of_samples, flag="--eval_folder", contents=contents)
+    results.open_folder(of_checkpoint, config, KINDS, of_samples, flag="--eval_folder", contents=contents)
     params = distributed.replicate(state.params_ema)
     fields: dict[str, Any] = _sampling_part(evaluator, params, real, of_checkpoint) if real else {"metrics": ()}
     if config.eval.enable_bpd:

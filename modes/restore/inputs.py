@@ -16,10 +16,9 @@ import datasets
 from controllable_generation import Operator
 from errors import UserError
 from parallel import rng
-from sources.pictures import RESIZE, Fit, Pictures, load_pictures
+from sources.pictures import Fit, Pictures, load_pictures
 from storage import files
 
-INPUTS = ("image", "measurement")
 NUM_IMAGES = 8  # of the test split, without --num_images
 
 
@@ -58,9 +57,6 @@ def check_inputs(config: ConfigDict, operator: Operator) -> None:
       UserError: naming the first one that is wrong and what is expected.
     """
     settings = config.restore
-    checks.one_of("restore.input", settings.input, INPUTS)
-    checks.one_of("restore.resize", settings.resize, RESIZE)
-    checks.positive("restore.num_draws", settings.num_draws)
     if settings.input == "image":
         return
     if not settings.images:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 import datasets
+from configs.settings import of_group
 from controllable_generation import Operator, build_operator
 from controllable_generation.restoration import noise_in_range
 from experiment import drawing
@@ -44,12 +45,6 @@ from workdir.progress import track
 ROUNDS = "rounds"  # sub-folder of what a killed run goes on from
 ARRAYS = "restorations.npz"  # of each image
 NUM_SHOWN = 16  # images of the picture of all
-
-
-def settings_of_restorations(config: ConfigDict) -> tuple[str, ...]:
-    """Returns the beginnings of the keys that restorations depend on; the content of images, not their path."""
-    restore = (f"restore.{key}" for key in config.restore if key != "images")
-    return (*drawing.settings_of_samples(config), *restore)
 
 
 def default_output(config: ConfigDict, number: int) -> str:
@@ -203,7 +198,6 @@ def _build_frame(
 ) -> Callable[..., Restorations]:
     """Returns the summary but for the images and the time of compiling."""
     config, machine = experiment.config, distributed.describe_devices()
-    restore = {key: value for key, value in workdirs.flatten(config).items() if key.startswith("restore.")}
     return functools.partial(
         Restorations,
         checkpoint=CheckpointInfo(snapshot.number, snapshot.step, ema=True),
@@ -211,7 +205,7 @@ def _build_frame(
         source=inputs.source,
         sha256=inputs.sha256(),
         skipped=inputs.skipped,
-        settings=restore | experiment.sampler_settings(),
+        settings=of_group(config, "restore") | experiment.sampler_settings(),
         num_draws=config.restore.num_draws,
         num_measured=operator.num_measured,
         ssim_window=ssim_window(*experiment.image_shape[:2]),
@@ -257,8 +251,8 @@ def restore_images(experiment: Experiment, workdir: Path, *, output: str, snapsh
     folder = workdirs.output_folder(workdir, output or default_output(config, restored.number))
     with locks.hold(folder, "--output"):
         contents = contents_of_restorations(config, inputs, operator)
-        names = settings_of_restorations(config)
-        results.open_folder(folder, config, names, restored.params, flag="--output", contents=contents)
+        kinds = (*drawing.kinds_of_samples(config), "restorations")
+        results.open_folder(folder, config, kinds, restored.params, flag="--output", contents=contents)
         restorer = Restorer(experiment, restored, inputs, operator, folder)
         images, shown, compile_seconds = [], [], 0.0
         for i in track(range(len(inputs.names)), "restorations", units="images"):

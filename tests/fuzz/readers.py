@@ -19,6 +19,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 import legacy
 import losses
+from configs.settings import flatten
 from controllable_generation.masks import read_mask
 from fuzz import mutations
 from fuzz.engine import Reader
@@ -357,7 +358,7 @@ def report_reader():
 
 def config_reader():
     config = tiny.make_config()
-    text = json.dumps({"config": workdirs.flatten(config), "versions": workdirs.versions(), "commit": "x"}).encode()
+    text = json.dumps({"config": flatten(config), "versions": workdirs.versions(), "commit": "x"}).encode()
 
     def read(path):
         workdirs.check_same_experiment(path.parent, config)
@@ -371,7 +372,7 @@ def config_reader():
 
 
 def settings_reader():
-    config, names = tiny.make_config(), ("sampling.", "model.")
+    config, names = tiny.make_config(), ("samples",)
     folder = Path(tempfile.mkdtemp())
     results.open_folder(folder, config, names, {"w": np.zeros(3)}, flag="--output", contents={"images": "ab"})
     text = (folder / results.SETTINGS_FILE).read_bytes()
