@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import os
 import sys
 import types
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from checks import require_tensorflow
 from files import content_hash
 from metrics.images import RGB, apply_in_batches, as_rgb, check_photographs
 
@@ -26,7 +26,6 @@ TFHUB_URL = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 BATCH_SIZE = 64
 PROBE_SIDE = 299  # pixels of the image by which the outputs of a SavedModel are found out
 RESIZE = "by the SavedModel"
-HOW_TO_INSTALL = "python -m pip install -r requirements.txt"
 OUTPUTS = ("pool_3", "logits")  # features and class scores
 
 
@@ -38,14 +37,11 @@ def _import_tfgan() -> tuple[Any, Any]:
     above tensorflow_gan.python.eval, all that is wanted here. That, and TensorFlow Hub, need the Keras before 3.
 
     Raises:
-      FileNotFoundError: if it is not installed; it says how to.
+      UserError: if it is not installed.
     """
-    spec = importlib.util.find_spec("tensorflow_gan")
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"the extractor 'tfgan' needs tensorflow_gan; to install it: {HOW_TO_INSTALL}")
+    folder = require_tensorflow("tensorflow_gan", "the extractor 'tfgan'")
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    folder = Path(spec.submodule_search_locations[0])
     for name, path in (("tensorflow_gan", folder), ("tensorflow_gan.python", folder / "python")):
         package = types.ModuleType(name)
         package.__path__ = [str(path)]
@@ -143,7 +139,8 @@ def build_tfgan(*, num_levels: int, weights: str = "") -> TfganExtractor:
         which TensorFlow Hub downloads unless it has it cached.
 
     Raises:
-      FileNotFoundError: if tensorflow_gan is not installed, or the folder is no SavedModel; it says what to do.
+      UserError: if tensorflow_gan is not installed.
+      FileNotFoundError: if the folder is no SavedModel.
       ValueError: if it cannot be downloaded, or has other outputs.
     """
     handle = weights or TFHUB_URL
