@@ -152,7 +152,7 @@ def prepare(name: str, path: str = "") -> None:
     if is_prepared(name, path):
         absl_logging.info("TFDS has %s in %s", name, folder)
         return
-    require_tensorflow("tensorflow", f"preparing {name!r} (not reading it: it may be copied from another machine)")
+    require_tensorflow("tensorflow", f"preparing {name!r} here (prepared data can be copied from another machine)")
     absl_logging.info("TFDS downloads and prepares %s in %s", name, folder)
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""}  # TensorFlow needs no accelerator for this
     command = [sys.executable, "-m", "sources.tfds_build", name, str(folder)]
