@@ -2,7 +2,7 @@
 #   make bench      measures speed against its goals, in under 20 minutes, and writes benchmarks/RESULTS.md;
 #                   compares with torch and diffusers as well, if `make peer` has installed them in a place of their own
 #   make test-all   runs also the slow tests: every fault, 10,000 inputs of each reader, 20,000 steps, further cases
-#   make test PYTHON=python3.12     uses another interpreter (a pyenv version works too)
+#   make test PYTHON=python3.13     uses another interpreter (a pyenv version works too)
 
 PYTHON ?=
 VENV := .venv

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
+import platform
 import re
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 from errors import UserError
+
+PYTHONS_OF_TENSORFLOW = ("3.11", "3.12", "3.13")  # TensorFlow 2.21 has no wheel for 3.14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +101,26 @@ def inner_time(name: str, t: float, last: float) -> None:
     """Raise a UserError if a time is not between 0 and the process's last one, T."""
     if not 0 < t < last:
         raise UserError(f"{name}={t}: expected a time between 0 and T={last}")
+
+
+def python_version() -> str:
+    """Return the version of Python without its last number, such as "3.12"."""
+    return ".".join(platform.python_version_tuple()[:2])
+
+
+def why_no_tensorflow() -> tuple[str, str]:
+    """Return why TensorFlow or TF-GAN is missing, and the command that installs it."""
+    if python_version() in PYTHONS_OF_TENSORFLOW:
+        return "not installed", "python -m pip install -r requirements.txt"
+    newest = PYTHONS_OF_TENSORFLOW[-1]
+    fix = f"sh tools/make_venv.sh python{newest} .venv requirements.txt"
+    return f"not available for Python {python_version()}, only up to {newest}", fix
+
+
+def require_tensorflow(package: str, purpose: str) -> Path:
+    """Return the folder of `package`, TensorFlow or one on top of it; raise a UserError if it is not installed."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        reason, fix = why_no_tensorflow()
+        raise UserError(f"{purpose} needs {package}, which is {reason}; to install it: {fix}")
+    return Path(spec.submodule_search_locations[0])

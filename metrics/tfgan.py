@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import os
 import sys
 import types
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from checks import require_tensorflow
 from errors import UserError
 from metrics.images import RGB, apply_in_batches, as_rgb, check_photographs
 from storage.files import content_hash
@@ -27,7 +27,6 @@ TFHUB_URL = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 BATCH_SIZE = 64
 PROBE_SIDE = 299  # pixels of the image that probes the outputs of a SavedModel
 RESIZE = "by the SavedModel"
-HOW_TO_INSTALL = "python -m pip install -r requirements.txt"
 OUTPUTS = ("pool_3", "logits")  # features and class scores
 
 
@@ -38,12 +37,9 @@ def _import_tfgan() -> tuple[Any, Any]:
     Its package subclasses estimators, which TensorFlow no longer has; so empty packages replace the two levels above
     tensorflow_gan.python.eval, the only part needed here. That and TensorFlow Hub need Keras 2.
     """
-    spec = importlib.util.find_spec("tensorflow_gan")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the extractor 'tfgan' needs tensorflow_gan; to install it: {HOW_TO_INSTALL}")
+    folder = require_tensorflow("tensorflow_gan", "the extractor 'tfgan'")
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    folder = Path(spec.submodule_search_locations[0])
     for name, path in (("tensorflow_gan", folder), ("tensorflow_gan.python", folder / "python")):
         package = types.ModuleType(name)
         package.__path__ = [str(path)]

@@ -8,7 +8,6 @@ TFDS downloads and writes; this explains its errors in one sentence.
 from __future__ import annotations
 
 import errno
-import importlib.util
 import logging
 import os
 import subprocess
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 
 from absl import logging as absl_logging
 
+from checks import require_tensorflow
 from errors import UserError
 from sources.tfds import NotPreparedError, data_folder, open_builder
 
@@ -29,7 +29,6 @@ MARK = "tfds_build: "  # before that line
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 NUM_NAMED = 8  # files that a message names
 MAX_RETRIES = 3  # of a download; TFDS's own 10 take 204 s to fail without a network
-HOW_TO_INSTALL = 'python -m pip install "tensorflow>=2.21,<2.22"'
 
 
 class RefusedError(Exception):
@@ -137,11 +136,7 @@ def prepare(name: str, path: str = "") -> None:
     if is_prepared(name, path):
         absl_logging.info("TFDS has %s in %s", name, folder)
         return
-    if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(
-            f"preparing {name!r} needs TensorFlow, which is not installed: {HOW_TO_INSTALL} (reading it afterwards "
-            "does not: it may be prepared on another machine and copied)"
-        )
+    require_tensorflow("tensorflow", f"preparing {name!r} here (prepared data can be copied from another machine)")
     absl_logging.info("TFDS downloads and prepares %s in %s", name, folder)
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""}  # TensorFlow needs no accelerator for this
     command = [sys.executable, "-m", "sources.tfds_build", name, str(folder)]

@@ -9,6 +9,7 @@ import pytest
 import tfds_files
 import tiny
 
+import checks
 import main
 import run_lib
 from metrics import efficientnet, inception
@@ -105,10 +106,23 @@ def test_packages_are_compared_with_the_requirements(monkeypatch):
     assert (core.state, core.remedy) == (BROKEN, "python -m pip install -r requirements-core.txt")
 
 
-def test_another_python_is_told(monkeypatch):
-    monkeypatch.setattr(inventory.platform, "python_version", lambda: "3.14.1")
+def test_a_python_that_is_not_supported_is_a_warning(monkeypatch):
+    monkeypatch.setattr(inventory.platform, "python_version", lambda: "3.15.1")
     python = found(inventory.find_packages(), "Python")
-    assert (python.state, python.text) == (WARNING, "3.14.1; >=3.11,<3.13 is what was tried")
+    assert (python.state, python.text) == (WARNING, "3.15.1; >=3.11,<3.15 is supported")
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
+def test_requirements_name_tensorflow_where_it_has_a_wheel(monkeypatch, version):
+    monkeypatch.setattr(inventory.platform, "python_version_tuple", lambda: (*version.split("."), "0"))
+    assert found(inventory.find_packages(), "core").state == OK
+    tensorflow = found(inventory.find_packages(), "TensorFlow")
+    expected = version in checks.PYTHONS_OF_TENSORFLOW
+    assert ("not available for Python 3.14" in tensorflow.text) == (not expected)
+    if not expected:
+        assert (tensorflow.state, tensorflow.remedy.split()[2]) == (MISSING, "python3.13")
+    marks = [each.marker.evaluate({"python_version": version}) for each in inventory.requirements("requirements.txt")]
+    assert marks == [expected] * len(marks)
 
 
 def test_a_gpu_that_is_not_used_is_told(monkeypatch):

@@ -14,8 +14,10 @@ import tiny
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.core.download.util import DownloadError
 
+import checks
 import run_lib
 from configs import base
+from errors import UserError
 from sources import tfds_build
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
@@ -24,6 +26,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SCORE_SDE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tfds_build, "require_tensorflow", lambda package, purpose: None)  # its process is stood in for
 
 
 def make_config(path, dataset, **changes):
@@ -128,13 +131,21 @@ def test_a_failure_of_the_process_is_told(tmp_path, monkeypatch, code, stdout, m
         run_lib.prepare(make_config(tmp_path, "MNIST"))
 
 
-def test_without_tensorflow_the_command_that_installs_it_is_told(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("python", "expected"),
+    [
+        ("3.13", "not installed; to install it: python -m pip install -r requirements.txt"),
+        ("3.14", "not available for Python 3.14, only up to 3.13; .*: sh tools/make_venv.sh python3.13 .venv "),
+    ],
+)
+def test_without_tensorflow_the_error_says_how_to_install_it(tmp_path, monkeypatch, python, expected):
     commands = serve(monkeypatch, 0)
-    monkeypatch.setattr(tfds_build.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'which is not installed: python -m pip install "tensorflow>=2.21,<2.22"'):
+    monkeypatch.setattr(tfds_build, "require_tensorflow", checks.require_tensorflow)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks.platform, "python_version_tuple", lambda: (*python.split("."), "0"))
+    with pytest.raises(UserError, match=rf"preparing 'cifar10' .* needs tensorflow, which is {expected}"):
         run_lib.prepare(make_config(tmp_path, "CIFAR10"))
     assert not commands
-    assert tfds_build.HOW_TO_INSTALL.split('"')[1] in (tiny.ROOT / "requirements.txt").read_text().splitlines()
 
 
 def test_data_in_files_of_another_kind_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Data sets on disk: the resizing of the 2021 code, TFDS records, and .tfrecords files, whole or damaged."""
 
 import dataclasses
+import importlib.util
 import os
 import struct
 import sys
@@ -391,6 +392,7 @@ with tf.io.TFRecordWriter(sys.argv[1]) as writer:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed")
 def test_what_tensorflow_wrote_is_read(path):
     written = path.with_name("r03.tfrecords")
     result = tiny.run([sys.executable, "-c", WRITE, str(written)])

@@ -10,6 +10,8 @@ import pytest
 import tfgan_extractor
 import tiny
 
+import checks
+from errors import UserError
 from metrics import tfgan
 from metrics.extractors import build_extractor
 
@@ -48,9 +50,9 @@ def test_what_is_missing_is_told(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} is not a SavedModel: it has no saved_model.pb"):
         build_extractor("tfgan", num_levels=256, weights=str(tmp_path))
     monkeypatch.undo()
-    monkeypatch.setattr(tfgan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     tfgan._import_tfgan.cache_clear()
-    with pytest.raises(ValueError, match=r"needs tensorflow_gan; .* pip install -r requirements.txt"):
+    with pytest.raises(UserError, match=r"needs tensorflow_gan, .* pip install -r requirements.txt"):
         build_extractor("tfgan", num_levels=256)
     assert "tensorflow" not in sys.modules
 

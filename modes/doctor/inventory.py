@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from packaging.requirements import Requirement
 
 import datasets
+from checks import python_version, why_no_tensorflow
 from configs.settings import check
 from experiment.build import build_experiment
 from metrics import efficientnet, inception, tfgan
@@ -84,7 +85,13 @@ def version_of(package: str) -> str:
 
 def check_packages(file: str, *, name: str, purpose: str, is_needed: bool) -> Iterator[Finding]:
     """Compares what is installed with a requirements file: one line if all is well, one for each that differs."""
-    wanted, install = requirements(file), f"{INSTALL} {file}"
+    here = {"python_version": python_version()}
+    wanted = [each for each in requirements(file) if each.marker is None or each.marker.evaluate(here)]
+    install = f"{INSTALL} {file}"
+    if not wanted:
+        reason, fix = why_no_tensorflow()
+        yield Finding("packages", name, MISSING, f"{purpose}; {reason}", fix)
+        return
     found = {each.name: version_of(each.name) for each in wanted}
     missing = [package for package, version in found.items() if not version]
     if missing:
@@ -104,7 +111,7 @@ def find_packages() -> Iterator[Finding]:
     wanted = re.search(r'requires-python = "(.*?)"', (ROOT / "pyproject.toml").read_text())
     python = platform.python_version()
     fits = not wanted or Requirement(f"python{wanted[1]}").specifier.contains(python, prereleases=True)
-    text = python if fits else f"{python}; {wanted[1] if wanted else ''} is what was tried"
+    text = python if fits else f"{python}; {wanted[1] if wanted else ''} is supported"
     yield Finding("packages", "Python", OK if fits else WARNING, text, "" if fits else "make demo PYTHON=python3.12")
     yield from check_packages("requirements-core.txt", name="core", purpose="all that is needed", is_needed=True)
     purpose = "prepares TFDS data sets, computes TF-GAN's features"
