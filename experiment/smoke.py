@@ -71,6 +71,11 @@ def _eval() -> dict[str, Any]:
     return counts | only_loss | of_the_digits
 
 
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Return the smoke run of an experiment whose training.smoke is set, and any other experiment as it is."""
+    return shrink(config) if config.training.smoke else config
+
+
 def shrink(config: ConfigDict) -> ConfigDict:
     """Shrinks an experiment to two steps on the embedded digits; shrinking it again changes nothing.
 

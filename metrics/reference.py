@@ -190,7 +190,7 @@ def _read_count(path: str | Path, value: np.ndarray) -> int:
 def _read_provenance(path: str | Path, value: np.ndarray) -> Provenance:
     try:
         provenance = guards.build(Provenance, guards.parse_json(str(value)))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
             f"{path} does not say as this version does where it comes from ({error}); make it anew with --mode stats"
         ) from error

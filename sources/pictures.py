@@ -154,7 +154,7 @@ def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float
         if name.lower().endswith(".npy"):
             return _decode_array(data)
         return guards.read_picture(data, lambda image: to_array(image, keep_alpha=keep_alpha))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"it cannot be read: {error}") from error
 
 
@@ -265,7 +265,7 @@ def _read_files(paths: list[Path], fit: Fit, limit: int) -> tuple[dict[str, np.n
             break
         try:
             pictures[path.name] = _read_file(path, fit)
-        except ValueError as error:
+        except UserError as error:
             skipped[path.name] = str(error)
             logging.warning("%s is left out: %s", path, error)
     return pictures, skipped

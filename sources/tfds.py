@@ -84,7 +84,7 @@ class TfdsSource:
     def _prepared(self, index: int, image: Any) -> np.ndarray:
         try:
             return self.prepare(self.decode(image))
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"image {index} of {self.fingerprint or 'the data set'} cannot be used: {error}") from error
 
     def labels(self, indices: np.ndarray) -> np.ndarray:

@@ -66,9 +66,13 @@ class TfrecordSource:
         """Reads images as levels, uint8[n, H, W, C].
 
         Raises:
-          UserError: if a record holds no image of the expected size.
+          UserError: if a record holds no image of the expected size, or the file is gone.
         """
-        with open(self.path, "rb") as file:  # a handle for each call: several threads may read
+        try:
+            file = open(self.path, "rb")  # a handle for each call: several threads may read  # noqa: SIM115
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} is gone: put it back and rerun the same command") from error
+        with file:
             return np.stack([self._image(file, int(index)) for index in indices])
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
@@ -89,7 +93,7 @@ class TfrecordSource:
         file.seek(offset)
         try:
             image = decode_image(file.read(length))
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"record {index} of {self.path} holds no image, write the file anew: {error}") from error
         if image.shape != self.shape:
             raise UserError(

@@ -6,7 +6,8 @@ import tiny
 
 # From the ground up; a module imports only from rows above its own, or from its own package.
 FLOORS = (
-    {"errors", "checks"},
+    {"errors"},
+    {"checks"},
     {"storage"},
     {"parallel"},
     {"sde_lib"},

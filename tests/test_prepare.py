@@ -16,6 +16,7 @@ from tensorflow_datasets.core.download.util import DownloadError
 
 import run_lib
 from configs import base
+from errors import UserError
 from sources import tfds_build
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
@@ -52,7 +53,7 @@ def write_own(root):
         (
             "tfds:tiny_own",
             {"cache_gib": 0.0},
-            ["test: 2 images", "decoded whenever they are read, since they are more"],
+            ["test: 2 images", "decoded at every read: they exceed"],
         ),
         ("npz", {}, ["train: 5 images", "no labels; as stored; mapped from", "test: 1 images"]),
     ],
@@ -131,9 +132,7 @@ def test_a_failure_of_the_process_is_told(tmp_path, monkeypatch, code, stdout, m
 def test_without_tensorflow_the_command_that_installs_it_is_told(tmp_path, monkeypatch):
     commands = serve(monkeypatch, 0)
     monkeypatch.setattr(tfds_build.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        FileNotFoundError, match=r'which is not installed: python -m pip install "tensorflow>=2.21,<2.22"'
-    ):
+    with pytest.raises(UserError, match=r'which is not installed: python -m pip install "tensorflow>=2.21,<2.22"'):
         run_lib.prepare(make_config(tmp_path, "CIFAR10"))
     assert not commands
     assert tfds_build.HOW_TO_INSTALL.split('"')[1] in (tiny.ROOT / "requirements.txt").read_text().splitlines()
