@@ -1,48 +1,33 @@
-"""Trains score-based generative models of images, draws from them and evaluates them.
+"""Train score-based generative models of images, sample from them and evaluate them.
 
 python main.py --config configs/vp/digits_ddpmpp_continuous.py --mode train --workdir runs/digits
 python main.py --config configs/vp/digits_ddpmpp_continuous.py --mode eval --workdir runs/digits
 python main.py --config configs/vp/digits_ddpmpp_continuous.py --mode sample --workdir runs/digits
 python main.py --config configs/ve/cifar10_ncsnpp.py --mode import --checkpoint checkpoint_26 --workdir runs/cifar10
+
+--config.group.key=value changes one setting. The README says what each mode does.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import os
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
-import jax
-from absl import app
+from absl import app, flags
+from ml_collections import config_flags
 
 import run_lib
-from errors import UserError
-from experiment import background, startup, stored_programs
+from experiment import background, startup
 from modes import command_line
-from modes.command_line import FLAGS, Mode
-from parallel import distributed
-from storage.files import cache_folder, explain
-from workdir import folder as workdirs
-from workdir import logs
-from workdir.locks import LockedError
+from modes.command_line import Mode
+from parallel.membership import START_SECONDS
 
-# Told in one sentence; anything else is a bug and ends with its traceback.
-USER_ERRORS = (UserError, OSError)
-EXIT_FAILED = 1
-MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
-GARBAGE_THRESHOLD = 100_000  # objects made before Python looks for garbage among the young ones; its default is 700
-
-# Every value of --mode. The keywords of a function of run_lib are the flags of the same names.
+# The parameters of a mode's function are its flags, by the same names.
 MODES = {
     "doctor": Mode(run_lib.doctor, config="optional", workdir="none"),
     "prepare": Mode(run_lib.prepare, workdir="none"),
     "memory": Mode(run_lib.memory, workdir="none"),
-    # Scripts of the 2021 code always give --eval_folder.
+    # Scripts for the 2021 code always pass --eval_folder.
     "train": Mode(run_lib.train, ignored=("eval_folder",), workdir="writable", shared=True, preemptible=True),
     "train_classifier": Mode(run_lib.train_classifier, workdir="writable", shared=True, preemptible=True),
     "eval": Mode(run_lib.evaluate, flags=("eval_folder",), shared=True),
@@ -62,91 +47,44 @@ MODES = {
         run_lib.convert_weights, flags=("checkpoint", "output"), needed=("checkpoint",), config=False, workdir="none"
     ),
 }
-command_line.define_flags(MODES)
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("mode", None, list(MODES), "What to do.")
+config_flags.DEFINE_config_file("config", None, "Python file whose get_config() returns the experiment.")
+flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
+flags.DEFINE_string("eval_folder", "eval", "eval: folder of the evaluation, inside the workdir.")
+flags.DEFINE_string("output", "", "Folder of the results, inside the workdir; convert_weights, stats: file to write.")
+flags.DEFINE_integer("snapshot", 0, "Number of the checkpoint; 0: the newest.")
+flags.DEFINE_integer(
+    "num_images", 0, "0: 64 of sample, 16 of encode, eval.num_samples of compare_samplers, all or 8 of restore."
+)
+flags.DEFINE_bool("png", False, "sample: also write each sample as a PNG.")
+flags.DEFINE_string("samplers", "", "compare_samplers: METHOD[:STEPS][:KEY=VALUE...], separated by commas.")
+flags.DEFINE_string("images", "", "encode: .npz file of images, such as samples.npz; empty: the test split.")
+flags.DEFINE_string("split", "train", "stats: part of the data, train or test.")
+flags.DEFINE_bool("keep_features", False, "stats: also keep the features of every image in the file.")
+flags.DEFINE_string("checkpoint", None, "import, export, convert_weights: file of another program.")
+flags.DEFINE_bool("dry_run", False, "import: print where every tensor would go, and write nothing.")
+flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where no scheduler started them: docs/pods.md."
+)
+flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator_address.")
+flags.DEFINE_integer("process_id", None, "Index of this process, from 0, with --coordinator_address.")
+flags.DEFINE_float("start_seconds", START_SECONDS, "How long processes wait for each other at the start.", 1.0)
 
 
-def set_up_jax() -> None:
-    """Turns on the caches of compiled programs, so that a program is made once a machine and not once a run."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder("xla"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    if os.environ.get(stored_programs.SWITCH) != "0":
-        stored_programs.keep_in(Path(cache))
-
-
-def spare_garbage_collection() -> None:
-    """Makes Python look for garbage less often, and never among what was imported.
-
-    Tracing a network makes millions of small objects, nearly none of them garbage.
-    """
-    gc.freeze()
-    gc.set_threshold(GARBAGE_THRESHOLD)
-
-
-def prepare(files: Sequence[str]) -> None:
-    """Checks the flags, joins the other processes, checks the workdir that a mode needs, and starts its log file."""
-    mode = MODES[FLAGS.mode]
-    command_line.check_process_flags(FLAGS.mode, MODES)
-    command_line.check_flags(FLAGS.mode, mode, files)
-    if mode.shared:
-        command_line.join_processes(mode)
-        logs.set_up_process()
-    if mode.workdir in ("none", "unmade"):
-        return
-    check = workdirs.check_trained if mode.workdir == "trained" else workdirs.check_writable
-    check(FLAGS.workdir)
-    logs.set_up_file(Path(FLAGS.workdir))
-
-
-def run(files: Sequence[str]) -> None:
-    """Runs the mode with its flags; a mode that returns False has said why it failed."""
-    mode = MODES[FLAGS.mode]
-    settings = {name: FLAGS[name].value for name in mode.flags}
-    if mode.config and FLAGS["config"].value is not None:
-        settings["config"] = FLAGS.config.lock()
-    if mode.workdir != "none":
-        settings["workdir"] = Path(FLAGS.workdir)
-    if mode.files:
-        settings["files"] = files
-    if mode.run(**settings) is False:
-        sys.exit(EXIT_FAILED)
-
-
-def fail(error: BaseException) -> NoReturn:
-    """Ends the program, and all other processes of the run, with the error in one sentence.
-
-    Its traceback goes to stdout.txt, if there is one; and to the console if it is nothing that a user can mend.
-    """
-    message = explain(error) if isinstance(error, OSError) else str(error)
-    if not isinstance(error, USER_ERRORS):
-        if not isinstance(error, KeyboardInterrupt):
-            traceback.print_exception(error)
-        message = ": ".join(filter(None, (type(error).__name__, message)))
-    print(f"score_sde: {message}", file=sys.stderr)
-    # A run that is refused since another one works there has no business in that one's log.
-    if FLAGS.workdir and distributed.is_main_process() and not isinstance(error, LockedError):
-        with contextlib.suppress(OSError), (Path(FLAGS.workdir) / logs.FILE).open("r+") as file:
-            file.seek(0, os.SEEK_END)
-            traceback.print_exception(error, file=file)
-    distributed.stop(message, EXIT_FAILED)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Runs the chosen mode."""
+def main(argv: Sequence[str]) -> int:
+    """Run the mode; returns the exit code."""
     startup.begin(startup.process_start())
     startup.mark("imports")
-    logs.set_up_console()
-    set_up_jax()
-    spare_garbage_collection()
+    command_line.set_up_python()
     try:
-        prepare(argv[1:])
-        run(argv[1:])
-    except USER_ERRORS as error:
-        fail(distributed.explain(error))
+        arguments = command_line.prepare(MODES, argv[1:])
+        succeeded = MODES[FLAGS.mode].run(**arguments) is not False
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        if distributed.is_alone():
-            raise
-        fail(distributed.explain(error))
+        command_line.fail(error)
+    return 0 if succeeded else command_line.EXIT_FAILED
 
 
 if __name__ == "__main__":

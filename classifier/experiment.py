@@ -70,8 +70,8 @@ class Normalization:
           UserError: if it is damaged.
         """
         try:
-            return guards.build(cls, guards.parse_json(distributed.once(path.read_text)))
-        except ValueError as error:
+            return guards.build(cls, guards.parse_json(distributed.once(lambda: path.read_text(errors="replace"))))
+        except UserError as error:
             raise UserError(f"{path} is damaged ({error}); remove it and give --mode train_classifier again") from error
 
 

@@ -56,7 +56,7 @@ def _picture(path: str, H: int, W: int) -> Float[np.ndarray, "H W"]:
         raise UserError(f"restore.mask={path!r}: no such file; expected {_FORMS}")
     try:
         levels = guards.read_picture(guards.read_content(path), lambda picture: np.asarray(picture.convert("L")))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         raise UserError(f"restore.mask={path!r} is not a picture that can be read ({error})") from error
     if levels.shape != (H, W):
         raise UserError(

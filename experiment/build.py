@@ -7,6 +7,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -25,16 +26,17 @@ import sde_lib
 from configs.settings import check, of_group
 from controllable_generation.labels import build_classifier_free, build_labels, labels_of_samples
 from dequantization import Dequantize, build_dequantization
-from experiment import ahead
+from experiment import ahead, smoke
 from experiment.alike import loop_over_alike
 from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
-from models.factory import check_labels, num_classes_of
+from models.factory import check_labels, num_classes_of, require_score_network
 from models.score import get_score_fn
 from parallel import distributed, rng
 from sampling import build_sampler
 from sde_lib import SDE, VESDE, ScoreFn
 from solvers import ode
 from variational_bound import VariationalBound, build_variational_bound
+from workdir import folder as workdirs
 
 PURPOSES = ("init", "train", "eval", "sample", "bpd", "grid")  # append only: the order fixes the keys
 
@@ -368,3 +370,17 @@ def describe(experiment: Experiment) -> None:
     sizes = [leaf.size for leaf in jax.tree.leaves(experiment.state_shapes.params)]
     devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s) of {jax.process_count()} process(es)"
     logging.info("network %s: %s parameters; %s", experiment.config.model.name, f"{sum(sizes):,}", devices)
+
+
+def open_experiment(config: ConfigDict, workdir: str | Path) -> Experiment:
+    """Build the experiment of a workdir that holds a training run of it.
+
+    Raises:
+      UserError: if a setting is wrong, or the workdir holds another experiment.
+    """
+    config = smoke.resolve(config)
+    require_score_network(config)
+    experiment = build_experiment(config)
+    workdirs.check_same_experiment(workdir, config)
+    describe(experiment)
+    return experiment

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs.settings import check
 from parallel import distributed
 
 # Of the first level. The groups of the normalization fix the smallest: DDPM's has 32 of them, whatever the width.
@@ -69,6 +70,12 @@ def _eval() -> dict[str, Any]:
     of_the_digits = {"extractor": "auto", "weights": "", "reference": ""}
     counts = {"begin_ckpt": 1, "end_ckpt": 1, "batch_size": batch_size, "num_samples": IMAGES}
     return counts | only_loss | of_the_digits
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Check every setting; return the smoke run of an experiment whose training.smoke is set, any other as it is."""
+    check(config)
+    return shrink(config) if config.training.smoke else config
 
 
 def shrink(config: ConfigDict) -> ConfigDict:

@@ -325,6 +325,6 @@ def read_checkpoint(path: str | Path, config: ConfigDict, leaves: list[Leaf]) ->
         if is_torch_file(start):
             return _from_torch(read_torch(path), match_torch_parameters(config, leaves))
         return _from_msgpack(read_msgpack(path))
-    except ValueError as error:
+    except UserError as error:
         reason = str(error)
         raise UserError(reason if str(path) in reason else f"{path}: {reason}") from error

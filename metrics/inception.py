@@ -230,7 +230,7 @@ def build_inception(*, num_levels: int, weights: str = "") -> PretrainedExtracto
         )
     try:
         params = check_params(str(path), read_npz(path), param_shapes(model, SIDE))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{error}; to make it again: {how_to_get_weights(path)}") from error
     return PretrainedExtractor(
         key="inception",

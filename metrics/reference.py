@@ -129,7 +129,7 @@ def load_reference(path: str | Path) -> Reference:
     try:
         stated = arrays.get("provenance")
         provenance = Provenance() if stated is None else guards.build(Provenance, guards.parse_json(str(stated)))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
             f"{path} states its provenance in another way than this version ({error}); make it again with --mode stats"
         ) from error

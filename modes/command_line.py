@@ -1,38 +1,38 @@
-"""The flags of main.py: what each means, which mode takes it, and how mistakes in them are told."""
+"""The command line of main.py: check its flags, set up the process for a mode, and end it on an error."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
+import os
+import re
+import select
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
+import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from configs.settings import flatten
 from errors import UserError
+from experiment import stored_programs
 from parallel import distributed
-from parallel.membership import START_SECONDS
+from parallel.backend import check_platform
+from storage import files as storage
+from workdir import folder as workdirs
+from workdir import logs
+from workdir.locks import LockedError
 
 FLAGS = flags.FLAGS
-EXIT_BAD_FLAG = 2
-# Flags of modes that several processes can share.
-OF_PROCESSES = ("coordinator_address", "num_processes", "process_id", "start_seconds")
-# Flags that only some modes take.
-OF_MODES = (
-    "checkpoint",
-    "dry_run",
-    "eval_folder",
-    "images",
-    "keep_features",
-    "num_images",
-    "output",
-    "png",
-    "samplers",
-    "snapshot",
-    "split",
-)
+EXIT_FAILED, EXIT_BAD_FLAG = 1, 2
+EXIT_INTERRUPTED, EXIT_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what shells report for these signals
+MIN_COMPILE_SECONDS = 0.5  # faster compilations are not cached
+GARBAGE_THRESHOLD = 100_000  # new objects between two garbage collections; Python's default is 700
+PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id", "start_seconds")  # of shared modes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Mode:
     """A value of --mode.
 
     Attributes:
-      run: what it does; called with `config` and `workdir` if it uses them, its flags by name, and `files`, the
-        arguments that are no flags, if it takes some. False: it failed and has said why.
-      flags: that it takes besides --config and --workdir.
-      needed: those of them that must be given.
-      ignored: that it takes and does nothing with.
+      run: its function, called with `config` and `workdir` if it uses them, its flags by name, and `files`, the
+        positional arguments, if it takes some. Returns False if it failed and has printed why.
+      flags: flags it takes besides --config and --workdir.
+      needed: flags among them that must be given.
+      ignored: flags accepted but ignored.
       config: whether --config must be given; "optional": it may be.
-      workdir: what --workdir must be: "trained", "writable", "unmade" (made by the mode itself), or "none", not given.
-      files: what the arguments that are no flags stand for, such as "A.json B.json"; empty: there may be none.
+      workdir: what --workdir must be: "trained", "writable", "unmade" (the mode creates it), or "none", not given.
+      files: name of its positional arguments, such as "A.json B.json"; empty: it takes none.
       shared: whether several processes can run it together.
       preemptible: whether it saves its state on SIGTERM.
     """
@@ -63,78 +63,122 @@ class Mode:
     preemptible: bool = False
 
 
-def define_flags(modes: Mapping[str, Mode]) -> None:
-    """Defines every flag; to be called once."""
-    config_flags.DEFINE_config_file("config", None, "Experiment; --config.group.key=value changes one value.")
-    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
-    flags.DEFINE_enum("mode", None, list(modes), "What to do; the README says what each does.")
-    flags.DEFINE_string("eval_folder", "eval", "eval: folder of the evaluation, inside the workdir.")
-    flags.DEFINE_string(
-        "checkpoint", None, "import, export: file of score_sde or score_sde_pytorch. convert_weights: file or folder."
-    )
-    flags.DEFINE_bool("dry_run", False, "import: print where every tensor would go, and write nothing.")
-    flags.DEFINE_string(
-        "output",
-        "",
-        "Folder of the results, inside the workdir; named after what is in it if empty. convert_weights, stats: file.",
-    )
-    flags.DEFINE_integer("snapshot", 0, "Number of the checkpoint; 0: the newest.")
-    flags.DEFINE_integer(
-        "num_images",
-        0,
-        "sample: samples, 0: 64. compare_samplers: of each, 0: eval.num_samples. encode: test images, 0: 16. restore: "
-        "images, 0: all of restore.images, or 8 of the test split.",
-    )
-    flags.DEFINE_string("images", "", "encode: .npz file of levels, such as samples.npz; empty: the test split.")
-    flags.DEFINE_bool("png", False, "sample: write each sample as a PNG of its own, too.")
-    flags.DEFINE_string("split", "train", "stats: part of the data, train or test.")
-    flags.DEFINE_bool("keep_features", False, "stats: keep the features of every image in the file, too.")
-    flags.DEFINE_string("samplers", "", "compare_samplers: METHOD[:STEPS][:KEY=VALUE...], separated by commas.")
-    flags.DEFINE_string(
-        "coordinator_address", None, "HOST:PORT of process 0; for processes that no scheduler started, docs/pods.md."
-    )
-    flags.DEFINE_integer("num_processes", None, "Processes of the run, with --coordinator_address.")
-    flags.DEFINE_integer("process_id", None, "Of this process, counted from 0, with --coordinator_address.")
-    flags.DEFINE_float("start_seconds", START_SECONDS, "How long processes wait for each other at the start.", 1.0)
-    flags.mark_flags_as_required(["mode"])
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def _split_config(argv: Sequence[str]) -> tuple[list[str], str]:
+    """Return the arguments without --config and its overrides, and the file of --config."""
+    others, file, rest = [], "", list(argv)
+    while rest:
+        argument = rest.pop(0)
+        match = re.fullmatch(r"--?(?:no)?config(\.[^=]+)?(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            others.append(argument)
+            continue
+        value = match[2]
+        if value is None and rest and not rest[0].startswith("-"):
+            value = rest.pop(0)
+        if match[1] is None:
+            file = value or ""
+    return others, file.partition(":")[0]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that caused it, the first cause last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _text(error: BaseException) -> str:
+    """Return the message of an error on one line, without the errors that ml_collections wraps around it."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    lines = str(error.args[0] if len(error.args) == 1 else error).splitlines()
+    return ". ".join(line.strip() for line in lines if line.strip())
+
+
+def _explain_config(error: Exception, file: str) -> str:
+    """Return what is wrong in or with a config file that could not be loaded; empty if the file is not the cause."""
+    if not file:
+        return ""
+    path = Path(file).resolve()
+    if not path.is_file():
+        return f"--config {file} is not a file"
+    for cause in reversed([*_chain(error)]):
+        if isinstance(cause, SyntaxError) and Path(cause.filename or "").resolve() == path:
+            return f"--config {file}, line {cause.lineno}: {cause.msg}"
+        frames = traceback.extract_tb(cause.__traceback__)
+        if lines := [frame.lineno for frame in frames if Path(frame.filename).resolve() == path]:
+            kind = "" if isinstance(cause, UserError) else f"{type(cause).__name__}: "
+            return f"--config {file}, line {lines[-1]}: {kind}{_text(cause)}"
+        if isinstance(cause, AttributeError) and cause.name == "get_config":
+            return f"--config {file} defines no function get_config()"
+    if isinstance(cause, OSError):  # of a file that the config reads
+        return f"--config {file} cannot be loaded: {_text(cause).rpartition(file)[2].strip('. ')}"
+    return str(cause) if isinstance(cause, UserError) else ""
+
+
+def _parse(argv: Sequence[str], file: str) -> list[str]:
+    arguments = FLAGS(argv)
+    if FLAGS.mode is None:
+        raise flags.Error("--mode is missing; --help lists the modes")
+    config = FLAGS["config"].value
+    if file and not isinstance(config, ConfigDict):
+        getattr(config, "lock", None)  # of a file that could not be read: raises why
+        raise UserError(f"--config {file}: get_config() returns {type(config).__name__}; expected a ConfigDict")
+    return list(arguments)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; a misspelt configuration key ends the program with the nearest right one."""
-    try:
-        return FLAGS(argv)
-    except (AttributeError, KeyError, TypeError) as error:
-        message = str(error.args[0] if error.args else error).replace("\n", " ")
-    except flags.Error as error:
-        message = str(error)
-    print(f"{argv[0]}: {message}", file=sys.stderr)
-    sys.exit(EXIT_BAD_FLAG)
+    """Parse the command line; print one sentence and exit if that fails.
 
-
-def check_process_flags(name: str, modes: Mapping[str, Mode]) -> None:
-    """Checks that flags of several processes are given only to a mode that they can share.
-
-    Raises:
-      UserError: naming the flag, and the modes that take it.
+    --mode doctor runs with a configuration that cannot be loaded, too: the value of --config is then a UserError.
     """
-    for flag in OF_PROCESSES:
-        if FLAGS[flag].present and not modes[name].shared:
-            shared = ", ".join(each for each, mode in modes.items() if mode.shared)
-            raise UserError(f"--mode {name} runs in one process and does not take --{flag}; modes that do: {shared}")
+    others, file = _split_config(argv)
+    try:
+        try:
+            return _parse(argv, file)
+        finally:
+            sys.stdout.flush()  # --help prints and exits
+    except BrokenPipeError as error:
+        fail(error)
+    except Exception as error:
+        message, code = _explain_config(error, file), EXIT_FAILED
+        if not message and isinstance(error, AttributeError | KeyError | TypeError):  # of a misspelled --config.key
+            message, code = f"unknown setting {_text(error)}", EXIT_BAD_FLAG
+        elif not message and isinstance(error, flags.Error):
+            message, code = str(error), EXIT_BAD_FLAG
+        if not message:
+            raise
+    try:
+        arguments = _parse(others, "")
+        if FLAGS.mode == "doctor":
+            FLAGS["config"].value = UserError(message)
+            return arguments
+    except flags.Error as error:
+        message, code = str(error), EXIT_BAD_FLAG
+    print(f"score_sde: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
-def check_flags(name: str, mode: Mode, files: Sequence[str] = ()) -> None:
-    """Checks that the flags, and the arguments that are none, go with the mode.
+def check_flags(name: str, modes: Mapping[str, Mode], files: Sequence[str] = ()) -> None:
+    """Check that the flags and the positional arguments fit the mode.
 
     Raises:
       UserError: naming a flag that the mode does not take, or one that it needs.
     """
+    mode = modes[name]
+    for flag in PROCESS_FLAGS:
+        if FLAGS[flag].present and not mode.shared:
+            shared = ", ".join(each for each, other in modes.items() if other.shared)
+            raise UserError(f"--mode {name} runs in one process and does not take --{flag}; modes that do: {shared}")
     if files and not mode.files:
         raise UserError(f"unexpected argument {files[0]!r}; every setting is a flag, such as --workdir DIR")
     for flag, wanted, value in (("config", mode.config is True, "FILE"), ("workdir", mode.workdir != "none", "DIR")):
         if wanted and FLAGS[flag].value is None:
             raise UserError(f"--mode {name} needs --{flag} {value}")
-    for flag in OF_MODES:
+    for flag in sorted({flag for other in modes.values() for flag in other.flags}):
         if FLAGS[flag].present and flag not in mode.flags + mode.ignored:
             taken = ", ".join(f"--{each}" for each in mode.flags) or "none of its own"
             raise UserError(f"--mode {name} does not take --{flag}; its flags: {taken}")
@@ -143,19 +187,97 @@ def check_flags(name: str, mode: Mode, files: Sequence[str] = ()) -> None:
             raise UserError(f"--mode {name} needs --{flag} FILE")
 
 
-def join_processes(mode: Mode) -> None:
-    """Joins the other processes of the run, if there are any; to be called before JAX looks for devices.
+# --- set-up ----------------------------------------------------------------------------------------------------------
 
-    Raises:
-      UserError: if a flag is wrong, process 0 cannot be reached, or a flag differs from that of process 0.
+
+def set_up_jax() -> None:
+    """Turn on the caches of compiled programs, so that a machine compiles a program once."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(storage.cache_folder("xla"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    if os.environ.get(stored_programs.SWITCH) != "0":
+        stored_programs.keep_in(Path(cache))
+
+
+def set_up_python() -> None:
+    """Set up the console log, JAX's caches and garbage collection; call it before JAX looks for devices."""
+    logs.set_up_console()
+    set_up_jax()
+    # Tracing a network creates millions of small objects, hardly any of them garbage.
+    gc.freeze()
+    gc.set_threshold(GARBAGE_THRESHOLD)
+
+
+def prepare(modes: Mapping[str, Mode], files: Sequence[str]) -> dict[str, Any]:
+    """Check the flags, join the other processes, check platform and workdir, and start the log file of the workdir.
+
+    Returns:
+      The arguments of the mode's function.
     """
-    distributed.initialize(
-        FLAGS.coordinator_address,
-        FLAGS.num_processes,
-        FLAGS.process_id,
-        start_seconds=FLAGS.start_seconds,
-        preemptible=mode.preemptible,
-    )
-    given = {f"--{name}": FLAGS[name].value for name in ("mode", "workdir", *mode.flags)}
-    config = {f"--config.{key}": value for key, value in flatten(FLAGS.config).items()}
-    distributed.require_same(given | config)
+    mode = modes[FLAGS.mode]
+    check_flags(FLAGS.mode, modes, files)
+    arguments = {flag: FLAGS[flag].value for flag in mode.flags}
+    if mode.shared:
+        distributed.initialize(
+            FLAGS.coordinator_address,
+            FLAGS.num_processes,
+            FLAGS.process_id,
+            start_seconds=FLAGS.start_seconds,
+            preemptible=mode.preemptible,
+        )
+        given = {f"--{name}": value for name, value in arguments.items()}
+        given |= {"--mode": FLAGS.mode, "--workdir": FLAGS.workdir}
+        config = {f"--config.{key}": value for key, value in flatten(FLAGS.config).items()}
+        distributed.require_same(given | config)
+        logs.set_up_process()
+    if mode.config is True:
+        check_platform()
+    if mode.workdir in ("trained", "writable"):
+        check = workdirs.check_trained if mode.workdir == "trained" else workdirs.check_writable
+        check(FLAGS.workdir)
+        logs.set_up_file(Path(FLAGS.workdir))
+    if mode.config and FLAGS["config"].value is not None:
+        arguments["config"] = FLAGS["config"].value
+    if mode.workdir != "none":
+        arguments["workdir"] = Path(FLAGS.workdir)
+    if mode.files:
+        arguments["files"] = files
+    return arguments
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _stdout_is_closed() -> bool:
+    """Return whether the reader of standard output, such as `head`, has gone."""
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def fail(error: BaseException) -> NoReturn:
+    """End the program, and all other processes of the run, because of an error.
+
+    Errors the user can fix and Ctrl-C print one line. Anything else is a bug: print the traceback. The log file of the
+    workdir gets the traceback of both.
+    """
+    error = distributed.explain(error)
+    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes standard output once more
+        distributed.stop("standard output is closed", EXIT_PIPE)
+    code, is_bug, sentence = EXIT_FAILED, False, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        code, sentence = EXIT_INTERRUPTED, "interrupted by Ctrl-C"
+    elif isinstance(error, OSError) and storage.is_of_machine(error):
+        sentence = storage.explain(error)
+    elif not isinstance(error, UserError):
+        is_bug, sentence = True, f"{type(error).__name__}: {error}"
+    if is_bug:
+        traceback.print_exception(error)
+    else:
+        print(f"score_sde: {sentence}", file=sys.stderr)
+    # A run refused because another one uses the workdir leaves that run's log alone.
+    workdir = FLAGS["workdir"].value
+    if workdir and distributed.is_main_process() and not isinstance(error, LockedError):
+        logs.record_traceback(Path(workdir), error)
+    distributed.stop(sentence, code)

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Num, UInt8
+from ml_collections import ConfigDict
 
 import datasets
 from configs.settings import flatten
 from errors import UserError
 from experiment import drawing
-from experiment.build import Experiment
+from experiment.build import Experiment, open_experiment
 from experiment.drawing import Snapshot
 from latents import build_codec, compare_with_prior, scale_temperature, slerp
 from metrics.metric import Metric, make_metric, mean_metric
@@ -28,6 +29,7 @@ from sde_lib import VESDE
 from solvers import ode
 from sources.npz import load_npz
 from storage import files
+from workdir import folder as workdirs
 from workdir import locks, results
 from workdir.progress import track
 
@@ -345,28 +347,39 @@ def _summarize(experiment: Experiment, encoded: Encoded, snapshot: Snapshot, sou
     }
 
 
-def encode_images(
-    experiment: Experiment, workdir: Path, folder: Path, *, snapshot: int, num_images: int, images: Path | None
+def encode(
+    config: ConfigDict,
+    workdir: str | Path,
+    output: str = "",
+    *,
+    snapshot: int = 0,
+    num_images: int = 0,
+    images: str = "",
 ) -> None:
-    """Encodes and decodes images with one checkpoint, and writes the results when all of them are there.
+    """Encode images through the probability-flow ODE, decode them, and interpolate and rescale their latents.
+
+    Writes latents.npz, three pictures and the summary encode.json once everything is computed; replaces results of the
+    same settings.
 
     Args:
-      experiment: of the workdir.
-      workdir: of the training run.
-      folder: of the results.
-      snapshot: number of the checkpoint; 0 for the newest.
-      num_images: how many images.
-      images: .npz file of them; None for the test split.
+      config: experiment configuration.
+      workdir: folder of a training run.
+      output: folder of the results, inside the workdir; empty: "encode".
+      snapshot: number of the checkpoint; 0: the newest.
+      num_images: images, the first ones of the test split or of the file; 0: 16.
+      images: .npz file of uint8[N, H, W, C] named "samples" or "images"; empty: the test split.
 
     Raises:
-      UserError: if a setting is wrong, or there are not so many images of the right kind.
+      UserError: if a setting is wrong, or there are fewer images of the right shape.
+      WorkdirError: if the workdir holds another experiment, or the folder results of other settings.
       CheckpointError: if the checkpoint is missing or damaged.
-      WorkdirError: if the folder holds results of other settings.
       SolverError: if an integration failed.
     """
+    experiment, workdir = open_experiment(config, workdir), Path(workdir)
+    folder = workdirs.output_folder(workdir, output or "encode")
     distributed.check_batch_size("eval.batch_size", experiment.config.eval.batch_size)
     build_codec(experiment.config, experiment.sde)  # its checks, before anything is read
-    levels, source = load_images(experiment, num_images, images)
+    levels, source = load_images(experiment, num_images or NUM_IMAGES, Path(images) if images else None)
     distributed.require_same({"content of the images": files.content_hash(levels)})
     restored = drawing.restore(experiment, workdir, snapshot)
     with locks.hold(folder, "--output"):

@@ -103,7 +103,7 @@ def _warn_of_differences(config: ConfigDict, source: legacy.LegacyCheckpoint) ->
             )
     try:
         check_first_step(config, source.step)
-    except ValueError as error:
+    except UserError as error:
         logging.warning("to train further: %s", error)
 
 

@@ -1,4 +1,4 @@
-"""The mode "memory": what training and evaluation will hold in the memory of a device, before anything is run."""
+"""The mode "memory": the memory that training and evaluation need on each device, without running them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from errors import UserError
-from experiment import ahead
+from experiment import ahead, smoke
 from experiment.build import Experiment, build_experiment, map_train_steps
+from models.factory import require_score_network
 from parallel import distributed
+from training.loop import check_schedule
 
 MIB = 2**20
 
@@ -25,9 +27,9 @@ class Footprint:
     """Bytes on one device while a program runs.
 
     Attributes:
-      held: what is there before and after, by name.
-      temporaries: most that the arrays in between take at one time, as XLA planned them.
-      gradients: of the temporaries, those of the parameters; 0: there are none.
+      held: inputs, by name.
+      temporaries: peak of all other arrays, as XLA planned it.
+      gradients: the part of `temporaries` that the gradients of the parameters take; 0: none.
     """
 
     held: dict[str, int]
@@ -36,7 +38,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """All of it together."""
+        """Inputs and temporaries."""
         return sum(self.held.values()) + self.temporaries
 
 
@@ -49,24 +51,23 @@ def _compile(program: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compile
 
 
 def _analyze(compiled: jax.stages.Compiled) -> Any:
-    """Returns what a program needs on each device."""
     analysis = compiled.memory_analysis()
     if analysis is None:
-        raise UserError(f"JAX does not say how much memory programs need on {jax.default_backend()!r}")
+        raise UserError(f"JAX does not report the memory of programs on {jax.default_backend()!r}")
     return analysis
 
 
 def compile_training(experiment: Experiment) -> jax.stages.Compiled:
-    """Compiles the training steps of a run for the shapes of its arguments; they are those that the run compiles."""
+    """Compile the same training steps that a run compiles, from the shapes of their arguments."""
     state, batch = ahead.on_devices((experiment.state_shapes, ahead.training_batch(experiment.config)))
     return _compile(map_train_steps(experiment), experiment.keys["train"], state, batch)
 
 
 def of_training(experiment: Experiment, compiled: jax.stages.Compiled) -> Footprint:
-    """Returns what the compiled training steps of a run hold.
+    """Return the memory of compiled training steps.
 
     Raises:
-      UserError: if JAX does not tell the memory on this backend.
+      UserError: if JAX does not report memory on this platform.
     """
     state, batch, analysis = experiment.state_shapes, ahead.training_batch(experiment.config), _analyze(compiled)
     steps, images = jax.tree.leaves(batch)[0].shape[:2]
@@ -76,20 +77,20 @@ def of_training(experiment: Experiment, compiled: jax.stages.Compiled) -> Footpr
         "state of the optimizer": _bytes(state.opt_state),
         f"{steps} batches of {images} images" if steps > 1 else f"batch of {images} images": _bytes(batch),
     }
-    # What is put out and does not take the place of something that came in: the metrics.
+    # Outputs that do not reuse the buffer of an input: the metrics.
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Footprint(held, analysis.temp_size_in_bytes + outputs, _bytes(state.params))
 
 
 def of_evaluation(experiment: Experiment, *, pulls_back: bool = False) -> Footprint:
-    """Compiles one evaluation of the score for a batch of `eval.batch_size`, of which samplers are made.
+    """Compile one evaluation of the score for a batch of `eval.batch_size`, and return its memory.
 
     Args:
       experiment: what is evaluated.
-      pulls_back: with the product of a vector and its Jacobian in the images, of which bits/dim are made.
+      pulls_back: with a vector-Jacobian product in the images, which bits/dim need.
 
     Raises:
-      UserError: if JAX does not tell the memory on this backend.
+      UserError: if JAX does not report memory on this platform.
     """
     images = distributed.round_up(experiment.config.eval.batch_size) // distributed.device_count()
     params = experiment.state_shapes.params
@@ -101,14 +102,14 @@ def of_evaluation(experiment: Experiment, *, pulls_back: bool = False) -> Footpr
         if not pulls_back:
             return score_fn(x, t)
         value, pullback = jax.vjp(lambda x: score_fn(x, t), x)
-        return value, pullback(x)  # x in the place of a vector of its shape
+        return value, pullback(x)  # x serves as the vector
 
     analysis = _analyze(_compile(distributed.pmap(score), *ahead.on_devices((params, x, t))))
     held = {"parameters": _bytes(params), f"batch of {images} images": _bytes((x, t))}
     return Footprint(held, analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
 
-# --- what is printed -------------------------------------------------------------------------------------------------
+# --- report ----------------------------------------------------------------------------------------------------------
 
 
 def _row(name: str, size: int) -> str:
@@ -125,24 +126,24 @@ def _rows(title: str, footprint: Footprint) -> Iterator[str]:
 
 
 def _hints(experiment: Experiment) -> Iterator[str]:
-    """Yields the settings that would need less, and what they cost."""
+    """Yield the settings that would need less memory, and their cost."""
     config, settings = experiment.config, experiment.config.training
     images = settings.batch_size // distributed.device_count()
     more = next((n for n in range(settings.microbatches + 1, images + 1) if images % n == 0), None)
     if more:
         parts = f"{images // more} images instead of {images // settings.microbatches}"
-        yield f"training.microbatches={more}: activations of {parts} at one time, the same numbers"
+        yield f"training.microbatches={more}: activations of {parts} at a time, same results"
     if not config.model.remat:
-        yield "model.remat=True: of a block what goes in, not all its features; a third more work, the same numbers"
+        yield "model.remat=True: keeps only the inputs of each block; recomputes the rest, same results"
     if config.model.dtype == "float32":
-        yield "model.dtype=bfloat16: features of half the size, with 8 bits of precision"
+        yield "model.dtype=bfloat16: halves the features, with 8 bits of precision"
 
 
 def report(experiment: Experiment) -> Iterator[str]:
-    """Yields the lines of the report as the programs are compiled."""
+    """Yield the lines of the report while the programs compile."""
     config, device = experiment.config, jax.devices()[0]
     yield (
-        f"on each of {distributed.device_count()} device(s), as XLA plans it for {device.device_kind!r} "
+        f"memory on each of {distributed.device_count()} device(s), as XLA plans it for {device.device_kind!r} "
         f"({device.platform}); nothing is run"
     )
     yield (
@@ -153,18 +154,21 @@ def report(experiment: Experiment) -> Iterator[str]:
     yield from _rows("an evaluation of the network (sampling, loss)", of_evaluation(experiment))
     if config.eval.enable_bpd:
         yield from _rows("the same with its Jacobian (bits/dim)", of_evaluation(experiment, pulls_back=True))
-    yield "\nwith less:"
+    yield "\nsettings that need less:"
     yield from (f"  {hint}" for hint in _hints(experiment))
 
 
-def print_memory(config: ConfigDict) -> None:
-    """Prints, for each device, the bytes of state and batch, and the most that the arrays of a step take.
+def memory(config: ConfigDict) -> None:
+    """Print the memory that training and evaluation need on each device; compiles both and runs neither.
 
     Args:
-      config: experiment configuration, whose batch sizes have been checked.
+      config: experiment configuration.
 
     Raises:
-      UserError: if a setting is wrong, or JAX does not tell the memory on this backend.
+      UserError: if a setting is wrong, or JAX does not report memory on this platform.
     """
+    config = smoke.resolve(config)
+    require_score_network(config)
+    check_schedule(config)
     for line in report(build_experiment(config)):
         print(line, flush=True)

@@ -1,4 +1,4 @@
-"""The mode "prepare": the configured data set, downloaded and decoded once."""
+"""The mode "prepare": download and decode the configured data set once."""
 
 from __future__ import annotations
 
@@ -9,31 +9,38 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import datasets
+from experiment import smoke
 from sources import tfds_build
 from sources.base import ArraySource, Selection, Source
 from sources.tfrecord import TfrecordSource
 
 
-def place(source: Source) -> str:
-    """Says where the images of a source are read from."""
+def _place(source: Source) -> str:
+    """Describe where the images of a source are read from."""
     if isinstance(source, Selection):
-        return place(source.source)
+        return _place(source.source)
     if isinstance(source, TfrecordSource):
         return f"read from {source.path}"
     if not isinstance(source, ArraySource):
-        return "decoded whenever they are read, since they are more than data.cache_gib"
+        return "decoded at every read: they exceed data.cache_gib"
     if isinstance(source.levels, np.memmap) and source.levels.filename:
         return f"mapped from {Path(source.levels.filename)}"
     return "in memory"
 
 
-def prepare_data(config: ConfigDict) -> None:
-    """Prepares both splits of the configured data set, and says how many images there are, and where.
+def prepare(config: ConfigDict) -> None:
+    """Prepare the configured data set once, so that training and evaluation start at once and need no TensorFlow.
+
+    Downloads a TFDS data set and writes it as ArrayRecord files, in a process of its own. Decodes pictures into the
+    cache, up to data.cache_gib. Leaves alone what is prepared already.
+
+    Args:
+      config: experiment configuration; reads only `config.data`.
 
     Raises:
-      UserError: if a setting is wrong, or the data cannot be had.
-      UserError: if files or TensorFlow are missing.
+      UserError: if a setting is wrong, or files, the network or TensorFlow are missing.
     """
+    config = smoke.resolve(config)
     if name := datasets.tfds_name(config):
         tfds_build.prepare(name, config.data.path)
     for split in ("train", "test"):
@@ -43,5 +50,5 @@ def prepare_data(config: ConfigDict) -> None:
             "%s: %s images of %dx%d pixels, %d channel(s), %d levels, %s; %s; %s",
             *(split, f"{len(source):,}", height, width, channels, source.num_levels),
             f"{source.num_classes} classes" if source.num_classes else "no labels",
-            *(source.preparation, place(source)),
+            *(source.preparation, _place(source)),
         )

@@ -17,7 +17,7 @@ from classifier.guidance import Classifier
 from controllable_generation.labels import build_labels, labels_of_samples
 from errors import UserError
 from experiment import drawing
-from experiment.build import Experiment, SamplingProgram
+from experiment.build import Experiment, SamplingProgram, open_experiment
 from experiment.drawing import Samples, Snapshot
 from parallel import distributed
 from report import plots
@@ -98,28 +98,36 @@ def _write_pngs(folder: Path, levels: UInt8[np.ndarray, "N H W C"], num_levels: 
             path.unlink()
 
 
-def write_samples(
-    experiment: Experiment, workdir: Path, *, output: str, snapshot: int, num_images: int, png: bool
+def sample(
+    config: ConfigDict,
+    workdir: str | Path,
+    output: str = "",
+    *,
+    snapshot: int = 0,
+    num_images: int = 0,
+    png: bool = False,
 ) -> Path:
-    """Draws samples of a checkpoint and writes samples.npz, samples.png and settings.json.
+    """Draw samples of a checkpoint with the configured sampler; no data set is needed.
+
+    Writes samples.npz, samples.png and settings.json. Reuses what an earlier, killed run has drawn.
 
     Args:
-      experiment: that the workdir holds.
-      workdir: of the run.
-      output: folder inside the workdir; empty: named after checkpoint and sampler.
+      config: experiment configuration.
+      workdir: folder of a training run.
+      output: folder of the samples, inside the workdir; empty: "samples/ckpt_<number>_<method>_<steps>".
       snapshot: number of the checkpoint; 0: the newest.
-      num_images: N; 0: `NUM_IMAGES`, rounded up to as many of each label.
-      png: write each sample as a file of its own, too.
+      num_images: samples to draw; 0: 64, rounded up to as many of each of `sampling.labels`.
+      png: also write png/00000.png and so on, one sample each.
 
     Returns:
-      The folder.
+      The folder of the samples.
 
     Raises:
-      UserError: if a number is negative, the folder outside the workdir, or labels are asked for that nothing knows.
-      UserError: if there is no classifier where one is to guide.
-      CheckpointError: if there is no such checkpoint.
-      WorkdirError: if the folder holds samples of other settings.
+      UserError: if a setting is wrong, or no network knows the labels.
+      WorkdirError: if the workdir holds another experiment, or the folder samples of other settings.
+      CheckpointError: if the checkpoint is missing or damaged.
     """
+    experiment, workdir = open_experiment(config, workdir), Path(workdir)
     config = experiment.config
     checks.not_negative("--num_images", num_images)
     if png and config.data.num_channels > plots.MAX_PNG_CHANNELS:

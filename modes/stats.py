@@ -19,6 +19,7 @@ import datasets
 from configs.settings import affecting
 from datasets import Scaler, build_scaler
 from errors import UserError
+from experiment import smoke
 from metrics.extractors import Extractor
 from metrics.frechet import FeatureStatistics
 from metrics.pixels import FarthestPair, LevelCounts, farthest_pair, radii_from
@@ -197,7 +198,7 @@ def check_replaceable(path: Path, provenance: Provenance) -> bool:
         return False
     try:
         stored = load_reference(path)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{error}; it is not replaced: {way_out}") from error
     differences = stored.provenance.differences(provenance)
     if differences:
@@ -206,11 +207,26 @@ def check_replaceable(path: Path, provenance: Provenance) -> bool:
     return stored.features is not None
 
 
-def write_stats(config: ConfigDict, *, split: str, output: str, keep_features: bool) -> Path:
-    """Measures a split of the data and writes the .npz file of its statistics, and a .json file of all numbers.
+def stats(config: ConfigDict, output: str = "", *, split: str = "train", keep_features: bool = False) -> Path:
+    """Measure a split of the data: statistics of its features, which samples are compared with, and of its pixels.
 
-    Arguments, result and errors are those of `run_lib.stats`; without an output the file is that of `default_output`.
+    Writes an .npz file, which eval.reference reads, and beside it a .json file with all numbers and the settings that
+    follow from them. Needs no trained network.
+
+    Args:
+      config: experiment configuration; reads data, eval.extractor, eval.weights and, for "classifier", seed.
+      output: the .npz file; empty: in the folder "stats" of the cache, named after data, split and extractor.
+      split: "train" or "test".
+      keep_features: keep the features of every image, which KID, precision and recall need.
+
+    Returns:
+      The .npz file.
+
+    Raises:
+      UserError: if a setting is wrong, data or weights are missing, or the file holds other statistics.
+      WorkdirError: if the folder of the file cannot be written.
     """
+    config = smoke.resolve(config)
     checks.one_of("--split", split, SPLITS)
     check_output_name(output)
     choose_extractor(config)

@@ -123,7 +123,7 @@ class Report:
         """Build a report from what `to_dict` returned."""
         try:
             return guards.build(cls, values)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"not a report of this version ({error})") from error
 
 
@@ -159,7 +159,7 @@ def read_reports(folder: str | Path) -> list[Report]:
             continue
         try:
             reports.append(read_report(path))
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{path} cannot be read ({error}); delete it and evaluate that checkpoint again") from error
     if not reports:
         raise UserError(f"{folder} holds no report_<k>.json; run with --mode eval first")

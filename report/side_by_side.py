@@ -88,7 +88,7 @@ def _read(file: str | Path) -> Report:
         raise UserError(f"there is no file {file}; give report_<k>.json files of --mode eval")
     try:
         return read_report(file)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{file} is not a report_<k>.json of --mode eval ({error})") from error
 
 

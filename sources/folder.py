@@ -61,7 +61,7 @@ def _fill(folder: Path, pictures: PictureFiles, rules: Rules, keep: bool) -> Non
     def read(index: int) -> np.ndarray:
         try:
             levels, digests[index] = read_levels(pictures, names[index], rules)
-        except ValueError as error:
+        except UserError as error:
             problems[names[index]] = str(error)
             return np.zeros(shape, np.uint8)
         return levels
@@ -180,7 +180,7 @@ class PictureSource(Source):
         name = self.pictures.names[index]
         try:
             return read_levels(self.pictures, name, self.rules)[0]
-        except ValueError as error:
+        except UserError as error:
             raise UserError(
                 f"{name} of data.path={str(self.pictures.path)!r} could be read when the run began: {error}"
             ) from error

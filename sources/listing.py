@@ -69,7 +69,7 @@ class FolderPictures(PictureFiles):
     def _content_of(self, name: str) -> str:
         try:
             return hashlib.sha256(self.read(name)).hexdigest()
-        except ValueError:
+        except UserError:
             return "unreadable"
 
 
@@ -110,11 +110,11 @@ class ZipPictures(PictureFiles):
     archives: threading.local  # one open file per thread: with a single one threads would wait for each other
 
     def read(self, name: str) -> bytes:
-        if not hasattr(self.archives, "file"):
-            self.archives.file = guards.open_zip(self.path)
         try:
+            if not hasattr(self.archives, "file"):
+                self.archives.file = guards.open_zip(self.path)
             return guards.read_picture_entry(self.archives.file, name)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"it cannot be read: {error}") from error
 
     def content(self) -> str:
@@ -126,7 +126,7 @@ def list_zip(path: Path) -> ZipPictures:
     try:
         with guards.open_zip(path) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_hidden(entry.filename)]
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"data.path={str(path)!r} is damaged or no .zip file: {error}") from error
     found = {entry.filename: f"{entry.filename} {entry.file_size} {entry.CRC:08x}" for entry in entries}
     names = tuple(sorted(name for name in found if _is_picture(name)))

@@ -73,7 +73,7 @@ def _read_small(path: Path) -> tuple[str, dict[str, np.ndarray], str]:
             guards.check_total(entries)
             key = content_hash(*(f"{each.filename} {each.file_size} {each.CRC}" for each in archive.infolist()))
             small = {each: guards.read_array_entry(archive, each) for each in names if each in (LABELS, NUM_CLASSES)}
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path} is damaged or not an .npz file: {error}") from error
     return name or _name_of_images(path, names), small, key
 
@@ -86,7 +86,7 @@ def _extract(path: Path, name: str, folder: Path) -> None:
         while True:
             try:
                 chunk = next(chunks, b"")
-            except ValueError as error:
+            except UserError as error:
                 raise UserError(f"{path} is damaged: {error}; get it again") from error
             if not chunk:
                 return

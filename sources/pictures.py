@@ -122,7 +122,7 @@ def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float
         if name.lower().endswith(".npy"):
             return _decode_array(data)
         return guards.read_picture(data, lambda image: to_array(image, keep_alpha=keep_alpha))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"it cannot be read: {error}") from error
 
 
@@ -251,7 +251,7 @@ def load_pictures(path: str | Path, fit: Fit, *, num_levels: int, limit: int = 0
             break
         try:
             pictures[file.name] = _read_file(file, fit)
-        except ValueError as error:
+        except UserError as error:
             skipped[file.name] = str(error)
             logging.warning("%s is left out: %s", file, error)
     if not pictures:

@@ -161,7 +161,7 @@ class TfdsSource(Source):
         def prepare(index: int, image: Any) -> np.ndarray:
             try:
                 return self.prepare(self.decode(image))
-            except ValueError as error:
+            except UserError as error:
                 name = self.fingerprint or "the data set"
                 raise UserError(f"image {index} of {name} cannot be used: {error}") from error
 

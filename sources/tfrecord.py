@@ -47,7 +47,11 @@ class TfrecordSource(Source):
         return len(self.extents)
 
     def images(self, indices: np.ndarray) -> np.ndarray:
-        with open(self.path, "rb") as file:  # a handle for each call: several threads may read
+        try:
+            file = open(self.path, "rb")  # a handle for each call: several threads may read  # noqa: SIM115
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} is gone: put it back and rerun the same command") from error
+        with file:
             return np.stack([self._image(file, int(index)) for index in indices])
 
     def _image(self, file: BinaryIO, index: int) -> np.ndarray:
@@ -60,7 +64,7 @@ class TfrecordSource(Source):
         file.seek(offset)
         try:
             image = decode_image(file.read(length))
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"record {index} of {self.path} holds no image, write the file again: {error}") from error
         if image.shape != self.shape:
             raise UserError(

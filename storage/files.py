@@ -1,4 +1,4 @@
-"""Files that appear whole and are read whole or refused, and hashes of their content."""
+"""Atomic writes, checked reads of .npz files, content hashes, and what system errors mean for the user."""
 
 from __future__ import annotations
 
@@ -21,52 +21,56 @@ from errors import UserError
 from storage import guards
 
 CACHE = "~/.cache/score_sde"  # $SCORE_SDE_CACHE replaces it
-# What a user can do about what the system refuses.
+# What a user can do about an error of the machine, by errno.
 _WAYS_OUT = {
-    errno.ENOSPC: "free some room there",
+    errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of your quota there",
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.EROFS: "have it mounted for writing, or choose another folder",
-    errno.EACCES: "see who owns it and who may use it, or choose another folder",
-    errno.EPERM: "see who owns it and who may use it, or choose another folder",
-    errno.EIO: "have the disk, or the connection to it, examined",
-    errno.ESTALE: "see that the network file system is mounted",
-    errno.ENOENT: "see whether it was moved or removed",
+    errno.ENFILE: "close files of other programs: the whole machine has too many open",
+    errno.EROFS: "mount it for writing, or choose another folder",
+    errno.EACCES: "check its owner and permissions, or choose another folder",
+    errno.EPERM: "check its owner and permissions, or choose another folder",
+    errno.EIO: "check the disk and the connection to it",
+    errno.ESTALE: "check that the network file system is mounted",
+    errno.ENOTCONN: "check that the network file system is mounted",
+    errno.ETIMEDOUT: "check that the network file system is mounted",
 }
 
 
 def cache_folder(name: str) -> Path:
-    """Returns a folder for what can be made again, such as prepared images; it may not exist yet."""
+    """Return a folder for files that can be recreated, such as prepared images; it may not exist yet."""
     return Path(os.environ.get("SCORE_SDE_CACHE") or os.path.expanduser(CACHE)) / name
 
 
 def disk_of(path: str | Path) -> Path:
-    """Returns where the disk is mounted that a path lies on, whether or not there is such a file."""
+    """Return the mount point of the disk that holds a path, which need not exist."""
     place = Path(path).absolute()
     while place != place.parent and not os.path.ismount(place):
         place = place.parent
     return place
 
 
-def explain(error: OSError) -> str:
-    """Says in one sentence what the system refused, on which disk, and what to do about it.
+def is_of_machine(error: OSError) -> bool:
+    """Return whether an error is the machine's (disk full, no permission, file system gone), not a bug of ours."""
+    return error.errno in _WAYS_OUT
 
-    An error that some function of ours raised with a sentence of its own keeps that.
-    """
+
+def explain(error: OSError) -> str:
+    """Return in one sentence what the system refused, on which disk, and what to do about it."""
     if error.errno is None:
         return str(error)
-    told = error.strerror or os.strerror(error.errno)
+    refused = error.strerror or os.strerror(error.errno)
     if isinstance(error.filename, str | bytes | os.PathLike):
         path = os.fsdecode(error.filename)
-        told = f"{path} (on the disk {disk_of(path)}): {told}"
-    way_out = _WAYS_OUT.get(error.errno, "see to that")
-    return f"{told}; {way_out}, then give the same command again: it goes on from what is complete"
+        refused = f"{path} (on the disk {disk_of(path)}): {refused}"
+    way_out = _WAYS_OUT.get(error.errno, "fix this")
+    return f"{refused}; {way_out}, then rerun the same command: it resumes from the completed work"
 
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Lets errors of the system name the file; those of a file that is open already do not."""
+    """Add the file's name to system errors, which lack it if the file is already open."""
     try:
         yield
     except OSError as error:
@@ -80,13 +84,13 @@ def _is_running(process: str) -> bool:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return False
-    except (ValueError, OSError):  # such as somebody else's
+    except (ValueError, OSError):  # such as another user's
         return True
     return True
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Removes, in a folder and all in it, what killed processes of this host left of files under temporary names."""
+    """Remove, in a folder and its sub-folders, the temporary files of killed processes of this host."""
     host = socket.gethostname()
     for path in Path(folder).rglob(f".*.{glob.escape(host)}-*.*"):
         process = path.name.rpartition(f".{host}-")[2].partition(".")[0]
@@ -95,10 +99,10 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file under a temporary name and renames it: it appears whole, or the old one stays.
+    """Write a file under a temporary name and rename it: it appears complete, or the old one stays.
 
     Args:
-      path: of the file; its folder is made if need be.
+      path: of the file; its folder is created if missing.
       write: called with the open binary file.
 
     Raises:
@@ -123,54 +127,54 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file of this content atomically."""
+    """Write a file of this content atomically."""
     write_atomically(path, lambda file: file.write(content))
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes strict JSON atomically; NaN and infinity are refused, since other readers refuse them."""
+    """Write strict JSON atomically, without NaN and infinity, which other readers reject."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
     write_bytes(path, text.encode())
 
 
 class Appender:
-    """A file that grows, such as the loss curve, and that training can do without.
+    """A growing file, such as the loss curve, that training can do without.
 
-    What cannot be written, since the disk is full, is told once, kept in memory, and written when there is room again.
+    While the disk is full it warns once, keeps new content in memory, and writes it when there is space again.
 
     Args:
-      path: of the file; its folder is made if need be.
+      path: of the file; its folder is created if missing.
     """
 
     def __init__(self, path: str | Path):
-        self._path, self._pending, self._told = Path(path), b"", False
+        self._path, self._pending, self._warned = Path(path), b"", False
         with naming(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("ab", buffering=0)
 
     def append(self, content: bytes) -> None:
-        """Adds to the end of the file, and before that what could not be added so far."""
+        """Append to the file, after what could not be written so far."""
         self._pending += content
         try:
             with naming(self._path):
                 while self._pending:
-                    # The disk may take a part, which must not be written twice.
+                    # A full disk may take a part of it, which must not be written twice.
                     self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
-            if not self._told:
-                logging.warning("%s; until then the run goes on without", explain(error))
-            self._told = True
+            if not self._warned:
+                logging.warning("%s; until then the run continues without", explain(error))
+            self._warned = True
         else:
-            self._told = False
+            self._warned = False
 
     def close(self) -> None:
-        """Closes the file, after a last try to write what is missing."""
+        """Close the file, after a last attempt to write what is missing."""
         self.append(b"")
         self._file.close()
 
 
 def content_hash(*arrays: np.ndarray | str) -> str:
-    """Returns the SHA-256, in hex, of strings and of arrays with their shapes and types."""
+    """Return the SHA-256, in hex, of strings and of arrays with their shapes and types."""
     digest = hashlib.sha256()
     for array in arrays:
         if isinstance(array, str):
@@ -183,16 +187,16 @@ def content_hash(*arrays: np.ndarray | str) -> str:
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads all arrays of an .npz file.
+    """Read all arrays of an .npz file and verify their checksums.
 
     Raises:
-      UserError: if the file is damaged or no .npz, or asks for more memory than is sensible (see `guards`); the
-        checksum of every array is verified.
-      UserError: if there is none.
+      UserError: if the file is missing, damaged or no .npz, or announces more memory than `guards` allows.
     """
+    if not Path(path).is_file():
+        raise UserError(f"{path} is not a file")
     try:
         with guards.open_zip(path) as archive:
             guards.check_total(archive.infolist())
             return {name: guards.read_array_entry(archive, name) for name in guards.array_names(archive)}
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path} is damaged or not an .npz file: {error}") from error

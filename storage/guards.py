@@ -1,6 +1,6 @@
-"""Reading files of others: nothing in them is run, and what they announce is checked before memory is given to it.
+"""Read files of other programs: run nothing in them, and check announced sizes before allocating memory.
 
-The bounds are stated in docs/security.md. Every error is a ValueError that says what was announced and the way out.
+docs/security.md states the limits. Every error is a UserError that says what the file announced and how to fix it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ MAX_PIXELS = 2**26  # of a picture: 8192 x 8192, at most 1 GiB as float32 with f
 MAX_PICTURE_BYTES = 2**30  # of its file: twice the bound uncompressed, with four channels of 16 bits
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # of Pillow's; its EPS, for one, starts Ghostscript
 MAX_JSON_BYTES = 2**26  # no file that we write comes near
-# Compressed entries of archives: those that expand to less are read, and those that do not expand more than so often.
+# A compressed entry of an archive is read if it expands to less than this, or by less than this factor.
 FREE_EXPANSION = 2**28
 MAX_RATIO = 100  # photographs reach 2, digits 10; deflate could do 1032
 ARRAY_KINDS = "biufcUS"  # of numpy's types: numbers, truth values and text, no Python objects
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others ask for memory by their own headers
 
-# What Pillow raises for damaged files: it came up when 100,000 files were cut off or had bytes changed.
+# What Pillow raises for damaged files, found by truncating and changing 100,000 of them.
 PICTURE_ERRORS = (
     *(OSError, ValueError, SyntaxError, TypeError, EOFError, struct.error, zlib.error),
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
@@ -44,7 +44,7 @@ PICTURE_ERRORS = (
 # What zipfile and zlib raise for damaged archives, and for encrypted ones (RuntimeError).
 ZIP_ERRORS = (*(zipfile.BadZipFile, zlib.error, EOFError, RuntimeError), *(OSError, ValueError, struct.error))
 
-# What numpy raises for headers, which are parsed as literals of Python, and repaired if Python 2 may have written them.
+# What numpy raises for headers, which it parses as Python literals and repairs if Python 2 may have written them.
 HEADER_ERRORS = (*(ValueError, TypeError, SyntaxError, LookupError, OverflowError), tokenize.TokenError, RecursionError)
 
 Result = TypeVar("Result")
@@ -58,7 +58,7 @@ def _gib(num_bytes: int) -> str:
 
 
 def _webp_size(start: bytes) -> tuple[int, int]:
-    """Returns width and height as the first chunk of a WebP file states them, 0 if it does not.
+    """Return width and height from the first chunk of a WebP file, 0 if it states none.
 
     Pillow knows them only after libwebp has allocated the canvas.
     """
@@ -81,10 +81,10 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def read_content(path: str | Path) -> bytes:
-    """Reads the file of a picture.
+    """Read the file of a picture.
 
     Raises:
-      UserError: if it is larger than any that can be decoded.
+      UserError: if it is larger than any picture that can be decoded.
       OSError: if it cannot be read.
     """
     with open(path, "rb") as file:
@@ -98,11 +98,11 @@ def _check_bytes(num_bytes: int) -> None:
 
 
 def read_picture(data: bytes, convert: Callable[[Image.Image], Result]) -> Result:
-    """Opens a picture of a kind that is known, checks its size before it is decoded, and converts it.
+    """Open a picture of a known format, check its size before decoding, and convert it.
 
     Args:
-      data: content of the file. (From an open one Pillow reads as many bytes as a chunk of PNG announces.)
-      convert: called with the picture, which is decoded when it is first looked at.
+      data: content of the file. (From an open file Pillow would read as many bytes as a PNG chunk announces.)
+      convert: called with the picture, which decodes lazily.
 
     Raises:
       UserError: saying why it cannot be read.
@@ -113,7 +113,7 @@ def read_picture(data: bytes, convert: Callable[[Image.Image], Result]) -> Resul
             _check_pixels(*image.size)
             return convert(image)
     except UnidentifiedImageError as error:
-        raise UserError("what it holds is no picture") from error
+        raise UserError("it is not a picture") from error
     except PICTURE_ERRORS as error:
         raise UserError(str(error) or type(error).__name__) from error
 
@@ -131,19 +131,19 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def check_array(file: IO[bytes], num_bytes: int) -> None:
-    """Checks that an .npy file holds what its header announces, numbers or text; leaves it at its beginning.
+    """Check that an .npy file holds the numbers or text its header announces; rewinds it.
 
     Args:
       file: open at its beginning.
-      num_bytes: of the whole file.
+      num_bytes: size of the whole file.
 
     Raises:
-      UserError: if it does not, or is no such file.
+      UserError: if it does not, or is no .npy file.
     """
     try:
         shape, dtype = _read_header(file)
     except HEADER_ERRORS as error:
-        raise UserError(f"it is no array of numpy's format: {str(error) or type(error).__name__}") from error
+        raise UserError(f"it is not an array in numpy's format: {str(error) or type(error).__name__}") from error
     if dtype.hasobject:
         raise UserError("Object arrays cannot be loaded: they are pickles, which may run code; save numbers or text")
     if dtype.kind not in ARRAY_KINDS or dtype.itemsize == 0:
@@ -155,9 +155,12 @@ def check_array(file: IO[bytes], num_bytes: int) -> None:
 
 
 def read_array(file: IO[bytes], num_bytes: int) -> np.ndarray:
-    """Reads an .npy file after `check_array`, which has the arguments and the errors."""
+    """Read an .npy file after `check_array`; same arguments and errors."""
     check_array(file, num_bytes)
-    return np.lib.format.read_array(file, allow_pickle=False)
+    try:
+        return np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:  # its data end early
+        raise UserError(str(error)) from error
 
 
 # --- archives --------------------------------------------------------------------------------------------------------
@@ -165,44 +168,45 @@ def read_array(file: IO[bytes], num_bytes: int) -> np.ndarray:
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:
     if entry.compress_type not in COMPRESSIONS:
-        raise UserError(f"its entry {entry.filename!r} is neither stored nor deflated; pack it anew with one of these")
+        raise UserError(f"its entry {entry.filename!r} is neither stored nor deflated; repack it with one of these")
     if entry.compress_type == zipfile.ZIP_STORED and entry.file_size != entry.compress_size:
         raise UserError(f"its entry {entry.filename!r} states two sizes")
     if entry.file_size > max(FREE_EXPANSION, MAX_RATIO * entry.compress_size):
         raise UserError(
             f"its entry {entry.filename!r} would expand to {_gib(entry.file_size)}, more than {_gib(FREE_EXPANSION)} "
-            f"and than {MAX_RATIO} times its size; if that is right, pack it anew without compression"
+            f"and than {MAX_RATIO} times its size; if that is correct, repack it without compression"
         )
 
 
 def open_zip(path: str | Path) -> zipfile.ZipFile:
-    """Opens an archive whose entries are no larger, all in all, than the file, and do not expand beyond measure.
+    """Open an archive whose entries together are no larger than the file and expand within the limits.
 
     Entries are read by name, never unpacked to where their names point.
 
     Raises:
-      UserError: if it is damaged, or an entry announces too much.
-      UserError: if there is none.
+      UserError: if the file is missing or damaged, or an entry announces too much.
     """
-    size = os.stat(path).st_size
     try:
+        size = os.stat(path).st_size
         archive = zipfile.ZipFile(path)
+    except FileNotFoundError as error:
+        raise UserError("there is no such file") from error
     except ZIP_ERRORS as error:
         raise UserError(str(error) or type(error).__name__) from error
     try:
         entries = archive.infolist()
         if sum(entry.compress_size for entry in entries) > size:
-            raise UserError("its entries are larger than the file, or overlap; get it anew")
+            raise UserError("its entries are larger than the file, or overlap; get it again")
         for entry in entries:
             _check_entry(entry)
-    except ValueError:
+    except UserError:
         archive.close()
         raise
     return archive
 
 
 def check_total(entries: Sequence[zipfile.ZipInfo]) -> None:
-    """Checks entries of an archive that will be in memory at a time.
+    """Check the total size of entries that will be in memory together.
 
     Raises:
       UserError: if they would take too much.
@@ -210,19 +214,19 @@ def check_total(entries: Sequence[zipfile.ZipInfo]) -> None:
     packed, expanded = sum(each.compress_size for each in entries), sum(each.file_size for each in entries)
     if expanded > max(FREE_EXPANSION, MAX_RATIO * packed):
         raise UserError(
-            f"its entries would expand to {_gib(expanded)}, more than {MAX_RATIO} times their size; if that is right, "
-            "pack it anew without compression"
+            f"its entries would expand to {_gib(expanded)}, more than {MAX_RATIO} times their size; if that is "
+            "correct, repack it without compression"
         )
 
 
 def read_picture_entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Reads the entry of a picture, as `read_entry`; it must not be larger than any that can be decoded."""
+    """Read an entry that is a picture, within the size limit of pictures; see `read_entry`."""
     _check_bytes(archive.getinfo(name).file_size)
     return read_entry(archive, name)
 
 
 def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo | str) -> bytes:
-    """Reads an entry of an archive that `open_zip` has opened, and checks it against its checksum.
+    """Read an entry of an archive opened by `open_zip` and verify its checksum.
 
     Raises:
       UserError: saying why it cannot be read.
@@ -234,7 +238,7 @@ def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo | str) -> bytes:
 
 
 def read_array_entry(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Reads the array `name`, an entry NAME.npy of an archive that `open_zip` has opened.
+    """Read the array `name`, the entry NAME.npy of an archive opened by `open_zip`.
 
     Raises:
       UserError: saying why it cannot be read.
@@ -248,7 +252,7 @@ def read_array_entry(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def array_chunks(archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
-    """Yields the content of NAME.npy a MiB at a time, after `check_array`.
+    """Yield the content of NAME.npy in chunks of 1 MiB, after `check_array`.
 
     Raises:
       UserError: saying why it cannot be read.
@@ -264,15 +268,15 @@ def array_chunks(archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
 
 
 def array_names(archive: zipfile.ZipFile) -> list[str]:
-    """Returns the names of the arrays of an .npz file.
+    """Return the names of the arrays of an .npz file.
 
     Raises:
-      UserError: if an entry is none.
+      UserError: if an entry is not an array.
     """
     names = archive.namelist()
     others = [name for name in names if not name.endswith(".npy")]
     if others:
-        raise UserError(f"its entry {others[0]!r} is no array")
+        raise UserError(f"its entry {others[0]!r} is not an array")
     return [name.removesuffix(".npy") for name in names]
 
 
@@ -282,7 +286,7 @@ def array_names(archive: zipfile.ZipFile) -> list[str]:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise UserError(f"{text[:20]} is no finite number")
+        raise UserError(f"{text[:20]} is not a finite number")
     return value
 
 
@@ -291,16 +295,18 @@ def _parse_json(text: str | bytes) -> Any:
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError as error:
         raise UserError("it is nested too deeply") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def parse_json(text: str | bytes, kind: type = dict) -> Any:
-    """Parses JSON that holds a value of this kind; numbers are finite.
+    """Parse JSON that must be a value of this kind with finite numbers.
 
     Raises:
       UserError: saying why it cannot be parsed, or what it holds.
     """
     if len(text) > MAX_JSON_BYTES:
-        raise UserError(f"it has {len(text):,} bytes, more than the {MAX_JSON_BYTES:,} that are read of JSON")
+        raise UserError(f"it has {len(text):,} bytes, more than {MAX_JSON_BYTES:,}, the limit for JSON")
     value = _parse_json(text)
     if not isinstance(value, kind):
         raise UserError(f"it holds a value of type {type(value).__name__}; expected {kind.__name__}")
@@ -308,21 +314,22 @@ def parse_json(text: str | bytes, kind: type = dict) -> Any:
 
 
 def read_json(path: str | Path, kind: type = dict) -> Any:
-    """Reads a JSON file that holds a value of this kind; numbers are finite.
+    """Read a JSON file that must hold a value of this kind with finite numbers.
 
     Raises:
-      UserError: naming the file, if it is damaged, too large, or holds something else.
-      UserError: if there is none.
+      UserError: naming the file, if it is missing, damaged, too large, or holds something else.
     """
     try:
         with open(path, "rb") as file:
             return parse_json(file.read(MAX_JSON_BYTES + 1), kind)
-    except ValueError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"{path} is not a file") from error
+    except UserError as error:
         raise UserError(f"{path} is damaged or none of ours: {error}") from error
 
 
 def _convert(value: Any, hint: Any, what: str) -> Any:
-    """Returns a value of JSON as the annotated type; lists become tuples, and whole numbers may stand for floats."""
+    """Convert a JSON value to the annotated type; lists become tuples, integers may stand for floats."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and types.NoneType in arguments:
@@ -343,12 +350,12 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
 
 
 def build(kind: Callable[..., Result], values: Any, what: str = "it") -> Result:
-    """Builds a dataclass, and those in it, from what JSON made of `dataclasses.asdict`.
+    """Build a dataclass, and those nested in it, from the JSON form of `dataclasses.asdict`.
 
     Args:
       kind: the dataclass; its fields are numbers, text, dataclasses, mappings or tuples of these, or None.
-      values: of its fields by name.
-      what: it is, for messages.
+      values: field values by name.
+      what: name of the value, for messages.
 
     Raises:
       UserError: naming a field that is missing, unknown, or of another type.

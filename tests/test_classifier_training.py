@@ -293,7 +293,7 @@ def test_another_classifier_in_the_folder_is_refused(unbroken, tmp_path):
 
 
 def test_a_diverged_classifier_names_its_own_learning_rate(tmp_path, monkeypatch):
-    monkeypatch.setattr(losses, "make_classifier_loss", lambda *args, **kwargs: _nan_loss)
+    monkeypatch.setattr(classifier_experiment, "make_classifier_loss", lambda *args, **kwargs: _nan_loss)
     monkeypatch.setattr(classifier_training, "build_train_program", build_train_program)  # not the shared one
     with pytest.raises(DivergedError, match=r"lower classifier.lr or set optim.grad_clip") as raised:
         run_lib.train_classifier(tiny.make_config(), tmp_path)

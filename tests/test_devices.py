@@ -104,6 +104,6 @@ def test_rounds_of_samples_are_rounded_up(monkeypatch):
 
 def test_encoding_checks_its_batch(monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "device_count", lambda: 4)
-    experiment = build_experiment(tiny.make_config(eval__batch_size=10))
+    monkeypatch.setattr(encoding, "open_experiment", lambda config, workdir: build_experiment(config))
     with pytest.raises(ValueError, match=r"eval.batch_size=10 is not divided by the 4 devices; the nearest that is: 8"):
-        encoding.encode_images(experiment, tmp_path, tmp_path, snapshot=0, num_images=1, images=None)
+        encoding.encode(tiny.make_config(eval__batch_size=10), tmp_path)

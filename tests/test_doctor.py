@@ -51,7 +51,7 @@ def test_the_doctor_finds_this_machine_in_order_within_seconds(capsys):
         "\nself-test\n  ok       sampler of the ODE",
     ):
         assert text in output
-    assert " missing: not there; fine, unless you want what it is for" in output
+    assert " missing: not there; fine, unless you need it" in output
     assert BROKEN not in output
 
 
@@ -62,7 +62,7 @@ def test_only_what_is_broken_fails(monkeypatch, capsys):
     assert not run_lib.doctor(tiny.make_config(sampling__predictor="eulr"))
     output = capsys.readouterr().out
     assert "BROKEN   settings             sampling.predictor='eulr' is unknown" in output
-    assert "  1 BROKEN: must be mended first" in output
+    assert "  1 BROKEN: fix this first" in output
     monkeypatch.setattr(self_test, "CHECKS", {"sums": lambda: self_test.Outcome(False, "2 + 2 = 5")})
     assert not run_lib.doctor()
     assert "BROKEN   sums                 2 + 2 = 5" in capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_packages_are_compared_with_the_requirements(monkeypatch):
     monkeypatch.setattr(inventory, "version_of", lambda name: versions.get(name, original(name)))
     findings = list(inventory.find_packages())
     jax, tensorflow = found(findings, "jax"), found(findings, "TensorFlow")
-    assert (jax.state, jax.text) == (WARNING, "0.9.0 is installed, <0.13,>=0.10.2 is what was tried")
+    assert (jax.state, jax.text) == (WARNING, "0.9.0 is installed; tested with <0.13,>=0.10.2")
     assert tensorflow.state == MISSING
     assert "not installed: tensorflow, tf-keras" in tensorflow.text
     assert tensorflow.remedy == "python -m pip install -r requirements.txt"
@@ -109,7 +109,7 @@ def test_packages_are_compared_with_the_requirements(monkeypatch):
 def test_a_python_that_is_not_supported_is_a_warning(monkeypatch):
     monkeypatch.setattr(inventory.platform, "python_version", lambda: "3.15.1")
     python = found(inventory.find_packages(), "Python")
-    assert (python.state, python.text) == (WARNING, "3.15.1; >=3.11,<3.15 is supported")
+    assert (python.state, python.text) == (WARNING, "3.15.1; tested with >=3.11,<3.15")
 
 
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
@@ -132,7 +132,9 @@ def test_a_gpu_that_is_not_used_is_told(monkeypatch):
 
 
 def test_processes_of_a_scheduler_are_told(monkeypatch):
-    assert found(inventory.find_devices(), "processes").text == "this one; neither SLURM nor Open MPI started others"
+    assert (
+        found(inventory.find_devices(), "processes").text == "only this one; neither SLURM nor Open MPI started others"
+    )
     of_hosts = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
     for name, value in of_hosts.items():
         monkeypatch.setenv(name, value)
@@ -145,7 +147,7 @@ def test_processes_of_a_scheduler_are_told(monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_broken(monkeypatch, tmp_path):
     assert found(inventory.find_folders(), "cache").state == OK
-    assert "(not made yet)" in found(inventory.find_folders(), "cache").text
+    assert "(not created yet)" in found(inventory.find_folders(), "cache").text
     monkeypatch.setattr(inventory, "LITTLE_DISK", 2**60)
     assert found(inventory.find_folders(), "cache").state == WARNING
     (tmp_path / "file").write_text("")
@@ -219,9 +221,9 @@ def own_config(**changes):
         ({"dataset": "tfds:nonesuch"}, BROKEN, "has no data set 'nonesuch'", ""),
         ({"dataset": "digitz"}, BROKEN, "data.dataset='digitz' is unknown", ""),
         ({"dataset": "LSUN", "category": "x"}, BROKEN, "data.category='x' is no scene of LSUN", ""),
-        ({"dataset": "folder"}, MISSING, "no place is configured", "--config.data.path=DIR"),
+        ({"dataset": "folder"}, MISSING, "no path is configured", "--config.data.path=DIR"),
         ({"dataset": "folder", "path": "/dev/null"}, OK, "/dev/null is there", ""),
-        ({"dataset": "FFHQ"}, MISSING, "no place is configured", "--config.data.tfrecords_path=FILE"),
+        ({"dataset": "FFHQ"}, MISSING, "no path is configured", "--config.data.tfrecords_path=FILE"),
         ({"dataset": "FFHQ", "tfrecords_path": "/x.tfr"}, MISSING, "'/x.tfr' is not there", "--config.data.tfrecords_"),
     ],
 )
@@ -314,7 +316,7 @@ def break_devices(monkeypatch):
     ("name", "break_it", "says"),
     [
         ("sampler of the ODE", break_sampler, "expected 0.3, 0.25"),
-        ("likelihood", break_likelihood, "log p off by 0.002 nats at the most; expected less than 0.001"),
+        ("likelihood", break_likelihood, "log p off by at most 0.002 nats; expected less than 0.001"),
         ("training", break_checkpoint, "resumed from a checkpoint DIFFERS FROM unbroken"),
         ("devices", break_devices, "mean over 1 device(s) 2, expected 1"),
     ],

@@ -14,6 +14,7 @@ from PIL import Image
 import datasets
 import latents
 import run_lib
+from errors import UserError
 from experiment.build import Experiment, build_experiment
 from modes import encode as encoding
 from solvers import ode
@@ -247,7 +248,7 @@ def test_a_file_of_other_images_is_refused(workdir, tmp_path, arrays, message):
             "checkpoint 7 is not in .*; present: 1, 2; set --snapshot to one of",
         ),
         ({"snapshot": -1}, ValueError, "--snapshot=-1: expected 0 or more"),
-        ({"images": "/dev/shm/none.npz"}, FileNotFoundError, "/dev/shm/none.npz"),
+        ({"images": "/dev/shm/none.npz"}, UserError, "/dev/shm/none.npz"),
     ],
 )
 def test_a_mistake_is_named_before_the_work(workdir, monkeypatch, options, error, message):

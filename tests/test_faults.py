@@ -30,12 +30,12 @@ from workdir.checkpoints import CheckpointError
 @pytest.mark.parametrize(
     ("number", "told", "way_out"),
     [
-        (errno.ENOSPC, "No space left on device", "free some room there"),
-        (errno.EIO, "Input/output error", "have the disk, or the connection to it, examined"),
-        (errno.EROFS, "Read-only file system", "have it mounted for writing"),
-        (errno.ESTALE, "Stale file handle", "see that the network file system is mounted"),
+        (errno.ENOSPC, "No space left on device", "free some space there"),
+        (errno.EIO, "Input/output error", "check the disk and the connection to it"),
+        (errno.EROFS, "Read-only file system", "mount it for writing"),
+        (errno.ESTALE, "Stale file handle", "check that the network file system is mounted"),
         (errno.EDQUOT, "Disk quota exceeded", "free some of your quota there"),
-        (errno.ENOTDIR, "Not a directory", "see to that"),
+        (errno.ENOTDIR, "Not a directory", "fix this"),
     ],
 )
 def test_an_error_of_the_system_is_one_sentence(tmp_path, number, told, way_out):
@@ -45,13 +45,14 @@ def test_an_error_of_the_system_is_one_sentence(tmp_path, number, told, way_out)
     assert os.path.ismount(disk)
     assert tmp_path.is_relative_to(disk)
     assert sentence.startswith(f"{path} (on the disk {disk}): {told}; {way_out}")
-    assert sentence.endswith("then give the same command again: it goes on from what is complete")
+    assert sentence.endswith("then rerun the same command: it resumes from the completed work")
 
 
-def test_sentences_of_our_own_stay():
-    assert files.explain(FileNotFoundError("data.path='x' does not exist; set it")) == (
-        "data.path='x' does not exist; set it"
-    )
+def test_only_errors_of_the_machine_are_the_users():
+    assert files.is_of_machine(PermissionError(errno.EACCES, "Permission denied"))
+    assert files.is_of_machine(OSError(errno.ENOSPC, "No space left on device"))
+    assert not files.is_of_machine(FileNotFoundError(errno.ENOENT, "No such file or directory"))
+    assert not files.is_of_machine(OSError("a sentence of a library"))
 
 
 def test_a_file_on_a_full_disk_is_named_and_the_old_one_stays(tmp_path):
@@ -195,7 +196,7 @@ def test_a_checkpoint_on_a_full_disk_costs_no_other(tmp_path):
         workdir = tmp_path / "disk"
         with open_large(workdir) as checkpoints, pytest.raises(CheckpointError, match="No space left") as raised:
             _save_all(checkpoints, (10, 12, 14, 16))
-        assert "free some room there" in str(raised.value)
+        assert "free some space there" in str(raised.value)
         assert f"(on the disk {workdir})" in str(raised.value)
         assert not list(workdir.rglob("*tmp*"))
         with open_large(workdir) as checkpoints:

@@ -84,7 +84,7 @@ def test_a_disk_that_is_full_in_an_evaluation(unbroken, evaluated, tmp_path, nam
         workdir = tmp_path / "disk" / "run"
         shutil.copytree(unbroken, workdir)
         result = tiny.run(hooked(FILL_AT.format(name=name, disk=tmp_path / "disk"), evaluation(workdir)))
-        refuse(result, f"{name} (on the disk {tmp_path / 'disk'}): No space left on device; free some room there")
+        refuse(result, f"{name} (on the disk {tmp_path / 'disk'}): No space left on device; free some space there")
         (tmp_path / "disk" / "filler").unlink()
         kept = workdir / "eval" / "ckpt_2" / "samples_from_0.npz"
         before = kept.stat().st_mtime_ns

@@ -148,7 +148,7 @@ def test_a_disk_that_is_full_in_training(unbroken, tmp_path):
     with disks.small_disk(tmp_path / "disk", 700) as resize:
         workdir = tmp_path / "disk" / "run"
         result = train(workdir)
-        refuse(result, f"(on the disk {tmp_path / 'disk'}): No space left on device; free some room there")
+        refuse(result, f"(on the disk {tmp_path / 'disk'}): No space left on device; free some space there")
         assert not list(workdir.rglob("*orbax-checkpoint-tmp*"))  # which would fill the disk for good
         with checkpoints_of(workdir) as checkpoints:
             reached = int(checkpoints.restore_newest().step)
@@ -201,7 +201,7 @@ train_loop.ScoreTrainer.after_snapshot = draw_and_make_room
         hook = FILL_AT.format(name="sample.npz", disk=tmp_path / "disk") + make_room
         result = succeed(train(workdir, hook=hook, training__snapshot_sampling=True))
         assert "no samples of step 12: " in result.stderr
-        assert "No space left on device; free some room there" in result.stderr
+        assert "No space left on device; free some space there" in result.stderr
         assert not (workdir / "samples" / "iter_12" / "sample.npz").exists()
         assert_same_end(workdir, unbroken)
 

@@ -66,7 +66,7 @@ def test_a_mixed_folder_follows_the_policy(tmp_path, caplog):
     expected = [COLOR[0], np.repeat(COLOR[1][..., :1], 3, axis=-1), laid_on_white(rgba), wide[:, 1:7]]
     assert as_set(np.concatenate(splits)) == as_set(expected)
     assert [len(split) for split in splits] == [3, 1]
-    assert "left out 2 of 6 pictures: e.jpg: it cannot be read: what it holds is no picture; f.png: " in caplog.text
+    assert "left out 2 of 6 pictures: e.jpg: it cannot be read: it is not a picture; f.png: " in caplog.text
 
 
 def test_strict_names_what_cannot_be_used(tmp_path):

@@ -54,16 +54,18 @@ def test_ten_thousand_changed_inputs_are_read_or_refused(tmp_path, name):
 FAULTS = """
 import json, os, signal, sys, time
 from pathlib import Path
+from errors import UserError
 from fuzz import engine
 
-def refuse(path): raise ValueError(f"{path} is wrong")
-def unnamed(path): raise ValueError("wrong")
+def refuse(path): raise UserError(f"{path} is wrong")
+def unnamed(path): raise UserError("wrong")
+def library(path): raise ValueError(f"{path} is wrong")
 def other(path): raise KeyError(path.name)
 def swallow(path):
     try:
         raise MemoryError
     except Exception:
-        raise ValueError(f"{path} is wrong")
+        raise UserError(f"{path} is wrong")
 def hang(path):
     while True: time.sleep(0.01)
 def busy(path):
@@ -76,7 +78,7 @@ def reserve(path): bytearray(2**31)
 def crash(path): os.abort()
 
 engine.SECONDS, engine.WAITING = 0.2, 0.8
-for read in (refuse, unnamed, other, swallow, hang, busy, deaf, grow, reserve, crash):
+for read in (refuse, unnamed, library, other, swallow, hang, busy, deaf, grow, reserve, crash):
     reader = engine.Reader(read.__name__, "file.bin", (b"good",), lambda random, inputs: b"bad", read, memory=2**26)
     summary, failures = engine.run(reader, 1, 1, sys.argv[1])
     print(json.dumps([read.__name__, failures[0]["wrong"] if failures else ""]))
@@ -92,6 +94,7 @@ def test_the_fuzzer_sees_faults(tmp_path):
     expected = {
         "refuse": "",
         "unnamed": "does not name file.bin",
+        "library": "ValueError",
         "other": "KeyError",
         "swallow": "",
         "hang": "took more than 0.2 s, or 0.8 s in all",

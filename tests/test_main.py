@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+import os
+import subprocess
 import sys
 import time
 
@@ -12,6 +14,7 @@ from absl.testing import flagsaver
 from ml_collections import config_flags
 
 import main
+from errors import UserError
 from modes import command_line
 from modes.command_line import Mode
 
@@ -22,14 +25,16 @@ SECONDS = 30  # a bound for a busy machine; imports take most of it
 @pytest.mark.parametrize(
     ("flags", "devices", "message"),
     [
-        (["--config.training.batchsize=3"], 1, 'Did you mean "batch_size" instead of "batchsize"?'),
+        (["--config.training.batchsize=3"], 1, "unknown setting 'batchsize'. Did you mean \"batch_size\" instead of"),
         (["--config.traning.batch_size=3"], 1, 'Did you mean "training" instead of "traning"?'),
         (["--config.training.batch_size=many"], 1, "--config.training.batch_size=many: invalid literal for int()"),
         (["--config.sampling.predictor=eulr"], 1, "sampling.predictor='eulr' is unknown; known: "),
         (["--config.training.batch_size=10"], 4, "training.batch_size=10 is not divided by the 4 devices"),
         (["--config.training.log_freq=3"], 1, "training.log_freq=3 is not a multiple of training.n_jitted_steps=2"),
+        (["--workdir=/dev/null"], 1, "cannot write in --workdir=/dev/null: it is a file"),
         (["--workdir=/dev/null/run"], 1, "cannot write in --workdir=/dev/null/run: Not a directory"),
         (["--mode=eval", "--workdir=/dev/shm/none"], 1, "--workdir=/dev/shm/none holds no training run"),
+        (["--mode=evil"], 1, "flag --mode=evil: value should be one of <doctor|"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence(tmp_path, flags, devices, message):
@@ -37,8 +42,133 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, flags, devices, message):
     result = tiny.run(tiny.command("train", tmp_path / "run", *flags), devices=devices)
     assert time.monotonic() - start < SECONDS
     assert result.returncode in (1, 2)
-    assert message in result.stderr
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("score_sde: ")]
+    assert message in line
     assert "Traceback" not in result.stderr
+
+
+CONFIGS = {
+    "def get_config(:": "line 1: invalid syntax",
+    "import os\nos.nothing": "line 2: AttributeError: module 'os' has no attribute 'nothing'",
+    "def get_config():\n  return 1 / 0": "line 2: ZeroDivisionError: division by zero",
+    "from configs.base import get_config as base\ndef get_config():\n  return base().nothing": (
+        "line 3: AttributeError: 'nothing'"
+    ),
+    "x = open('/dev/shm/none')": "cannot be loaded: [Errno 2] No such file or directory: '/dev/shm/none'",
+    "x = 1": "defines no function get_config()",
+    "def get_config():\n  return 3": "get_config() returns int; expected a ConfigDict",
+}
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("mode", ["train", "doctor"])
+@pytest.mark.parametrize(("text", "message"), CONFIGS.items())
+def test_what_is_wrong_with_a_config_file_is_one_sentence(tmp_path, capsys, monkeypatch, text, message, mode):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # which is loaded into itself again
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with flagsaver.flagsaver():
+        if mode == "doctor":
+            command_line.parse_flags(["main.py", f"--config={path}", "--mode", mode])
+            assert isinstance(main.FLAGS["config"].value, UserError)
+            told = str(main.FLAGS["config"].value)
+        else:
+            with pytest.raises(SystemExit, match="1"):
+                command_line.parse_flags(["main.py", "--config", str(path), "--mode", mode])
+            told = capsys.readouterr().err.removeprefix("score_sde: ")
+    assert told.startswith(f"--config {path}")
+    assert message in told
+
+
+def test_a_missing_config_file_is_named(capsys):
+    with flagsaver.flagsaver(), pytest.raises(SystemExit, match="1"):
+        command_line.parse_flags(["main.py", "--config=none.py", "--mode=train"])
+    assert capsys.readouterr().err == "score_sde: --config none.py is not a file\n"
+
+
+def test_arguments_of_the_configuration_are_told_apart():
+    argv = [
+        "main.py",
+        "--config.a.b",
+        "3",
+        "--mode",
+        "doctor",
+        "--config",
+        "a.py:x",
+        "-config.c=--mode",
+        "--noconfig.d",
+    ]
+    assert command_line._split_config(argv) == (["main.py", "--mode", "doctor"], "a.py")
+    assert command_line._split_config(["--config.a", "--png", "--config=b.py"]) == (["--png"], "b.py")
+
+
+FAILING = """
+import dataclasses, sys
+import numpy as np
+import main
+from absl import app
+
+def raise_it(**arguments):
+    sys.stdout.write("x" * 100_000)
+    {statement}
+
+main.MODES["{mode}"] = dataclasses.replace(main.MODES["{mode}"], run=raise_it)
+app.run(main.main, flags_parser=main.command_line.parse_flags)
+"""
+
+
+def run_failing(statement, mode, *flags, **options):
+    program = FAILING.format(statement=statement, mode=mode)
+    arguments = [sys.executable, "-c", program, *tiny.command(mode, "w")[2:4], f"--mode={mode}", *flags]
+    environment = tiny.environment() | {"PYTHONPATH": str(tiny.ROOT)}
+    return subprocess.run(arguments, env=environment, stderr=subprocess.PIPE, text=True, check=False, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("statement", "code", "message"),
+    [
+        ("np.ones(3) + np.ones(4)", 1, "ValueError: operands could not be broadcast"),
+        ("open('/dev/shm/none')", 1, "FileNotFoundError: [Errno 2] No such file"),
+        ("raise PermissionError(13, 'Permission denied', '/x')", 1, "score_sde: /x (on the disk /): Permission denied"),
+        ("raise main.command_line.UserError('a sentence')", 1, "score_sde: a sentence\n"),
+        ("raise KeyboardInterrupt", 130, "score_sde: interrupted by Ctrl-C\n"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["memory", "train"])
+def test_a_bug_shows_its_traceback_and_nothing_else_does(tmp_path, statement, code, message, mode):
+    flags = [f"--workdir={tmp_path}"] if mode == "train" else []
+    result = run_failing(statement, mode, *flags, stdout=subprocess.DEVNULL)
+    assert result.returncode == code
+    assert message in result.stderr
+    is_bug = "score_sde: " not in message
+    assert ("Traceback" in result.stderr) == ("in raise_it" in result.stderr) == is_bug
+    assert ("score_sde: " in result.stderr) == (not is_bug)
+    if mode == "train":
+        assert "in raise_it" in (tmp_path / "stdout.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = run_failing("pass", "memory", stdout=writing)
+    assert (result.returncode, result.stderr) == (141, "")
+    assert run_failing("pass", "memory", "--help", stdout=writing).stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpuu", "tpu"])
+def test_a_platform_that_is_not_there_is_one_sentence(monkeypatch, platform):
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    result = tiny.run([*tiny.command("memory", "w")[:6]])
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"score_sde: JAX_PLATFORMS='{platform}' is not available: ")
+    assert "Traceback" not in result.stderr
+    examined = tiny.run([sys.executable, "main.py", "--mode=doctor"])
+    assert examined.returncode == 1
+    assert f"BROKEN   platform             JAX_PLATFORMS='{platform}' is not available" in examined.stdout
+    assert "ok       likelihood" in examined.stdout
 
 
 def test_the_compilation_cache_is_on(monkeypatch, tmp_path):
@@ -46,12 +176,12 @@ def test_the_compilation_cache_is_on(monkeypatch, tmp_path):
 
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    main.set_up_jax()
+    command_line.set_up_jax()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.delenv("SCORE_SDE_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    main.set_up_jax()
+    command_line.set_up_jax()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache/score_sde/xla")
     jax.config.update("jax_compilation_cache_dir", before)
     assert "tensorflow" not in sys.modules
@@ -61,13 +191,13 @@ def test_programs_are_kept_beside_the_compilation_cache_unless_that_is_turned_of
     import jax
 
     before, kept = jax.config.jax_compilation_cache_dir, []
-    monkeypatch.setattr(main.stored_programs, "keep_in", kept.append)
+    monkeypatch.setattr(command_line.stored_programs, "keep_in", kept.append)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("SCORE_SDE_KEEP_PROGRAMS", "0")
-    main.set_up_jax()
+    command_line.set_up_jax()
     assert kept == []
     monkeypatch.delenv("SCORE_SDE_KEEP_PROGRAMS")
-    main.set_up_jax()
+    command_line.set_up_jax()
     assert kept == [tmp_path]
     jax.config.update("jax_compilation_cache_dir", before)
 
@@ -78,11 +208,13 @@ def test_the_flags_of_a_mode_are_arguments_of_its_function(name):
     given = {"config": mode.config, "workdir": mode.workdir != "none", "files": bool(mode.files)}
     assert {*(each for each in given if given[each]), *mode.flags} == set(inspect.signature(mode.run).parameters)
     assert mode.workdir in ("trained", "writable", "unmade", "none")
-    assert set(mode.needed) <= set(mode.flags) <= set(command_line.OF_MODES)
+    assert set(mode.needed) <= set(mode.flags)
 
 
 def test_every_flag_belongs_to_a_mode():
-    assert {flag for mode in main.MODES.values() for flag in mode.flags} == set(command_line.OF_MODES)
+    of_modes = {flag for mode in main.MODES.values() for flag in mode.flags}
+    defined = {flag.name for flag in main.FLAGS.get_flags_for_module(main)}
+    assert defined == {"mode", "config", "workdir", *command_line.PROCESS_FLAGS, *of_modes}
     assert set(main.FLAGS["mode"].parser.enum_values) == set(main.MODES)
 
 
@@ -103,7 +235,7 @@ def test_flags_that_do_not_go_with_a_mode_are_refused(mode, flags, message):
         command_line.parse_flags(["main.py", *tiny.command(mode, "w")[2:6], "--workdir=w", f"--mode={mode}", *flags])
         refused = contextlib.nullcontext() if not message else pytest.raises(ValueError, match=message)
         with refused:
-            command_line.check_flags(mode, main.MODES[mode])
+            command_line.check_flags(mode, main.MODES)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +254,7 @@ def test_what_a_mode_needs_must_be_given(mode, flags, files, message):
         command_line.parse_flags(["main.py", "--mode=train", *flags])
         refused = contextlib.nullcontext() if not message else pytest.raises(ValueError, match=message)
         with refused:
-            command_line.check_flags("x", mode, files)
+            command_line.check_flags("x", {"x": mode}, files)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

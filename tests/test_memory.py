@@ -121,7 +121,7 @@ def test_a_backend_that_does_not_tell_is_named(monkeypatch):
     class Silent:
         memory_analysis = lambda self: None  # noqa: E731
 
-    with pytest.raises(ValueError, match=r"JAX does not say how much memory programs need on 'cpu'"):
+    with pytest.raises(ValueError, match=r"JAX does not report the memory of programs on 'cpu'"):
         memory._analyze(Silent())
 
 

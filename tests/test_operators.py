@@ -10,6 +10,7 @@ from PIL import Image
 from configs import base
 from controllable_generation import build_operator, from_functions, operators
 from controllable_generation.masks import read_mask
+from errors import UserError
 
 SHAPE = (6, 4, 3)
 NAMES = {
@@ -185,7 +186,7 @@ def test_masks(tmp_path):
         ({"mask": "box:5,0,2,2"}, ValueError, "is empty or not inside the image of 6x4 pixels"),
         ({"mask": "box:0,0,6,4"}, ValueError, "hides everything; expected a part"),
         ({"mask": "random:1.5"}, ValueError, "expected the share of pixels to be drawn, between 0 and 1"),
-        ({"mask": "middle"}, FileNotFoundError, "restore.mask='middle': no such file; expected a half"),
+        ({"mask": "middle"}, UserError, "restore.mask='middle': no such file; expected a half"),
         ({"operator": "super_resolution", "factor": 4}, ValueError, "restore.factor=4: expected a divisor"),
         (
             {"operator": "super_resolution", "downsampling": "area"},

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from errors import UserError
 from sources.pictures import Fit, central_part, fit_picture, load_pictures, read_picture
 
 GENERATOR = np.random.default_rng(0)
@@ -177,7 +178,7 @@ def test_a_limit_counts_pictures_that_can_be_used(folder):
     [
         (
             "none",
-            ValueError,
+            UserError,
             r"restore.images='.*none' does not exist; give a picture, a folder or an .npz file",
         ),
         ("empty", ValueError, "empty' is a folder without files; put pictures in it"),

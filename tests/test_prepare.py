@@ -55,7 +55,7 @@ def write_own(root):
         (
             "tfds:tiny_own",
             {"cache_gib": 0.0},
-            ["test: 2 images", "decoded whenever they are read, since they are more"],
+            ["test: 2 images", "decoded at every read: they exceed"],
         ),
         ("npz", {}, ["train: 5 images", "no labels; as stored; mapped from", "test: 1 images"]),
     ],

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from errors import UserError
 from metrics.frechet import FeatureStatistics
 from metrics.reference import Moments, Provenance, Reference, compact, load_reference, save_reference
 from storage.files import read_npz
@@ -177,7 +178,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     path.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"r.npz is damaged or not an .npz file"):
         load_reference(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError):
         load_reference(tmp_path / "none.npz")
 
 

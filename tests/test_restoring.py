@@ -14,6 +14,7 @@ from PIL import Image
 import datasets
 import run_lib
 from controllable_generation import build_operator
+from errors import UserError
 from experiment import drawing
 from experiment.build import Experiment, build_experiment
 from metrics.fidelity import psnr, ssim
@@ -120,9 +121,11 @@ EXPERIMENT = build_experiment(configure())
 
 
 def restore(workdir, output, images, *, num_images=0, **options):
-    """What run_lib.restore does, without building the network's module anew."""
-    experiment = dataclasses.replace(EXPERIMENT, config=configure(restore__images=str(images), **options))
-    return restoring.restore_images(experiment, workdir, output=output, snapshot=0, num_images=num_images)
+    """What run_lib.restore does, without building the network's module again."""
+    config = configure(restore__images=str(images), **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(restoring, "open_experiment", lambda config, _: dataclasses.replace(EXPERIMENT, config=config))
+        return restoring.restore(config, workdir, output, num_images=num_images)
 
 
 @pytest.fixture(scope="module")
@@ -414,9 +417,9 @@ def test_a_measurement_is_seen_as_the_image_nearest_to_grey(monkeypatch):
         ({"restore__resize": "fit"}, ValueError, "restore.resize='fit' is unknown; known: crop, none, stretch"),
         ({"num_images": -1}, ValueError, "--num_images=-1: expected 0 or more"),
         ({"images": "", "num_images": 298}, ValueError, "num_images=298, but the test split of digits has 297 images"),
-        ({"images": "none"}, ValueError, "restore.images='none' does not exist"),
+        ({"images": "none"}, UserError, "restore.images='none' does not exist"),
         ({"restore__operator": "inpainting"}, ValueError, "restore.operator='inpainting' is unknown; known: "),
-        ({"restore__mask": "middle"}, ValueError, "restore.mask='middle': no such file"),
+        ({"restore__mask": "middle"}, UserError, "restore.mask='middle': no such file"),
         ({"restore__method": "magic"}, ValueError, "restore.method='magic' is unknown; known: "),
         (
             {"images": "", "restore__input": "measurement"},

@@ -234,8 +234,8 @@ def header(shape, kind="|u1"):
         (array_bytes(header("(True, 4, 4, 3)"), bytes(48)), "but it holds 48"),
         (array_bytes(header("(1,)", "|O"), pickle.dumps(print)), "Object arrays cannot be loaded"),
         (array_bytes(header("(1099511627776,)", "<U0")), "only numbers and text are read"),
-        (array_bytes("{'descr': '|u1\0'"), "no array of numpy's format"),
-        (array_bytes("(" * 5000), "no array of numpy's format"),
+        (array_bytes("{'descr': '|u1\0'"), "not an array in numpy's format"),
+        (array_bytes("(" * 5000), "not an array in numpy's format"),
         (b"\x93NUMPY\x03\x00", "version (3, 0)"),
     ],
     ids=["terabytes", "negative", "bool", "objects", "empty text", "null byte", "nested", "version"],
@@ -274,7 +274,7 @@ def zip_of(path, content, *, size=None, method=zipfile.ZIP_DEFLATED, name="image
         ({"size": 2**32 - 2}, "would expand to 4.00 GiB, more than 0.25 GiB and than 100 times its size"),
         ({"size": 2**32 - 2, "method": zipfile.ZIP_STORED}, "states two sizes"),
         ({"method": zipfile.ZIP_LZMA}, "neither stored nor deflated"),
-        ({"name": "images.txt"}, "its entry 'images.txt' is no array"),
+        ({"name": "images.txt"}, "its entry 'images.txt' is not an array"),
     ],
     ids=["deflated", "stored", "lzma", "other"],
 )
@@ -294,7 +294,7 @@ def test_a_bomb_of_zeros_is_not_unpacked(tmp_path, monkeypatch):
     zip_of(tmp_path / "r.npz", content)
     peak, told = peak_of(files.read_npz, tmp_path / "r.npz")
     assert "would expand to 0.02 GiB" in told
-    assert "if that is right, pack it anew without compression" in told
+    assert "if that is correct, repack it without compression" in told
     assert peak < MIB
     zip_of(tmp_path / "r.npz", content, method=zipfile.ZIP_STORED)
     assert files.read_npz(tmp_path / "r.npz")["images"].size == 16 * MIB
@@ -406,7 +406,7 @@ def test_sizes_beyond_what_pillow_takes_are_refused_by_either():
 def test_kinds_that_would_start_programs_are_no_pictures(start, monkeypatch):
     """Pillow draws EPS by Ghostscript, whatever the file is called."""
     monkeypatch.setattr("subprocess.check_call", lambda *arguments, **options: pytest.fail("a program was started"))
-    with pytest.raises(ValueError, match="what it holds is no picture"):
+    with pytest.raises(ValueError, match="it is not a picture"):
         decode_picture(start, "one.png")
 
 
@@ -500,8 +500,8 @@ def test_a_data_set_cannot_have_a_module_imported(tmp_path, monkeypatch, form):
     ("text", "message"),
     [
         ("[" * 100_000, "nested too deeply"),
-        ('{"config": NaN}', "nan is no finite|NaN is no finite"),
-        ('{"config": 1e999}', "1e999 is no finite number"),
+        ('{"config": NaN}', "nan is not a finite|NaN is not a finite"),
+        ('{"config": 1e999}', "1e999 is not a finite number"),
         ("[]", "of type list; expected dict"),
         ("{}", "holds no configuration"),
         ("\xff", "damaged"),

@@ -19,6 +19,7 @@ from tensorboardX.record_writer import masked_crc32c
 import datasets
 import sources.tfds
 from configs import base
+from errors import UserError
 from sources import resize, tfrecord
 
 FLOAT32 = 5e-7  # a few roundings of values up to 1; the largest difference found is 3e-7
@@ -192,7 +193,7 @@ def test_a_scene_that_lsun_does_not_have_is_refused(category):
 )
 def test_data_that_are_not_prepared_are_named(tmp_path, dataset, builder):
     config = make_config(dataset=dataset, category="bedroom", path=str(tmp_path))
-    with pytest.raises(ValueError, match=f"'{builder}' is not prepared as ArrayRecord files in .*--mode prepare"):
+    with pytest.raises(UserError, match=f"'{builder}' is not prepared as ArrayRecord files in .*--mode prepare"):
         datasets.build_source(config, "train")
 
 
@@ -259,8 +260,8 @@ def test_checksums_are_those_of_rfc_3720():
     ("make", "error", "message"),
     [
         (lambda path: "", ValueError, "data.tfrecords_path is empty; set it to the data set's .tfrecords file"),
-        (lambda path: f"{path}x", ValueError, r"data.tfrecords_path='.*r02.tfrecordsx' is not a file; set it"),
-        (lambda path: str(path.parent), ValueError, "is not a file; set it"),
+        (lambda path: f"{path}x", UserError, r"data.tfrecords_path='.*r02.tfrecordsx' is not a file; set it"),
+        (lambda path: str(path.parent), UserError, "is not a file; set it"),
     ],
     ids=["empty", "missing", "folder"],
 )

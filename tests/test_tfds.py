@@ -11,6 +11,7 @@ import tiny
 
 import datasets
 from configs import base
+from errors import UserError
 from sources import tfds as tfds_source
 from sources.pictures import Fit, fit_picture, to_levels
 
@@ -199,9 +200,9 @@ def test_data_too_large_to_keep_are_decoded_when_read(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        ("tfds:mnist", ValueError, r"'mnist' is not prepared as ArrayRecord files in .*--mode prepare --config"),
-        ("MNIST", ValueError, "'mnist' is not prepared"),
-        ("FASHION_MNIST", ValueError, "'fashion_mnist' is not prepared"),
+        ("tfds:mnist", UserError, r"'mnist' is not prepared as ArrayRecord files in .*--mode prepare --config"),
+        ("MNIST", UserError, "'mnist' is not prepared"),
+        ("FASHION_MNIST", UserError, "'fashion_mnist' is not prepared"),
         ("tfds:nonesuch", ValueError, r"tensorflow-datasets .* has no data set 'nonesuch', and .* none of that name"),
         ("tfds:imagenete/320px", ValueError, "has no data set 'imagenete/320px'.*; did you mean imagenette?"),
         ("tfds:", ValueError, "data.dataset='tfds:' names no data set of TFDS; expected one, such as tfds:mnist"),

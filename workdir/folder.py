@@ -57,8 +57,9 @@ def check_writable(workdir: str | Path, flag: str = "--workdir") -> None:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         raise WorkdirError(
-            f"cannot write in {flag}={workdir}: {error.strerror}; choose a folder that you may write in"
+            f"cannot write in {flag}={workdir}: {reason}; choose a folder that you may write in"
         ) from error
 
 
@@ -112,7 +113,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     way_out = "put a copy in its place, or move it away to have the settings that you give taken for the run's"
     try:
         stored = guards.read_json(path).get("config")
-    except ValueError as error:
+    except UserError as error:
         raise WorkdirError(f"{error}; {way_out}") from error
     if not isinstance(stored, dict):
         raise WorkdirError(f"{path} is damaged: it holds no configuration; {way_out}")

@@ -57,8 +57,11 @@ def hold(folder: str | Path, flag: str = "--workdir") -> Iterator[None]:
         return
     folder = Path(folder)
     path, was_there = folder / FILE, folder.exists()
-    with files.naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with files.naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise WorkdirError(f"{flag}={folder} cannot be a folder: a file is in its place; choose another") from error
     lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=SECONDS)

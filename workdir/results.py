@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 import datasets
 from configs import settings
+from errors import UserError
 from parallel import distributed
 from report import DataInfo
 from storage import files, guards
@@ -51,7 +52,7 @@ def cached(
             return None
         try:
             stored = files.read_npz(path)
-        except ValueError as error:
+        except UserError as error:
             logging.warning("%s; computing it again", error)
             return None
         return stored if is_enough(stored) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from ml_collections import ConfigDict
 
 import checks
 import datasets
@@ -16,7 +17,7 @@ from classifier import guidance as classifier_guidance
 from classifier.guidance import Classifier
 from errors import UserError
 from experiment import drawing
-from experiment.build import Experiment, SamplingProgram
+from experiment.build import Experiment, SamplingProgram, open_experiment
 from experiment.drawing import NUM_SHOWN, Samples, Snapshot
 from modes.compare_samplers.specs import SamplerSpec, choose_samplers
 from modes.evaluate.real_features import RealFeatures
@@ -114,27 +115,37 @@ def _build_frame(experiment: Experiment, comparer: Comparer, data: DataInfo) -> 
     )
 
 
-def compare(
-    experiment: Experiment, workdir: Path, *, samplers: str, output: str, snapshot: int, num_images: int
+def compare_samplers(
+    config: ConfigDict,
+    workdir: str | Path,
+    output: str = "",
+    *,
+    samplers: str = "",
+    snapshot: int = 0,
+    num_images: int = 0,
 ) -> Path:
-    """Measures samplers of one checkpoint one after the other, writing table, figure and numbers after each.
+    """Measure the samples of several samplers of one checkpoint: FD and KID against network evaluations and seconds.
+
+    Writes samplers.json, samplers.md and samplers.png after each sampler. Reuses what a killed run has drawn.
 
     Args:
-      experiment: that the workdir holds.
-      workdir: of the run.
-      samplers: separated by commas, METHOD[:STEPS][:KEY=VALUE...]; empty: `sampler_specs.DEFAULT`.
-      output: folder inside the workdir; empty: "compare_ckpt_<number of the checkpoint>".
+      config: experiment configuration.
+      workdir: folder of a training run.
+      output: folder of the results, inside the workdir; empty: "compare_ckpt_<number>".
+      samplers: separated by commas, METHOD[:STEPS][:KEY=VALUE...] with keys of config.sampling, which sets everything
+        that a sampler does not; empty: `specs.DEFAULT`.
       snapshot: number of the checkpoint; 0: the newest.
-      num_images: samples of each; 0: eval.num_samples.
+      num_images: samples of each sampler; 0: eval.num_samples.
 
     Returns:
-      The folder.
+      The folder of the results.
 
     Raises:
-      UserError: if a sampler is wrong, a number negative, the folder outside the workdir, or features cannot be had.
-      CheckpointError: if there is no such checkpoint.
-      WorkdirError: if the folder holds samples of other settings.
+      UserError: if a sampler or a setting is wrong, or features cannot be computed.
+      WorkdirError: if the workdir holds another experiment, or the folder samples of other settings.
+      CheckpointError: if the checkpoint is missing or damaged.
     """
+    experiment, workdir = open_experiment(config, workdir), Path(workdir)
     config = experiment.config
     checks.not_negative("--num_images", num_images)
     workdirs.output_folder(workdir, output)

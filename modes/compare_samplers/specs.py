@@ -117,7 +117,7 @@ def apply_sampler(experiment: Experiment, spec: SamplerSpec) -> Experiment:
     config.sampling.update(spec.changes)
     try:
         check_sampling(config, experiment.sde)
-    except ValueError as error:
+    except UserError as error:
         raise _refuse(spec.text, error) from error
     return dataclasses.replace(experiment, config=config.lock())
 
@@ -159,7 +159,7 @@ def choose_samplers(
     for text in DEFAULT:
         try:
             chosen += _parse(experiment, [text])
-        except ValueError as error:
+        except UserError as error:
             skipped[text] = str(error).partition(": ")[2].partition(": ")[2]
             logging.warning("left out: %s", str(error).partition(": ")[2])
     return chosen, skipped

@@ -1,4 +1,4 @@
-"""The mode "doctor": what is installed, present or missing, how to get it, and whether the mathematics comes out."""
+"""The mode "doctor": print what is installed, present or missing and how to get it, and run a self-test."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from collections.abc import Iterable, Iterator
 from absl import logging
 from ml_collections import ConfigDict
 
+from errors import UserError
 from modes.doctor import self_test
 from modes.doctor.inventory import BROKEN, MISSING, OK, WARNING, Finding, take_inventory
 
-WIDTH = 88  # characters of what was found; with the columns before it 120
+WIDTH = 88  # characters of the text column; with the columns before it 120
 INDENT = " " * 32
 MEANINGS = {
     OK: "as it should be",
-    MISSING: "not there; fine, unless you want what it is for",
+    MISSING: "not there; fine, unless you need it",
     WARNING: "may not work as you expect",
-    BROKEN: "must be mended first",
+    BROKEN: "fix this first",
 }
 
 
 def lines(findings: Iterable[Finding]) -> Iterator[str]:
-    """Formats findings as they come: a heading for each group, state, name and text in columns, the remedy below."""
+    """Format findings as they come: a heading for each group; state, name and text in columns; the remedy below."""
     group = ""
     for each in findings:
         if each.group != group:
@@ -33,34 +34,34 @@ def lines(findings: Iterable[Finding]) -> Iterator[str]:
         yield f"  {each.state:<8} {each.name:<20} {first}"
         yield from (f"{INDENT}{line}" for line in others)
         if each.remedy:
-            yield f"{INDENT}-> {each.remedy}"  # in one piece: to be copied
+            yield f"{INDENT}-> {each.remedy}"  # on one line, to be copied
 
 
-def test_findings() -> Iterator[Finding]:
-    """Runs the self-test."""
+def _test() -> Iterator[Finding]:
     for name in self_test.CHECKS:
         outcome = self_test.run_check(name)
         yield Finding("self-test", name, OK if outcome.passed else BROKEN, outcome.text)
 
 
-def examine(config: ConfigDict | None = None) -> bool:
-    """Prints what was found, line by line as it is found.
+def doctor(config: ConfigDict | UserError | None = None) -> bool:
+    """Print what is installed, present or missing and how to get it, and run a self-test of about ten seconds.
 
     Args:
-      config: experiment configuration whose data set is looked for, too; None: none.
+      config: experiment configuration whose settings and data set are examined, too; None: none. An error, if it could
+        not be loaded, is one of the findings.
 
     Returns:
-      Whether nothing is broken.
+      Whether nothing is broken; what is missing but optional does not count.
     """
     counts, logger = dict.fromkeys(MEANINGS, 0), logging.get_absl_logger()
     level = logger.level
 
     def counted() -> Iterator[Finding]:
-        for finding in itertools.chain(take_inventory(config), test_findings()):
+        for finding in itertools.chain(take_inventory(config), _test()):
             counts[finding.state] += 1
             yield finding
 
-    logger.setLevel("WARNING")  # what the self-test does would be said between the lines
+    logger.setLevel("WARNING")  # the self-test would log between the lines
     try:
         for line in lines(counted()):
             print(line, flush=True)

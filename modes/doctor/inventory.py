@@ -1,4 +1,4 @@
-"""What --mode doctor looks at: packages, devices, folders, weights, statistics and data, present or missing."""
+"""What --mode doctor examines: packages, devices, folders, weights, statistics, data and a configuration."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,10 +22,13 @@ from packaging.requirements import Requirement
 import datasets
 from checks import python_version, why_no_tensorflow
 from configs.settings import check
+from errors import UserError
+from experiment import smoke
 from experiment.build import build_experiment
 from metrics import efficientnet, inception, tfgan
 from modes.evaluate.real_features import choose_extractor
 from parallel import distributed
+from parallel.backend import check_platform
 from parallel.cluster import find_place, is_tpu_worker
 from sources import tfds_build
 from sources.tfds import data_folder
@@ -36,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OK, MISSING, WARNING, BROKEN = "ok", "missing", "warning", "BROKEN"
 GIB = 2**30
 LITTLE_DISK = 2 * GIB  # free bytes; below it a warning
-NUM_NAMED = 6  # things that a line names
+NUM_NAMED = 6  # items that a line names
 ANY_CONFIG = "configs/vp/cifar10_ddpmpp_continuous.py"
 INSTALL = "python -m pip install -r"
 
@@ -46,11 +48,11 @@ class Finding:
     """One line of the report.
 
     Attributes:
-      group: what it is about, such as "packages".
-      name: of the thing.
-      state: OK; MISSING, if it can be done without; WARNING, if it may not work as it is; BROKEN, if nothing works so.
+      group: heading, such as "packages".
+      name: what was examined.
+      state: OK; MISSING if optional; WARNING if it may not work; BROKEN if nothing works with it.
       text: what was found.
-      remedy: command or setting that mends it; empty if nothing is to be mended.
+      remedy: command or setting that fixes it; empty if there is nothing to fix.
     """
 
     group: str
@@ -61,7 +63,7 @@ class Finding:
 
 
 def _named(names: list[str]) -> str:
-    """Names the first few and counts the others."""
+    """Name the first few and count the others."""
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return ", ".join(names[:NUM_NAMED]) + more
 
@@ -69,227 +71,201 @@ def _named(names: list[str]) -> str:
 # --- packages and devices --------------------------------------------------------------------------------------------
 
 
-def requirements(file: str) -> list[Requirement]:
-    """Reads the packages that a requirements file itself names."""
-    lines = (line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
-    return [Requirement(line) for line in lines if line and not line.startswith("-")]
-
-
 def version_of(package: str) -> str:
-    """Returns the installed version; empty if there is none."""
+    """Return the installed version; empty if there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
-def check_packages(file: str, *, name: str, purpose: str, is_needed: bool) -> Iterator[Finding]:
-    """Compares what is installed with a requirements file: one line if all is well, one for each that differs."""
+def requirements(file: str) -> list[Requirement]:
+    """Return the packages that a requirements file itself names."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
+    return [Requirement(line) for line in lines if line and not line.startswith("-")]
+
+
+def _check_packages(file: str, name: str, purpose: str, state_of_missing: str) -> Iterator[Finding]:
+    """Compare what is installed with a requirements file; its own packages, not those of files that it includes."""
     here = {"python_version": python_version()}
     wanted = [each for each in requirements(file) if each.marker is None or each.marker.evaluate(here)]
-    install = f"{INSTALL} {file}"
     if not wanted:
         reason, fix = why_no_tensorflow()
         yield Finding("packages", name, MISSING, f"{purpose}; {reason}", fix)
         return
     found = {each.name: version_of(each.name) for each in wanted}
-    missing = [package for package, version in found.items() if not version]
-    if missing:
-        state = BROKEN if is_needed else MISSING
-        yield Finding("packages", name, state, f"{purpose}; not installed: {', '.join(missing)}", install)
     for each in wanted:
         if found[each.name] and not each.specifier.contains(found[each.name], prereleases=True):
-            text = f"{found[each.name]} is installed, {each.specifier} is what was tried"
-            yield Finding("packages", each.name, WARNING, text, install)
-    if not missing:
+            text = f"{found[each.name]} is installed; tested with {each.specifier}"
+            yield Finding("packages", each.name, WARNING, text, f"{INSTALL} {file}")
+    if missing := [package for package, version in found.items() if not version]:
+        text = f"{purpose}; not installed: {', '.join(missing)}"
+        yield Finding("packages", name, state_of_missing, text, f"{INSTALL} {file}")
+    else:
         versions = ", ".join(f"{package} {version}" for package, version in found.items())
         yield Finding("packages", name, OK, f"{purpose}; {versions}")
 
 
 def find_packages() -> Iterator[Finding]:
-    """Looks at Python and the packages."""
-    wanted = re.search(r'requires-python = "(.*?)"', (ROOT / "pyproject.toml").read_text())
+    """Examine Python and the packages."""
+    [wanted] = re.findall(r'requires-python = "(.*?)"', (ROOT / "pyproject.toml").read_text())
     python = platform.python_version()
-    fits = not wanted or Requirement(f"python{wanted[1]}").specifier.contains(python, prereleases=True)
-    text = python if fits else f"{python}; {wanted[1] if wanted else ''} is supported"
-    yield Finding("packages", "Python", OK if fits else WARNING, text, "" if fits else "make demo PYTHON=python3.12")
-    yield from check_packages("requirements-core.txt", name="core", purpose="all that is needed", is_needed=True)
+    if Requirement(f"python{wanted}").specifier.contains(python, prereleases=True):
+        yield Finding("packages", "Python", OK, python)
+    else:
+        text = f"{python}; tested with {wanted}"
+        yield Finding("packages", "Python", WARNING, text, "make demo PYTHON=python3.12")
+    yield from _check_packages("requirements-core.txt", "core", "required", BROKEN)
     purpose = "prepares TFDS data sets, computes TF-GAN's features"
-    yield from check_packages("requirements.txt", name="TensorFlow", purpose=purpose, is_needed=False)
+    yield from _check_packages("requirements.txt", "TensorFlow", purpose, MISSING)
 
 
 def find_devices() -> Iterator[Finding]:
-    """Looks at what JAX computes on."""
+    """Examine what JAX computes on; if it is not available, the CPU serves for everything that follows."""
+    try:
+        check_platform()
+    except UserError as error:
+        yield Finding("devices", "platform", BROKEN, f"{error}; the rest is examined on the CPU")
+        jax.config.update("jax_platforms", "cpu")
     found = distributed.describe_devices()
     text = f"{found['devices']} x {found['device_kind']}, {found['cpus']} CPUs, {found['processes']} process(es)"
     yield Finding("devices", found["platform"], OK, text)
     if found["platform"] == "cpu" and shutil.which("nvidia-smi"):
         text = "this machine has an NVIDIA driver, but JAX computes on the CPU"
         yield Finding("devices", "gpu", WARNING, text, 'python -m pip install --upgrade "jax[cuda12]"')
-    yield _find_processes(os.environ)
-
-
-def _find_processes(environ: Mapping[str, str]) -> Finding:
-    """Looks for other processes, which training, evaluation and the like would join; the doctor itself does not."""
     try:
-        place = find_place(environ)
-    except ValueError as error:
-        return Finding("devices", "processes", WARNING, str(error))
+        place = find_place(os.environ)
+    except UserError as error:
+        yield Finding("devices", "processes", WARNING, str(error))
+        return
+    text = "only this one; neither SLURM nor Open MPI started others"
     if place:
         text = f"{place} (by {place.found_by})"
-    elif is_tpu_worker(environ):
+    elif is_tpu_worker(os.environ):
         text = "JAX looks for the other workers of a TPU pod"
-    else:
-        text = "this one; neither SLURM nor Open MPI started others"
-    return Finding("devices", "processes", OK, text)
+    yield Finding("devices", "processes", OK, text)
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
-
-
-def _existing(folder: Path) -> Path:
-    """Returns the folder, or the nearest one above it that exists."""
-    return next(each for each in (folder, *folder.absolute().parents) if each.exists())
+# --- folders, weights, statistics ------------------------------------------------------------------------------------
 
 
 def _find_folder(name: str, folder: Path, remedy: str) -> Finding:
-    existing = _existing(folder)
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return Finding("folders", name, BROKEN, f"{folder} cannot be written", remedy)
     free = shutil.disk_usage(existing).free
-    text = f"{folder}{'' if folder.exists() else ' (not made yet)'}, {free / GIB:.1f} GiB free"
+    text = f"{folder}{'' if folder.exists() else ' (not created yet)'}, {free / GIB:.1f} GiB free"
     return Finding("folders", name, WARNING, text, remedy) if free < LITTLE_DISK else Finding("folders", name, OK, text)
 
 
 def find_folders() -> Iterator[Finding]:
-    """Looks at where things are kept."""
+    """Examine the folders of the caches."""
     yield _find_folder("cache", cache_folder("data").parent, "export SCORE_SDE_CACHE=FOLDER, on another disk")
     compiled = Path(getattr(jax.config, "jax_compilation_cache_dir", None) or cache_folder("xla"))
     yield _find_folder("compiled programs", compiled, "export JAX_COMPILATION_CACHE_DIR=FOLDER, on another disk")
 
 
-# --- weights and statistics ------------------------------------------------------------------------------------------
-
-
-def _find_inception() -> Finding:
-    path, get = inception.weights_path(), inception.how_to_get_weights(inception.weights_path())
-    if not path.exists():
-        return Finding("weights", "inception", MISSING, f"FID's network; {path} is not there", get)
-    if not zipfile.is_zipfile(path):
-        return Finding("weights", "inception", BROKEN, f"{path} is damaged", get)
-    return Finding("weights", "inception", OK, f"{path}, {path.stat().st_size / 2**20:.0f} MiB")
-
-
-def _find_saved_model() -> Finding:
-    """Looks where TensorFlow Hub keeps what it has downloaded."""
-    cache = os.environ.get("TFHUB_CACHE_DIR") or str(Path(tempfile.gettempdir()) / "tfhub_modules")
-    folder = Path(cache) / hashlib.sha1(tfgan.TFHUB_URL.encode(), usedforsecurity=False).hexdigest()
-    if (folder / "saved_model.pb").exists():
-        return Finding("weights", "tfgan", OK, str(folder))
-    text = f"TF-GAN's SavedModel; {folder} is not there, and is downloaded when first used"
-    unpack = f"mkdir -p {folder} && curl -L '{tfgan.TFHUB_URL}?tf-hub-format=compressed' | tar -xz -C {folder}"
-    return Finding("weights", "tfgan", MISSING, text, unpack)
-
-
 def find_weights() -> Iterator[Finding]:
-    """Looks for the weights of the feature extractors."""
-    yield _find_inception()
+    """Look for the weights of the feature extractors."""
+    path = inception.weights_path()
+    get = inception.how_to_get_weights(path)
+    if not path.exists():
+        yield Finding("weights", "inception", MISSING, f"FID's network; {path} is not there", get)
+    elif not zipfile.is_zipfile(path):
+        yield Finding("weights", "inception", BROKEN, f"{path} is damaged", get)
+    else:
+        yield Finding("weights", "inception", OK, f"{path}, {path.stat().st_size / 2**20:.0f} MiB")
     if efficientnet.is_installed():
         yield Finding("weights", "efficientnet_lite0", OK, f"in the package {efficientnet.PACKAGE}")
     else:
         text = "ImageNet features where there is no Inception; not installed"
         yield Finding("weights", "efficientnet_lite0", MISSING, text, efficientnet.HOW_TO_INSTALL)
-    yield _find_saved_model()
+    # Where TensorFlow Hub keeps what it has downloaded.
+    cache = os.environ.get("TFHUB_CACHE_DIR") or str(Path(tempfile.gettempdir()) / "tfhub_modules")
+    folder = Path(cache) / hashlib.sha1(tfgan.TFHUB_URL.encode(), usedforsecurity=False).hexdigest()
+    if (folder / "saved_model.pb").exists():
+        yield Finding("weights", "tfgan", OK, str(folder))
+    else:
+        text = f"TF-GAN's SavedModel; {folder} is not there, and is downloaded when first used"
+        unpack = f"mkdir -p {folder} && curl -L '{tfgan.TFHUB_URL}?tf-hub-format=compressed' | tar -xz -C {folder}"
+        yield Finding("weights", "tfgan", MISSING, text, unpack)
     yield Finding("weights", "classifier", OK, "is trained on the data set itself, in each workdir")
 
 
 def find_statistics() -> Iterator[Finding]:
-    """Looks for statistics of real images that are kept."""
-    files = sorted(path.name for path in cache_folder("stats").glob("*.npz"))
+    """Look for cached statistics of real images."""
+    folder = cache_folder("stats")
+    files = sorted(path.name for path in folder.glob("*.npz"))
     if files:
-        yield Finding("statistics", "reference", OK, f"{len(files)} in {cache_folder('stats')}: {_named(files)}")
+        yield Finding("statistics", "reference", OK, f"{len(files)} in {folder}: {_named(files)}")
     else:
-        text = f"none in {cache_folder('stats')}; without, an evaluation computes them from the training images"
+        text = f"none in {folder}; without them an evaluation computes them from the training images"
         yield Finding("statistics", "reference", MISSING, text, "python main.py --config CONFIG --mode stats")
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def _find_digits() -> Finding:
-    try:
-        sizes = [len(datasets.load_digits(split)) for split in ("train", "test")]
-    except (ImportError, OSError, ValueError) as error:
-        return Finding("data", "digits", BROKEN, f"cannot be read: {error}", f"{INSTALL} requirements-core.txt")
-    return Finding("data", "digits", OK, f"{sizes[0]:,} and {sizes[1]:,} images, inside scikit-learn")
-
-
-def prepared_names(folder: Path) -> list[str]:
-    """Names the data sets of a TFDS folder that can be read by index."""
-    found = {path.parent for depth in ("*/*", "*/*/*") for path in folder.glob(f"{depth}/*.array_record*")}
-    return sorted(str(path.relative_to(folder)) for path in found if (path / "dataset_info.json").exists())
-
-
-def _find_kept() -> Finding:
-    files = sorted(cache_folder("data").glob("*/images.npy"))
-    if not files:
-        return Finding("data", "decoded images", OK, "none are kept yet")
-    size = sum(path.stat().st_size for path in files) / GIB
-    shapes = [" x ".join(map(str, np.load(path, mmap_mode="r", allow_pickle=False).shape)) for path in files]
-    return Finding("data", "decoded images", OK, f"{size:.2f} GiB kept, which may be deleted: {_named(shapes)}")
-
-
 def find_data(path: str = "") -> Iterator[Finding]:
-    """Looks for data sets; `path` is a TFDS folder, empty: the usual one."""
-    yield _find_digits()
+    """Look for data sets; `path` is a TFDS folder, empty: the usual one."""
+    try:
+        train, test = (len(datasets.load_digits(split)) for split in ("train", "test"))
+        yield Finding("data", "digits", OK, f"{train:,} and {test:,} images, inside scikit-learn")
+    except (ImportError, OSError, ValueError) as error:
+        yield Finding("data", "digits", BROKEN, f"cannot be read: {error}", f"{INSTALL} requirements-core.txt")
     folder = data_folder(path)
-    names = prepared_names(folder)
+    found = {file.parent for depth in ("*/*", "*/*/*") for file in folder.glob(f"{depth}/*.array_record*")}
+    names = sorted(str(each.relative_to(folder)) for each in found if (each / "dataset_info.json").exists())
     if names:
         yield Finding("data", "TFDS", OK, f"{folder}: {_named(names)}")
     else:
         how = f"python main.py --config {ANY_CONFIG} --mode prepare"
         yield Finding("data", "TFDS", MISSING, f"nothing is prepared in {folder}", how)
-    yield _find_kept()
+    text, files = "none are cached yet", sorted(cache_folder("data").glob("*/images.npy"))
+    if files:
+        size = sum(file.stat().st_size for file in files) / GIB
+        shapes = [" x ".join(map(str, np.load(file, mmap_mode="r", allow_pickle=False).shape)) for file in files]
+        text = f"{size:.2f} GiB cached, may be deleted: {_named(shapes)}"
+    yield Finding("data", "decoded images", OK, text)
 
 
 # --- the configuration -----------------------------------------------------------------------------------------------
 
 
-def _look_for_data(config: ConfigDict) -> tuple[str, str, str]:
-    """Returns state, text and remedy for the configured data set; nothing is decoded that is not yet."""
-    data, flag = config.data, "--config.data.path=DIR"
-    check(config, "data")
-    if name := datasets.tfds_name(config):
-        if tfds_build.is_prepared(name, data.path):
-            return OK, f"prepared in {data_folder(data.path)}", ""
-        text = f"{name} is not prepared in {data_folder(data.path)}"
-        place = f" --config.data.path={data.path}" if data.path else ""
-        return MISSING, text, f"python main.py --config CONFIG --mode prepare{place}"
-    file = data.path
+def _find_configured_data(config: ConfigDict) -> Finding:
+    """Look for the configured data set; decodes nothing."""
+    data, name = config.data, f"data.dataset={config.data.dataset}"
+    try:
+        check(config, "data")
+        if tfds_name := datasets.tfds_name(config):
+            if tfds_build.is_prepared(tfds_name, data.path):
+                return Finding("configuration", name, OK, f"prepared in {data_folder(data.path)}")
+            text = f"{tfds_name} is not prepared in {data_folder(data.path)}"
+            place = f" --config.data.path={data.path}" if data.path else ""
+            remedy = f"python main.py --config CONFIG --mode prepare{place}"
+            return Finding("configuration", name, MISSING, text, remedy)
+    except UserError as error:
+        return Finding("configuration", name, BROKEN, str(error))
+    if data.dataset == "digits":
+        return Finding("configuration", name, OK, "inside scikit-learn")
+    file, flag = data.path, "--config.data.path=DIR"
     if data.dataset in ("FFHQ", "CelebAHQ"):
         file, flag = data.tfrecords_path, "--config.data.tfrecords_path=FILE"
-    if data.dataset == "digits":
-        return OK, "inside scikit-learn", ""
     if not file or not Path(file).expanduser().exists():
-        return MISSING, f"{file!r} is not there" if file else "no place is configured", flag
-    return OK, f"{file} is there", ""
+        text = f"{file!r} is not there" if file else "no path is configured"
+        return Finding("configuration", name, MISSING, text, flag)
+    return Finding("configuration", name, OK, f"{file} is there")
 
 
 def _find_extractor(config: ConfigDict) -> Finding:
-    """Looks for what measures samples; which one "auto" is depends on what there is."""
     try:
         key = choose_extractor(config)
-    except ValueError as error:
+    except UserError as error:
         return Finding("configuration", "extractor", BROKEN, str(error))
     text, weights = f"{key} measures samples", inception.weights_path(config.eval.weights)
     if key == "inception" and not weights.exists():
-        return Finding(
-            "configuration",
-            "extractor",
-            MISSING,
-            f"{text}; {weights} is not there",
-            inception.how_to_get_weights(weights),
-        )
+        text, remedy = f"{text}; {weights} is not there", inception.how_to_get_weights(weights)
+        return Finding("configuration", "extractor", MISSING, text, remedy)
     if key == "efficientnet_lite0" and not efficientnet.is_installed():
         return Finding("configuration", "extractor", MISSING, f"{text}; not installed", efficientnet.HOW_TO_INSTALL)
     return Finding("configuration", "extractor", OK, text)
@@ -306,29 +282,30 @@ def _find_reference(config: ConfigDict) -> Finding:
 
 
 def find_configured(config: ConfigDict) -> Iterator[Finding]:
-    """Looks at a configuration: whether it can be built, and its data set."""
+    """Examine a configuration: whether it can be built, its data set, extractor and reference."""
     try:
         build_experiment(config)
         distributed.check_batch_size("training.batch_size", config.training.batch_size)
-        yield Finding("configuration", "settings", OK, "are understood")
-    except ValueError as error:
+        yield Finding("configuration", "settings", OK, "are valid")
+    except UserError as error:
         yield Finding("configuration", "settings", BROKEN, str(error))
-    try:
-        state, text, remedy = _look_for_data(config)
-    except ValueError as error:
-        state, text, remedy = BROKEN, str(error), ""
-    yield Finding("configuration", f"data.dataset={config.data.dataset}", state, text, remedy)
+    yield _find_configured_data(config)
     yield _find_extractor(config)
     yield _find_reference(config)
 
 
-def take_inventory(config: Any = None) -> Iterator[Finding]:
-    """Yields what there is and what is missing; `config` is an experiment configuration, or None."""
+def take_inventory(config: ConfigDict | UserError | None = None) -> Iterator[Finding]:
+    """Yield what is there and what is missing; `config`: see `doctor.doctor`."""
     yield from find_packages()
     yield from find_devices()
     yield from find_folders()
     yield from find_weights()
     yield from find_statistics()
-    yield from find_data(config.data.path if config is not None and datasets.tfds_name(config) else "")
-    if config is not None:
-        yield from find_configured(config)
+    if config is None or isinstance(config, UserError):
+        yield from find_data()
+        if config is not None:
+            yield Finding("configuration", "--config", BROKEN, str(config))
+        return
+    resolved = smoke.shrink(config) if config.training.smoke else config  # unchecked: what is wrong is a finding
+    yield from find_data(resolved.data.path if datasets.tfds_name(resolved) else "")
+    yield from find_configured(resolved)

@@ -1,7 +1,6 @@
-"""The self-test of --mode doctor: a sampler, a likelihood, training steps, a checkpoint and the devices, in seconds.
+"""The self-test of --mode doctor: samplers, a likelihood, training steps, a checkpoint and the devices, in seconds.
 
-Each is checked against what is known in closed form or must be equal bit for bit; the network is tiny, so that little
-is compiled.
+Each result is compared with a closed form or must be equal bit for bit. The network is tiny: little to compile.
 """
 
 from __future__ import annotations
@@ -32,26 +31,21 @@ from sampling import build_sampler
 from sde_lib import VPSDE, ScoreFn, expand
 from workdir.checkpoints import Checkpoints
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "vp" / "digits_ddpmpp_continuous.py"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "vp" / "digits_ddpmpp_continuous.py"
 MEAN, STD = 0.3, 0.5  # of Gaussian data, in every dimension
 SHAPE = (4096, 2, 2, 1)  # samples, and pixels of each
 NUM_IMAGES = 8  # whose likelihood is measured
-STANDARD_ERRORS = 5  # of an estimate: one run in two million is further off
+STANDARD_ERRORS = 5  # of an estimate: one run in two million exceeds them
 PC_BIAS = 0.03  # of the variance after 500 steps
 NATS = 1e-3  # tolerance of log p(x) of 4 pixels, integrated to 1e-5 a step in float32
-LR_SHARE = 0.01  # part of the learning rate by which Adam's first step may differ from it
+LR_ERROR = 0.01  # relative error of Adam's first step, which is the learning rate
 MATMUL = 1e-4  # relative error of a product in float32
 NUM_STEPS = 500
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one check found.
-
-    Attributes:
-      passed: whether it is as it must be.
-      text: what was measured, and what was expected.
-    """
+    """What one check found: whether it passed, and what was measured and expected."""
 
     passed: bool
     text: str
@@ -61,7 +55,7 @@ class Outcome:
 
 
 def gaussian_score(sde: VPSDE) -> ScoreFn:
-    """Returns the exact score of N(MEAN, STD^2 I) data under an SDE."""
+    """Return the exact score of N(MEAN, STD^2 I) data under an SDE."""
 
     def score_fn(x: Float[Array, "B ..."], t: Float[Array, "B"]) -> Float[Array, "B ..."]:
         mean_coeff, std = sde.mean_coeff(t), sde.std(t)
@@ -71,8 +65,8 @@ def gaussian_score(sde: VPSDE) -> ScoreFn:
 
 
 def _config() -> ConfigDict:
-    """Returns the smallest experiment on the digits; without warm-up, whose first step would have rate 0."""
-    config = smoke.shrink(runpy.run_path(str(CONFIG))["get_config"]())  # a file, as --config takes it
+    """Return the smallest experiment on the digits; without warm-up, whose first step would have rate 0."""
+    config = smoke.shrink(runpy.run_path(str(CONFIG))["get_config"]())
     config.unlock()
     config.optim.warmup = 0
     config.likelihood.update(trace="exact", rtol=1e-5, atol=1e-5)
@@ -80,7 +74,7 @@ def _config() -> ConfigDict:
 
 
 def check_sampler(method: str) -> Outcome:
-    """Draws samples with the exact score; mean and variance must be those of the data."""
+    """Sample with the exact score; mean and variance must be those of the data."""
     config, sde = _config(), VPSDE()
     config.sampling.update(method=method, num_steps=NUM_STEPS, predictor="euler_maruyama", corrector="none")
     sampler = build_sampler(config, sde, SHAPE)
@@ -96,15 +90,15 @@ def check_sampler(method: str) -> Outcome:
 
 
 def _log_normal(x: np.ndarray, mean: float, variance: float) -> Float[np.ndarray, "B"]:
-    """Log-density of independent normal pixels, in nats."""
+    """Return the log-density of independent normal pixels, in nats."""
     square = np.square(x.astype(np.float64) - mean) / variance
     return -0.5 * (square + math.log(2 * math.pi * variance)).sum(axis=(1, 2, 3))
 
 
 def check_likelihood() -> Outcome:
-    """Measures log p of Gaussian images with the exact score; it must be the closed form.
+    """Compute log p of Gaussian images with the exact score; it must be the closed form.
 
-    But for the prior: the process ends, at T, on a Gaussian that is not quite N(0, I).
+    The closed form is corrected for the prior: at T the data's Gaussian is not quite N(0, I).
     """
     sde = VPSDE()
     likelihood = build_likelihood(_config(), sde)
@@ -116,18 +110,18 @@ def check_likelihood() -> Outcome:
     latent = np.asarray(result.latent)
     expected = _log_normal(np.asarray(x), *start) + _log_normal(latent, 0, 1) - _log_normal(latent, *end)
     error = float(np.abs(np.asarray(result.nats, np.float64) - expected).max())
-    return Outcome(error < NATS, f"log p off by {error:.1g} nats at the most; expected less than {NATS}")
+    return Outcome(error < NATS, f"log p off by at most {error:.1g} nats; expected less than {NATS}")
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
 class TinyNetwork(nn.Module):
-    """Two convolutions that see the noise level; of the right interface, and compiled in a moment."""
+    """Two convolutions conditioned on the noise level, with the interface of a score network; compiles fast."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], labels: Float[Array, "B"], train: bool) -> Float[Array, "B H W C"]:
-        """Applies the network."""
+        """Apply the network."""
         h = nn.Conv(8, (3, 3))(x) + nn.Dense(8)(labels[:, None] / 1000)[:, None, None]
         return nn.Conv(x.shape[-1], (3, 3))(nn.swish(h))
 
@@ -150,10 +144,10 @@ def _store_and_restore(state: Any, experiment: Experiment) -> Any:
 
 
 def check_training() -> Outcome:
-    """Takes two training steps on the digits, with a checkpoint in between.
+    """Take two training steps on the digits, with a checkpoint in between.
 
-    Adam's first step moves a parameter by the learning rate, whatever the gradient; and the second step after a
-    checkpoint was written and read must equal, bit for bit, that of a run without one.
+    Adam's first step moves a parameter by the learning rate, whatever the gradient. The second step from the restored
+    checkpoint must equal, bit for bit, that of a run without one.
     """
     experiment = _tiny_experiment()
     settings = experiment.config.training
@@ -177,7 +171,7 @@ def check_training() -> Outcome:
     ends = (jax.tree.leaves(distributed.unreplicate(each)) for each in (unbroken, resumed))
     is_same = all(np.array_equal(a, b) for a, b in zip(*ends, strict=True))
     loss, rate = float(np.mean(distributed.gather(metrics["loss"]))), experiment.config.optim.lr
-    passed = bool(np.isfinite(loss)) and abs(moved - rate) < LR_SHARE * rate and is_same
+    passed = bool(np.isfinite(loss)) and abs(moved - rate) < LR_ERROR * rate and is_same
     resuming = f"resumed from a checkpoint {'equals' if is_same else 'DIFFERS FROM'} unbroken"
     return Outcome(
         passed, f"loss {loss:.3f}; the first step moves parameters by {moved:.3g}, expected {rate:g}; {resuming}"
@@ -188,7 +182,7 @@ def check_training() -> Outcome:
 
 
 def check_devices() -> Outcome:
-    """Averages numbers over all devices, and multiplies matrices on each."""
+    """Average numbers over all devices, and multiply matrices on each."""
     local = distributed.local_device_count()
     a = np.random.default_rng(0).normal(size=(local, 64, 64)).astype(np.float32)
     number = np.arange(1, local + 1, dtype=np.float32)
@@ -217,11 +211,11 @@ CHECKS: dict[str, Callable[[], Outcome]] = {
 
 
 def run_check(name: str) -> Outcome:
-    """Runs one check; what it raises is what it found."""
+    """Run one check; an exception is its outcome."""
     start = time.monotonic()
     try:
         outcome = CHECKS[name]()
-    except Exception as error:  # whatever is wrong with an installation, and the other checks are still to run
+    except Exception as error:  # whatever is wrong with an installation; the other checks still have to run
         reason = (str(error).strip().splitlines() or [""])[0]
         outcome = Outcome(False, f"{type(error).__name__}: {reason}")
     return dataclasses.replace(outcome, text=f"{outcome.text} ({time.monotonic() - start:.1f} s)")

@@ -20,7 +20,7 @@ from controllable_generation.labels import build_labels
 from dequantization import PROTOCOLS
 from errors import UserError
 from evaluation import gaussian_bits_per_dim
-from experiment.build import Experiment, SamplingProgram, build_bpd_program, build_loss_program
+from experiment.build import Experiment, SamplingProgram, build_bpd_program, build_loss_program, open_experiment
 from experiment.drawing import NUM_SHOWN, draw_samples, evenly_chosen
 from losses import TrainState
 from metrics.metric import Metric, mean_metric
@@ -39,7 +39,7 @@ from report import (
     write_report,
 )
 from solvers import ode
-from workdir import results
+from workdir import locks, results
 from workdir.checkpoints import Checkpoints
 from workdir.folder import WorkdirError
 from workdir.progress import track
@@ -318,8 +318,29 @@ def _load_classifier(experiment: Experiment, workdir: Path) -> Classifier | None
     return classifier
 
 
-def evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) -> None:
-    """Evaluates the checkpoints of a sweep, each as soon as it is there, and writes the report after each."""
+def evaluate(config: ConfigDict, workdir: str | Path, eval_folder: str = "eval") -> None:
+    """Evaluate the checkpoints eval.begin_ckpt .. eval.end_ckpt, and write the report after each.
+
+    Reuses what an earlier, killed evaluation has written.
+
+    Args:
+      config: experiment configuration.
+      workdir: folder of a training run.
+      eval_folder: folder of the results, inside the workdir.
+
+    Raises:
+      UserError: if a setting is wrong.
+      WorkdirError: if the workdir holds another experiment, or the folder results of other settings.
+      CheckpointError: if a checkpoint is missing or damaged.
+    """
+    experiment, workdir = open_experiment(config, workdir), Path(workdir)
+    check_evaluation(experiment.config)
+    folder = workdir / eval_folder
+    with locks.hold(folder, "--eval_folder"):
+        _evaluate_checkpoints(experiment, workdir, folder)
+
+
+def _evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) -> None:
     config = experiment.config
     evaluator = Evaluator(experiment, _load_classifier(experiment, workdir))
     numbers = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)

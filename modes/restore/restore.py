@@ -19,7 +19,7 @@ from configs.settings import of_group
 from controllable_generation import Operator, build_operator
 from controllable_generation.restoration import noise_in_range
 from experiment import drawing
-from experiment.build import Experiment
+from experiment.build import Experiment, open_experiment
 from experiment.drawing import Snapshot
 from metrics.fidelity import psnr, ssim, ssim_window
 from modes.restore.inputs import Inputs, brightness, build_measuring, load_inputs
@@ -220,26 +220,32 @@ def _facts(summary: Restorations) -> dict[str, Any]:
     return {name: values[name] for name in names} | {"num_images": len(summary.images)}
 
 
-def restore_images(experiment: Experiment, workdir: Path, *, output: str, snapshot: int, num_images: int) -> Path:
-    """Restores images from measurements of them with one checkpoint; writes each when it is done, the summary last.
+def restore(
+    config: ConfigDict, workdir: str | Path, output: str = "", *, snapshot: int = 0, num_images: int = 0
+) -> Path:
+    """Restore images from what `config.restore` measures of them: in-painting, super-resolution and other problems.
+
+    Writes a folder for each image, with its measurement, its restorations, their mean and standard deviation, and the
+    summary of all, restore.md and restore.json. Reuses what an earlier, killed run has drawn; names and skips files
+    that cannot be read.
 
     Args:
-      experiment: of the workdir.
-      workdir: of the training run.
-      output: folder inside the workdir; empty: named after checkpoint, operator and method.
+      config: experiment configuration.
+      workdir: folder of a training run.
+      output: folder of the results, inside the workdir; empty: "restore/ckpt_<number>_<operator>_<method>".
       snapshot: number of the checkpoint; 0: the newest.
-      num_images: images, at the most; 0: all that there are, or 8 of the test split.
+      num_images: largest number of images; 0: all of restore.images, or 8 of the test split.
 
     Returns:
-      The folder.
+      The folder of the results.
 
     Raises:
-      UserError: if a setting is wrong, or there is no image that can be used.
-      UserError: if there is no such file.
+      UserError: if a setting is wrong, or there is no usable image.
+      WorkdirError: if the workdir holds another experiment, or the folder results of other settings or images.
       CheckpointError: if the checkpoint is missing or damaged.
-      WorkdirError: if the folder holds results of other settings or images.
       SolverError: if a restoration diverged.
     """
+    experiment, workdir = open_experiment(config, workdir), Path(workdir)
     config = experiment.config
     operator = build_operator(config, experiment.image_shape)
     RestorationProgram(experiment, operator, distributed.device_count())  # its checks, before anything is read

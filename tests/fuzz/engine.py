@@ -19,6 +19,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from errors import UserError
+
 SECONDS = 5.0  # of the processor's time for an input
 WAITING = 60.0  # seconds in all, on a machine that does other things beside it
 MEMORY = 2**30  # bytes that a reader may take on top of what the process has when it starts
@@ -51,7 +53,7 @@ class Reader:
     inputs: tuple[bytes, ...] | Callable
     change: Callable
     read: Callable
-    errors: tuple[type[BaseException], ...] = (ValueError, FileNotFoundError)
+    errors: tuple[type[BaseException], ...] = (UserError,)
     memory: int = MEMORY
     clean: Callable = lambda: None
     prepare: Callable = lambda: None

@@ -32,8 +32,7 @@ from sources.pictures import Fit, load_pictures
 from storage import files
 from workdir import folder as workdirs
 from workdir import progress, results
-from workdir.checkpoints import CheckpointError, Checkpoints
-from workdir.folder import WorkdirError
+from workdir.checkpoints import Checkpoints
 
 DRAW = np.random.default_rng(0)
 SHAPE = (4, 4, 3)
@@ -141,7 +140,6 @@ def orbax_reader():
 
     return Reader(
         *("orbax", "workdir.zip", functools.cache(lambda: (write(),)), mutations.change_folder, read),
-        errors=(ValueError, FileNotFoundError, CheckpointError),
         clean=lambda: shutil.rmtree(unpacked, ignore_errors=True),
         name_in_message=str(unpacked),
         share=0.1,  # an input takes 50 ms
@@ -366,7 +364,7 @@ def config_reader():
 
     # What differs is told by the name of the folder.
     return Reader(
-        *("config", workdirs.CONFIG_FILE, (text,), mutations.change_json, read, (ValueError, WorkdirError)),
+        *("config", workdirs.CONFIG_FILE, (text,), mutations.change_json, read),
         name_in_message=tempfile.gettempdir(),
     )
 
@@ -383,7 +381,7 @@ def settings_reader():
 
     # What differs is told by the name of the folder.
     return Reader(
-        *("settings", results.SETTINGS_FILE, (text,), mutations.change_json, read, (ValueError, WorkdirError)),
+        *("settings", results.SETTINGS_FILE, (text,), mutations.change_json, read),
         name_in_message=tempfile.gettempdir(),
     )
 
