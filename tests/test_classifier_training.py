@@ -143,7 +143,7 @@ def _small_network():
         patch.setattr(wideresnet, "BASE_WIDTHS", (8,))
         patch.setattr(classifier_training, "build_train_program", share(classifier_training.build_train_program))
         patch.setattr(classifier_accuracy, "build_measure", share(classifier_accuracy.build_measure))
-        patch.setattr(classifier_accuracy, "NUM_LEVELS", 3)
+        patch.setattr(classifier_accuracy, "NUM_SIGMAS", 3)
         yield
 
 
