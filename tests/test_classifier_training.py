@@ -122,7 +122,7 @@ def test_normalization_is_that_of_all_training_images(tmp_path):
     assert measured.std == pytest.approx([x.std()], rel=1e-6)
     assert Normalization.of_folder(tmp_path, None, scaler) == measured  # read, not measured again
     (tmp_path / "normalization.json").write_text('{"mean": ')
-    with pytest.raises(ValueError, match=r"normalization.json is damaged .*; remove it and give --mode train_cl"):
+    with pytest.raises(ValueError, match=r"normalization.json is damaged .*; remove it and run --mode train_cl"):
         Normalization.of_folder(tmp_path, source, scaler)
     with pytest.raises(ValueError, match="has one value only, so that there is nothing to learn"):
         Normalization.measure(dataclasses.replace(source, levels=np.full_like(source.levels, 3)), scaler)
@@ -293,7 +293,7 @@ def test_another_classifier_in_the_folder_is_refused(unbroken, tmp_path):
 
 
 def test_a_diverged_classifier_names_its_own_learning_rate(tmp_path, monkeypatch):
-    monkeypatch.setattr(losses, "make_classifier_loss", lambda *args, **kwargs: _nan_loss)
+    monkeypatch.setattr(classifier_experiment, "make_classifier_loss", lambda *args, **kwargs: _nan_loss)
     monkeypatch.setattr(classifier_training, "build_train_program", build_train_program)  # not the shared one
     with pytest.raises(DivergedError, match=r"lower classifier.lr or set optim.grad_clip") as raised:
         run_lib.train_classifier(tiny.make_config(), tmp_path)
