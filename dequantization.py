@@ -14,29 +14,26 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 from configs.settings import check
 from datasets import Scaler
 from parallel import rng
-from sde_lib import SDE
+from sde_lib import SDE, Images, Scalars
 from solvers.noise_levels import noise_levels
 
 # (key, levels) -> (x in the network's range, log-density of the noise in nats and in the network's units)
-Dequantize = Callable[[PRNGKeyArray, UInt8[Array, "B H W C"]], tuple[Float[Array, "B H W C"], Float[Array, "B"]]]
+Dequantize = Callable[[PRNGKeyArray, UInt8[Array, "B H W C"]], tuple[Images, Scalars]]
 
 _BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
 
 
 def _build_uniform(scaler: Scaler, noise_std: float) -> Dequantize:
     """Uniform on [v, v + 1) / num_levels, whether or not the network was trained so (Song et al. 2021; all SDEs)."""
-    del noise_std
     intervals = dataclasses.replace(scaler, dequantize=True)
 
-    def dequantize(
-        key: PRNGKeyArray, levels: UInt8[Array, "B H W C"]
-    ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]:
+    def dequantize(key: PRNGKeyArray, levels: UInt8[Array, "B H W C"]) -> tuple[Images, Scalars]:
         return intervals.to_network(key, levels), _log_uniform(levels, intervals.bin_width)
 
     return dequantize
@@ -52,9 +49,7 @@ def _build_truncated_normal(scaler: Scaler, noise_std: float) -> Dequantize:
     inside = math.erf(half_bins / math.sqrt(2))  # probability of a normal draw to stay in the bin
     log_peak = -math.log(inside * noise_std * math.sqrt(2 * math.pi))
 
-    def dequantize(
-        key: PRNGKeyArray, levels: UInt8[Array, "B H W C"]
-    ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]:
+    def dequantize(key: PRNGKeyArray, levels: UInt8[Array, "B H W C"]) -> tuple[Images, Scalars]:
         u = rng.uniform(key, levels.shape, -1.0, 1.0)
         # The inverse of the distribution function, as an odd function of u: float32 is as good for a bin far narrower
         # than the normal as for a wide one. It is infinite at -1, which a uniform draw takes once in 2^24.
@@ -68,11 +63,10 @@ def _build_truncated_normal(scaler: Scaler, noise_std: float) -> Dequantize:
 
 def _build_none(scaler: Scaler, noise_std: float) -> Dequantize:
     """The middle of the bin, without noise; by convention the log-density is that of uniform noise in the bin."""
-    del noise_std
     return lambda key, levels: (scaler.middle(levels), _log_uniform(levels, scaler.bin_width))
 
 
-def _log_uniform(levels: UInt8[Array, "B H W C"], bin_width: float) -> Float[Array, "B"]:
+def _log_uniform(levels: UInt8[Array, "B H W C"], bin_width: float) -> Scalars:
     return jnp.full(levels.shape[0], -math.prod(levels.shape[1:]) * math.log(bin_width))
 
 
@@ -97,7 +91,7 @@ PROTOCOLS = {
 
 
 def build_dequantization(config: ConfigDict, scaler: Scaler, sde: SDE, *, eps: float) -> Dequantize:
-    """Builds the protocol that `likelihood.dequantization` names.
+    """Build the protocol that `likelihood.dequantization` names.
 
     Args:
       config: read here: `likelihood.dequantization`.

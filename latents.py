@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs.settings import check
 from errors import UserError
-from sde_lib import SDE, ScoreFn
+from sde_lib import SDE, ScoreFn, State
 from solvers.adaptive import integrate_flow
 
 # Norm of the sum of two unit vectors below which they are opposite: half-way the direction is rounding error alone.
@@ -39,12 +39,8 @@ class Codec:
     rtol: float
     atol: float
 
-    def encode(self, score_fn: ScoreFn, x: Float[Array, "B ..."]) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
-        """Integrates from eps to T, each example with its own steps.
-
-        Args:
-          score_fn: score(x, t); any function.
-          x: images in the network's range.
+    def encode(self, score_fn: ScoreFn, x: State) -> tuple[State, Int[Array, ""]]:
+        """Integrate images in the network's range from eps to T, each with its own steps.
 
         Returns:
           Latents, of the prior's scale, NaN where the integration failed (see `ode.require_solved`); and the number of
@@ -52,19 +48,17 @@ class Codec:
         """
         return self._integrate(score_fn, x, t0=self.eps, t1=self.sde.T)
 
-    def decode(self, score_fn: ScoreFn, latents: Float[Array, "B ..."]) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
-        """Integrates from T to eps: the inverse of `encode`, to the solver's tolerance; arguments and result alike."""
+    def decode(self, score_fn: ScoreFn, latents: State) -> tuple[State, Int[Array, ""]]:
+        """Integrate from T to eps: the inverse of `encode`, to the solver's tolerance; arguments and result alike."""
         return self._integrate(score_fn, latents, t0=self.sde.T, t1=self.eps)
 
-    def _integrate(
-        self, score_fn: ScoreFn, x: Float[Array, "B ..."], *, t0: float, t1: float
-    ) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
+    def _integrate(self, score_fn: ScoreFn, x: State, *, t0: float, t1: float) -> tuple[State, Int[Array, ""]]:
         solution = integrate_flow(score_fn, x, sde=self.sde, t0=t0, t1=t1, rtol=self.rtol, atol=self.atol)
         return solution.y, solution.nfe
 
 
 def build_codec(config: ConfigDict, sde: SDE) -> Codec:
-    """Builds the map between images and latents, whose images lie where sampling stops, at `sde.sampling_eps`.
+    """Build the map between images and latents, whose images lie where sampling stops, at `sde.sampling_eps`.
 
     Args:
       config: read here: `sampling.rtol`, `sampling.atol`.
@@ -85,7 +79,7 @@ def _rows(latents: np.ndarray) -> Float[np.ndarray, "B F"]:
 
 
 def _check_directions(norms: Float[np.ndarray, "2 B"], sums: Float[np.ndarray, "B"]) -> None:
-    """Refuses pairs that no shortest arc joins: `norms` of both latents, `sums` the norm of the sum of directions."""
+    """Refuse pairs that no shortest arc joins: `norms` of both latents, `sums` the norm of the sum of directions."""
     for pair, total in enumerate(sums):
         if not (np.isfinite(norms[:, pair]) & (norms[:, pair] > 0)).all():
             raise UserError(f"latents of pair {pair} have norms {norms[:, pair]}; expected finite ones above 0")
@@ -99,7 +93,7 @@ def _check_directions(norms: Float[np.ndarray, "2 B"], sums: Float[np.ndarray, "
 def slerp(
     first: Float[np.ndarray, "B ..."], second: Float[np.ndarray, "B ..."], weights: Sequence[float] | np.ndarray
 ) -> Float[np.ndarray, "B S ..."]:
-    """Interpolates between two latents along the shortest arc, the norm growing linearly.
+    """Interpolate between two latents along the shortest arc, the norm growing linearly.
 
     With directions u = z / |z| of the flattened latents and the angle w between them, at weight a:
 
@@ -141,11 +135,7 @@ def slerp(
 def scale_temperature(
     latents: Float[np.ndarray, "B ..."], temperatures: Sequence[float] | np.ndarray
 ) -> Float[np.ndarray, "B S ..."]:
-    """Scales latents about the prior's mean, which is 0: below 1, the paper's "reducing norm of embedding" (Figure 6).
-
-    Args:
-      latents: codes of images.
-      temperatures: factors; 1 changes nothing.
+    """Scale latents about the prior's mean, which is 0: below 1, the paper's "reducing norm of embedding" (Figure 6).
 
     Returns:
       float32, S latents for each of the B.
@@ -179,7 +169,7 @@ class Comparison:
 
 
 def compare_with_prior(latents: Float[np.ndarray, "N ..."], prior_std: float) -> dict[str, Comparison]:
-    """Compares latents with the prior N(0, prior_std^2 I), the data's own law at T if the score is right.
+    """Compare latents with the prior N(0, prior_std^2 I), the data's own law at T if the score is right.
 
     Args:
       latents: one for each image.

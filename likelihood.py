@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 import checks
 from configs.settings import check
 from parallel import rng
-from sde_lib import SDE, ScoreFn
+from sde_lib import SDE, Scalars, ScoreFn, State
 from solvers import ode
 
 # Time at which the integration starts: earlier than sampling stops, since with VP at t = 1e-3 the noise is as wide as
@@ -27,31 +26,26 @@ LIKELIHOOD_EPS = 1e-5
 _EXACT_CHUNK = 64
 
 DrawProbes = Callable[[PRNGKeyArray, tuple[int, ...]], Float[Array, "B K ..."]]
-VJP = Callable[[Float[Array, "B ..."]], tuple[Float[Array, "B ..."]]]
+VJP = Callable[[State], tuple[State]]
 
 
 @struct.dataclass
 class LikelihoodResult:
     """Likelihood of each example; NaN where the integration failed (see `ode.require_solved`)."""
 
-    nats: Float[Array, "B"]  # log p(x), a density in the network's range
-    bpd: Float[Array, "B"]  # bits per dimension of the data with `data.num_levels` levels
-    stderr: Float[Array, "B"]  # standard error of `bpd` over the probes; 0 if exact, NaN for a single probe
-    latent: Float[Array, "B ..."]  # state at t = T
+    nats: Scalars  # log p(x), a density in the network's range
+    bpd: Scalars  # bits per dimension of the data with `data.num_levels` levels
+    stderr: Scalars  # standard error of `bpd` over the probes; 0 if exact, NaN for a single probe
+    latent: State  # state at t = T
     nfe: Int[Array, ""]  # evaluations of the score, each for the whole batch
 
 
-class Likelihood(Protocol):
-    """What `build_likelihood` returns."""
-
-    def __call__(
-        self, key: PRNGKeyArray, score_fn: ScoreFn, x: Float[Array, "B ..."], log_q: Float[Array, "B"] | None = None
-    ) -> LikelihoodResult:
-        """Measures the likelihood of `x`, float[B, ...] in the network's range (see `build_likelihood`)."""
+# (key, score_fn, x, log_q or None) -> result, see `build_likelihood`
+Likelihood = Callable[..., LikelihoodResult]
 
 
 def _probed_trace(vjp: VJP, probes: Float[Array, "B K ..."]) -> Float[Array, "B K"]:
-    """Returns e^T J e for each probe e (Skilling-Hutchinson)."""
+    """Return e^T J e for each probe e (Skilling-Hutchinson)."""
     estimate = lambda e: jnp.sum(e * vjp(e)[0], axis=tuple(range(1, e.ndim)))  # noqa: E731
     if probes.shape[1] == 1:  # without vmap, whose axis of one would lead through the whole network
         return estimate(probes[:, 0])[:, None]
@@ -59,10 +53,10 @@ def _probed_trace(vjp: VJP, probes: Float[Array, "B K ..."]) -> Float[Array, "B 
 
 
 def _exact_trace(vjp: VJP, shape: tuple[int, ...]) -> Float[Array, "B 1"]:
-    """Returns the trace of J from its products with all the D basis vectors."""
+    """Return the trace of J from its products with all the D basis vectors."""
     num_dims = math.prod(shape[1:])
 
-    def diagonal_element(i: Int[Array, ""]) -> Float[Array, "B"]:
+    def diagonal_element(i: Int[Array, ""]) -> Scalars:
         e = jax.nn.one_hot(i, num_dims).reshape(1, *shape[1:])
         return jnp.sum(e * vjp(jnp.broadcast_to(e, shape))[0], axis=tuple(range(1, len(shape))))
 
@@ -72,8 +66,8 @@ def _exact_trace(vjp: VJP, shape: tuple[int, ...]) -> Float[Array, "B 1"]:
 def _log_likelihood(
     key: PRNGKeyArray,
     score_fn: ScoreFn,
-    x: Float[Array, "B ..."],
-    log_q: Float[Array, "B"] | None = None,
+    x: State,
+    log_q: Scalars | None = None,
     *,
     sde: SDE,
     draw_probes: DrawProbes | None,
@@ -84,12 +78,12 @@ def _log_likelihood(
     atol: float,
     max_steps: int,
 ) -> LikelihoodResult:
-    """Integrates (x, ∫ div f) from eps to T; `draw_probes` None stands for the exact trace."""
+    """Integrate (x, ∫ div f) from eps to T; `draw_probes` None stands for the exact trace."""
     B, num_dims = x.shape[0], math.prod(x.shape[1:])
     probes = draw_probes(key, (B, num_probes, *x.shape[1:])) if draw_probes else None
     flow = sde.reverse(score_fn, probability_flow=True)
 
-    def dynamics(t: Float[Array, "B"], y: Float[Array, "B F"]) -> Float[Array, "B F"]:
+    def dynamics(t: Scalars, y: Float[Array, "B F"]) -> Float[Array, "B F"]:
         drift, vjp = jax.vjp(lambda x: flow.sde(x, t)[0], y[:, :num_dims].reshape(x.shape))
         divergence = _exact_trace(vjp, x.shape) if probes is None else _probed_trace(vjp, probes)
         return jnp.concatenate([drift.reshape(B, num_dims), divergence], axis=1)
@@ -116,7 +110,7 @@ TRACES: dict[str, DrawProbes | None] = {"exact": None, "gaussian": rng.normal, "
 def build_likelihood(
     config: ConfigDict, sde: SDE, *, eps: float = LIKELIHOOD_EPS, max_steps: int = ode.MAX_STEPS
 ) -> Likelihood:
-    """Builds f(key, score_fn, x) -> LikelihoodResult, to be run under `jax.jit` or inside `distributed.pmap`.
+    """Build f(key, score_fn, x) -> LikelihoodResult, to be run under `jax.jit` or inside `distributed.pmap`.
 
     log p(x) = log p_T(x(T)) + ∫ div f dt along the probability-flow ODE dx = f dt (Eq. 13 and Appendix D.2), in one
     adaptive integration from `eps` to T in which each example takes its own steps. Drift and divergence come from one
@@ -130,10 +124,6 @@ def build_likelihood(
       sde: forward SDE.
       eps: time at which the integration starts.
       max_steps: attempted steps after which an example is given up.
-
-    Returns:
-      f, of `key`, one key or one for each example; `score_fn`, any function; `x`, float[B, ...] in the network's range;
-      and `log_q`, float[B] or None.
 
     Raises:
       UserError: if the trace's name is unknown or a number out of range.

@@ -23,7 +23,7 @@ from errors import UserError
 from models.factory import num_classes_of
 from models.score import get_model_fn, get_score_fn
 from parallel import distributed, rng
-from sde_lib import SDE, VESDE, VPSDE, expand
+from sde_lib import SDE, Images, Scalars, expand
 from solvers import noise_levels
 
 # --- times of training ------------------------------------------------------------------------------------------------
@@ -33,13 +33,13 @@ TRAINING_EPS = 1e-5  # smallest time that training sees, for every SDE, as in th
 NUM_PIECES = 4096
 
 # (key, B) -> times and weights, such that the mean of weight * f(t) is that of f over [eps, T] for every f.
-DrawTimes = Callable[[PRNGKeyArray, int], tuple[Float[Array, "B"], Float[Array, "B"]]]
+DrawTimes = Callable[[PRNGKeyArray, int], tuple[Scalars, Scalars]]
 
 
 def make_uniform_times(sde: SDE, *, eps: float = TRAINING_EPS) -> DrawTimes:
-    """Returns what draws times uniformly from [eps, T], with weights 1."""
+    """Return what draws times uniformly from [eps, T], with weights 1."""
 
-    def draw(key: PRNGKeyArray, num_examples: int) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    def draw(key: PRNGKeyArray, num_examples: int) -> tuple[Scalars, Scalars]:
         t = rng.uniform(key, (num_examples,), minval=eps, maxval=sde.T)
         return t, jnp.ones_like(t)
 
@@ -47,7 +47,7 @@ def make_uniform_times(sde: SDE, *, eps: float = TRAINING_EPS) -> DrawTimes:
 
 
 def make_importance_times(sde: SDE, *, eps: float = TRAINING_EPS, num_pieces: int = NUM_PIECES) -> DrawTimes:
-    """Returns what draws times from p(t) ∝ g(t)² / std(t)² on [eps, T], with weights 1 / (p(t) (T - eps)).
+    """Return what draws times from p(t) ∝ g(t)² / std(t)² on [eps, T], with weights 1 / (p(t) (T - eps)).
 
     The importance sampling of Song, Durkan, Murray and Ermon 2021, "Maximum Likelihood Training of Score-Based
     Diffusion Models": weight * g² / std², the factor of the likelihood-weighted loss that rises as 1 / t, is then the
@@ -67,7 +67,7 @@ def make_importance_times(sde: SDE, *, eps: float = TRAINING_EPS, num_pieces: in
     nodes[0], nodes[-1] = eps, sde.T
     starts, widths = nodes[:-1], np.diff(nodes)  # the difference in float64: near eps it is 6e-8 wide
 
-    def draw(key: PRNGKeyArray, num_examples: int) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    def draw(key: PRNGKeyArray, num_examples: int) -> tuple[Scalars, Scalars]:
         place = num_pieces * rng.uniform(key, (num_examples,))
         piece = place.astype(jnp.int32)
         width = jnp.asarray(widths)[piece]
@@ -86,53 +86,43 @@ class LossFn(Protocol):
     """Loss of each image of a batch."""
 
     def __call__(
-        self,
-        key: PRNGKeyArray,
-        params: Params,
-        x: Float[Array, "B H W C"],
-        *,
-        train: bool,
-        class_labels: ClassLabels = None,
-    ) -> Float[Array, "B"]:
-        """Returns the loss of each image.
+        self, key: PRNGKeyArray, params: Params, x: Images, *, train: bool, class_labels: ClassLabels = None
+    ) -> Scalars:
+        """Return the loss of each image.
 
         Args:
           key: one key, or one for each image when `train` is not set.
           params: of the network.
           x: images in the network's range.
           train: apply dropout, to features and to labels.
-          class_labels: of the images, for a network that is told classes; None: no labels.
+          class_labels: of the images, for a class-conditional network; None: no labels.
         """
         ...
 
 
-def _reduce(squares: Float[Array, "B H W C"], reduce_mean: bool) -> Float[Array, "B"]:
-    """Averages over an image, or takes half the sum, as the 2021 code does for its published numbers."""
+def _reduce(squares: Images, reduce_mean: bool) -> Scalars:
+    """Average over an image, or take half the sum, as the 2021 code does for its published numbers."""
     return squares.mean(axis=(1, 2, 3)) if reduce_mean else 0.5 * squares.sum(axis=(1, 2, 3))
 
 
 # --- in continuous time ----------------------------------------------------------------------------------------------
 
 # Score at one time of each image: x -> score(x, t).
-ScoreAtT = Callable[[Float[Array, "B H W C"]], Float[Array, "B H W C"]]
+ScoreAtT = Callable[[Images], Images]
 # (key, score, mean and std of x_t) -> what each pixel adds to the loss with the weighting std².
-Objective = Callable[
-    [PRNGKeyArray, ScoreAtT, Float[Array, "B H W C"], Float[Array, "B 1 1 1"]], Float[Array, "B H W C"]
-]
+Objective = Callable[[PRNGKeyArray, ScoreAtT, Images, Float[Array, "B 1 1 1"]], Images]
 
 
-def _denoising(
-    key: PRNGKeyArray, score_fn: ScoreAtT, mean: Float[Array, "B H W C"], std: Float[Array, "B 1 1 1"]
-) -> Float[Array, "B H W C"]:
+def _denoising(key: PRNGKeyArray, score_fn: ScoreAtT, mean: Images, std: Float[Array, "B 1 1 1"]) -> Images:
     """Denoising score matching (Vincent 2011): (std s + z)²."""
     z = rng.normal(key, mean.shape)
     return jnp.square(score_fn(mean + std * z) * std + z)
 
 
 def _score_and_slice(
-    key: PRNGKeyArray, score_fn: ScoreAtT, mean: Float[Array, "B H W C"], std: Float[Array, "B 1 1 1"]
-) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W C"], Float[Array, "B H W C"]]:
-    """Returns s, a direction v of independent signs, and Jᵀ v, J the Jacobian of s, at a noisy image.
+    key: PRNGKeyArray, score_fn: ScoreAtT, mean: Images, std: Float[Array, "B 1 1 1"]
+) -> tuple[Images, Images, Images]:
+    """Return s, a direction v of independent signs, and Jᵀ v, J the Jacobian of s, at a noisy image.
 
     In reverse mode, the only one that convolutions have on a CPU; from one evaluation of the network, so that s and J
     are of the same dropout mask.
@@ -143,18 +133,14 @@ def _score_and_slice(
     return score, v, vjp(v)[0]
 
 
-def _sliced(
-    key: PRNGKeyArray, score_fn: ScoreAtT, mean: Float[Array, "B H W C"], std: Float[Array, "B 1 1 1"]
-) -> Float[Array, "B H W C"]:
+def _sliced(key: PRNGKeyArray, score_fn: ScoreAtT, mean: Images, std: Float[Array, "B 1 1 1"]) -> Images:
     """Sliced score matching: std² (2 vᵀJv + (vᵀs)²), over the pixels."""
     score, v, pullback = _score_and_slice(key, score_fn, mean, std)
     along = v * score
     return jnp.square(std) * (2 * v * pullback + along * along.sum(axis=(1, 2, 3), keepdims=True))
 
 
-def _sliced_vr(
-    key: PRNGKeyArray, score_fn: ScoreAtT, mean: Float[Array, "B H W C"], std: Float[Array, "B 1 1 1"]
-) -> Float[Array, "B H W C"]:
+def _sliced_vr(key: PRNGKeyArray, score_fn: ScoreAtT, mean: Images, std: Float[Array, "B 1 1 1"]) -> Images:
     """The same with ‖s‖², which is the mean of (vᵀs)² over v, in its place: std² (2 vᵀJv + ‖s‖²), over the pixels."""
     score, v, pullback = _score_and_slice(key, score_fn, mean, std)
     return jnp.square(std) * (2 * v * pullback + jnp.square(score))
@@ -201,11 +187,11 @@ def make_continuous_loss(
     draw_times = draw_times or make_uniform_times(sde)
     of_pixels = OBJECTIVES[objective]
 
-    def loss(
-        key: PRNGKeyArray, params: Params, x: Float[Array, "B H W C"], *, train: bool, class_labels: ClassLabels = None
-    ) -> Float[Array, "B"]:
+    def loss(key: PRNGKeyArray, params: Params, x: Images, *, train: bool, class_labels: ClassLabels = None) -> Scalars:
         key_t, key_x, key_dropout = rng.split(key, 3)
-        score_fn = get_score_fn(sde, model, params, {}, train, continuous, key_dropout, class_labels)
+        score_fn = get_score_fn(
+            sde, model, params, train=train, continuous=continuous, dropout_key=key_dropout, class_labels=class_labels
+        )
         t, weight = draw_times(key_t, x.shape[0])
         mean, std = sde.marginal_prob(x, t)
         values = of_pixels(key_x, lambda noisy: score_fn(noisy, t), mean, expand(std, x))
@@ -219,38 +205,20 @@ def make_continuous_loss(
 # --- at discrete noise levels ----------------------------------------------------------------------------------------
 
 
-def make_smld_loss(sde: VESDE, model: nn.Module, *, reduce_mean: bool) -> LossFn:
-    """Denoising score matching at N discrete noise levels (SMLD), Song et al. 2021, Eq. 1 with weights sigma_i².
+def make_discrete_loss(sde: SDE, model: nn.Module, *, reduce_mean: bool) -> LossFn:
+    """Denoising score matching at the N noise levels of the SDE's Markov chain: SMLD for VE, DDPM for VP.
 
-    The network is given the index of the level in the descending table of sigmas and returns the score itself.
+    SMLD: Song et al. 2021, Eq. 1 with weights sigma_i²; the network returns the score. DDPM: ‖network(x_i, i) - z‖² (Ho
+    et al. 2020, Eq. 14).
     """
 
-    def loss(
-        key: PRNGKeyArray, params: Params, x: Float[Array, "B H W C"], *, train: bool, class_labels: ClassLabels = None
-    ) -> Float[Array, "B"]:
+    def loss(key: PRNGKeyArray, params: Params, x: Images, *, train: bool, class_labels: ClassLabels = None) -> Scalars:
         key_labels, key_z, key_dropout = rng.split(key, 3)
         labels = rng.randint(key_labels, x.shape[0], sde.N)
-        sigma = expand(sde.discrete_sigmas[::-1][labels], x)
+        mean, std, factor = sde.discrete_kernel(x, labels)
         z = rng.normal(key_z, x.shape)
-        score = get_model_fn(model, params, {}, train, key_dropout, class_labels)(x + sigma * z, labels)
-        return _reduce(jnp.square(score * sigma + z), reduce_mean)
-
-    return loss
-
-
-def make_ddpm_loss(sde: VPSDE, model: nn.Module, *, reduce_mean: bool) -> LossFn:
-    """The simplified DDPM objective at N discrete times: ‖network(x_i, i) - z‖² (Ho et al. 2020, Eq. 14)."""
-
-    def loss(
-        key: PRNGKeyArray, params: Params, x: Float[Array, "B H W C"], *, train: bool, class_labels: ClassLabels = None
-    ) -> Float[Array, "B"]:
-        key_labels, key_z, key_dropout = rng.split(key, 3)
-        labels = rng.randint(key_labels, x.shape[0], sde.N)
-        alpha_bar = sde.alphas_cumprod[labels]
-        z = rng.normal(key_z, x.shape)
-        noisy = expand(jnp.sqrt(alpha_bar), x) * x + expand(jnp.sqrt(1.0 - alpha_bar), x) * z
-        noise = get_model_fn(model, params, {}, train, key_dropout, class_labels)(noisy, labels)
-        return _reduce(jnp.square(noise - z), reduce_mean)
+        model_fn = get_model_fn(model, params, train=train, dropout_key=key_dropout, class_labels=class_labels)
+        return _reduce(jnp.square(model_fn(mean + expand(std, x) * z, labels) * expand(factor, x) + z), reduce_mean)
 
     return loss
 
@@ -259,7 +227,7 @@ def make_ddpm_loss(sde: VPSDE, model: nn.Module, *, reduce_mean: bool) -> LossFn
 
 
 def with_label_dropout(loss_fn: LossFn, *, no_label: int, probability: float) -> LossFn:
-    """Returns the loss whose labels are, in training, each replaced by "no label" with a probability.
+    """Return the loss whose labels are, in training, each replaced by "no label" with a probability.
 
     So one network learns the conditional and the unconditional score (Ho and Salimans 2022, "Classifier-Free Diffusion
     Guidance"). Whether an example keeps its label depends on its own key alone.
@@ -270,9 +238,7 @@ def with_label_dropout(loss_fn: LossFn, *, no_label: int, probability: float) ->
       probability: that a label is replaced.
     """
 
-    def loss(
-        key: PRNGKeyArray, params: Params, x: Float[Array, "B H W C"], *, train: bool, class_labels: ClassLabels = None
-    ) -> Float[Array, "B"]:
+    def loss(key: PRNGKeyArray, params: Params, x: Images, *, train: bool, class_labels: ClassLabels = None) -> Scalars:
         if class_labels is None or not train:
             return loss_fn(key, params, x, train=train, class_labels=class_labels)
         key_drop, key_loss = rng.split(key)
@@ -286,8 +252,31 @@ def with_label_dropout(loss_fn: LossFn, *, no_label: int, probability: float) ->
 # --- the builder -----------------------------------------------------------------------------------------------------
 
 
-def _check_times_and_objective(training: ConfigDict) -> None:
-    if not training.continuous:
+def build_loss(config: ConfigDict, sde: SDE, model: nn.Module) -> LossFn:
+    """Build the training objective that `config.training` names, with labels if the network is class-conditional.
+
+    Raises:
+      UserError: if the objective is unknown, times are importance-sampled for weights that they do not fit, a discrete
+        objective is asked for with an SDE that has none or with a setting of the continuous ones, or labels would be
+        left out never or always.
+    """
+    training, num_classes = config.training, num_classes_of(config)
+    check(config, "training")
+    if training.importance_sampling and training.continuous and not training.likelihood_weighting:
+        raise UserError(
+            "training.importance_sampling=True needs training.likelihood_weighting=True: its times are drawn for the "
+            "weights g(t)^2; with the weights std(t)^2 set training.importance_sampling=False"
+        )
+    if training.continuous:
+        loss_fn = make_continuous_loss(
+            sde,
+            model,
+            reduce_mean=training.reduce_mean,
+            likelihood_weighting=training.likelihood_weighting,
+            objective=training.objective,
+            draw_times=make_importance_times(sde) if training.importance_sampling else make_uniform_times(sde),
+        )
+    else:
         for name, chosen, reason in (
             ("likelihood_weighting=True", training.likelihood_weighting, "the discrete losses have fixed weights"),
             ("importance_sampling=True", training.importance_sampling, "the discrete losses draw a level, not a time"),
@@ -299,55 +288,21 @@ def _check_times_and_objective(training: ConfigDict) -> None:
         ):
             if chosen:
                 raise UserError(f"training.{name} needs training.continuous=True: {reason}")
-    if training.importance_sampling and not training.likelihood_weighting:
-        raise UserError(
-            "training.importance_sampling=True needs training.likelihood_weighting=True: its times are drawn for the "
-            "weights g(t)^2; with the weights std(t)^2 set training.importance_sampling=False"
-        )
-
-
-def build_loss(config: ConfigDict, sde: SDE, model: nn.Module) -> LossFn:
-    """Builds the training objective that `config.training` names, with labels if the network is told classes.
-
-    Raises:
-      UserError: if the objective is unknown, times are importance-sampled for weights that they do not fit, a discrete
-        objective is asked for with an SDE that has none or with a setting of the continuous ones, or labels would be
-        left out never or always.
-    """
-    check(config, "training")
-    loss_fn, num_classes = _build_objective(config, sde, model), num_classes_of(config)
+        if not sde.has_chain:
+            raise UserError(
+                f"training.continuous=False is defined for training.sde 'vesde' (SMLD) and 'vpsde' (DDPM), "
+                f"not for {training.sde!r}; set training.continuous=True"
+            )
+        loss_fn = make_discrete_loss(sde, model, reduce_mean=training.reduce_mean)
     if not num_classes:
         return loss_fn
-    probability = config.training.label_dropout
-    if not 0 < probability < 1:
+    if not 0 < training.label_dropout < 1:
         raise UserError(
-            f"training.label_dropout={probability}: expected a probability between 0 and 1, such as 0.1, since the "
-            "network is told classes: images without their label teach it the score of any class, which guidance, "
-            "bits/dim and the test loss need"
+            f"training.label_dropout={training.label_dropout}: expected a probability between 0 and 1, such as 0.1, "
+            "since the network is class-conditional: from images without their label it learns the score of any class, "
+            "which guidance, bits/dim and the test loss need"
         )
-    return with_label_dropout(loss_fn, no_label=num_classes, probability=probability)
-
-
-def _build_objective(config: ConfigDict, sde: SDE, model: nn.Module) -> LossFn:
-    training = config.training
-    _check_times_and_objective(training)
-    if training.continuous:
-        return make_continuous_loss(
-            sde,
-            model,
-            reduce_mean=training.reduce_mean,
-            likelihood_weighting=training.likelihood_weighting,
-            objective=training.objective,
-            draw_times=make_importance_times(sde) if training.importance_sampling else make_uniform_times(sde),
-        )
-    if isinstance(sde, VESDE):
-        return make_smld_loss(sde, model, reduce_mean=training.reduce_mean)
-    if isinstance(sde, VPSDE):
-        return make_ddpm_loss(sde, model, reduce_mean=training.reduce_mean)
-    raise UserError(
-        f"training.continuous=False is defined for training.sde 'vesde' (SMLD) and 'vpsde' (DDPM), "
-        f"not for {training.sde!r}; set training.continuous=True"
-    )
+    return with_label_dropout(loss_fn, no_label=num_classes, probability=training.label_dropout)
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import checks
 from configs.settings import check
 from errors import UserError
 from parallel import rng
-from sde_lib import SDE, ScoreFn, expand
+from sde_lib import SDE, Scalars, ScoreFn, State, expand
 from solvers.noise_levels import NoiseLevels, noise_levels, time_of_log_snr
 
 # Times of a stratum that are drawn from: the midpoint rule on them is exact to 1e-6 of the integral, and the times can
@@ -40,9 +40,9 @@ _TIMES_OF_STRATUM = 64
 class BoundResult:
     """Variational bound of each example."""
 
-    nats: Float[Array, "B"]  # upper bound on -log p(x), a density in the network's range
-    bpd: Float[Array, "B"]  # upper bound on the bits per dimension of the data, if log_q is that of their noise
-    stderr: Float[Array, "B"]  # standard error of `bpd` over the times and noises that were drawn
+    nats: Scalars  # upper bound on -log p(x), a density in the network's range
+    bpd: Scalars  # upper bound on the bits per dimension of the data, if log_q is that of their noise
+    stderr: Scalars  # standard error of `bpd` over the times and noises that were drawn
     nfe: Int[Array, ""]  # evaluations of the score, each for the whole batch
 
 
@@ -57,25 +57,23 @@ class _Strata:
 
 
 # (key, score_fn, x, log_q) -> result
-VariationalBound = Callable[[PRNGKeyArray, ScoreFn, Float[Array, "B ..."], Float[Array, "B"]], BoundResult]
+VariationalBound = Callable[[PRNGKeyArray, ScoreFn, State, Scalars], BoundResult]
 
 
 def _build_strata(sde: SDE, log_sigma: Float[np.ndarray, "2"], num_times: int, white_std: float) -> _Strata:
-    """Divides [log sigma(eps), log sigma(T)] into `num_times` equal strata of `_TIMES_OF_STRATUM` times each."""
+    """Divide [log sigma(eps), log sigma(T)] into `num_times` equal strata of `_TIMES_OF_STRATUM` times each."""
     shape = (num_times, _TIMES_OF_STRATUM)
-    share = (np.arange(math.prod(shape)) + 0.5) / math.prod(shape)
-    levels = noise_levels(sde, time_of_log_snr(sde, -(log_sigma[0] + share * (log_sigma[1] - log_sigma[0]))))
-    control = (white_std**2 / (white_std**2 + levels.sigma**2)) ** 2
-    return _Strata(*(jnp.asarray(a.reshape(shape)) for a in (levels.t, levels.mean_coeff, levels.std, control)))
+    place = (np.arange(math.prod(shape)) + 0.5) / math.prod(shape)
+    grid = noise_levels(sde, time_of_log_snr(sde, -(log_sigma[0] + place * (log_sigma[1] - log_sigma[0]))))
+    control = (white_std**2 / (white_std**2 + grid.sigma**2)) ** 2
+    return _Strata(*(jnp.asarray(a.reshape(shape)) for a in (grid.t, grid.mean_coeff, grid.std, control)))
 
 
-def _squared_error(
-    key: PRNGKeyArray, score_fn: ScoreFn, x: Float[Array, "B ..."], stratum: _Strata
-) -> Float[Array, "B"]:
-    """Returns ||s score(m x + s z, t) + z||^2 at one time t of the stratum and one noise z for each example.
+def _squared_error(key: PRNGKeyArray, score_fn: ScoreFn, x: State, stratum: _Strata) -> Scalars:
+    """Return ||s score(m x + s z, t) + z||^2 at one time t of the stratum and one noise z for each example.
 
     Where the noise is weak against what is white in the data, no score can tell the two apart: the error is about
-    (1 - w)^2 ||z||^2 with w the share of the noise in the sum of both. The part of it whose mean is known,
+    (1 - w)^2 ||z||^2 with w the fraction that the noise is of the sum of both. The part of it whose mean is known,
     (1 - w)^2 (||z||^2 - D), is subtracted.
     """
     key_t, key_z = rng.split(key)
@@ -90,19 +88,19 @@ def _squared_error(
 def _variational_bound(
     key: PRNGKeyArray,
     score_fn: ScoreFn,
-    x: Float[Array, "B ..."],
-    log_q: Float[Array, "B"],
+    x: State,
+    log_q: Scalars,
     *,
     strata: _Strata,
     ends: NoiseLevels,
     prior_std: float,
 ) -> BoundResult:
-    """Sums decoder, prior and integral; `ends` are the noise levels at eps and T."""
+    """Sum decoder, prior and integral; `ends` are the noise levels at eps and T."""
     num_times, num_dims = strata.t.shape[0], math.prod(x.shape[1:])
     keys = rng.example_keys(key, x.shape[0])
     log_sigma = -ends.log_snr
 
-    def of_stratum(inputs: tuple[Int[Array, ""], _Strata]) -> Float[Array, "B"]:
+    def of_stratum(inputs: tuple[Int[Array, ""], _Strata]) -> Scalars:
         return _squared_error(rng.fold_in(keys, inputs[0]), score_fn, x, inputs[1])
 
     errors = jax.lax.map(of_stratum, (jnp.arange(num_times), strata)) * float(log_sigma[1] - log_sigma[0])
@@ -125,7 +123,7 @@ def _variational_bound(
 
 
 def build_variational_bound(config: ConfigDict, sde: SDE, *, eps: float) -> VariationalBound:
-    """Builds f(key, score_fn, x, log_q) -> BoundResult, to be run under `jax.jit` or inside `distributed.pmap`.
+    """Build f(key, score_fn, x, log_q) -> BoundResult, to be run under `jax.jit` or inside `distributed.pmap`.
 
     The integral is estimated from `likelihood.bound_num_times` evaluations of the score for each example, each at a
     time of its own, one from each of as many strata that are equal in log sigma, the log-SNR with the other sign.

@@ -1,4 +1,4 @@
-"""How often a classifier is right at each noise level: a table and a picture (compare Song et al. 2021, Fig. 13)."""
+"""Accuracy of a classifier at each noise level: a table and a picture (compare Song et al. 2021, Fig. 13)."""
 
 from __future__ import annotations
 
@@ -21,30 +21,24 @@ from parallel import distributed, rng
 from report import plots
 from solvers import noise_levels
 from storage import files
-from training.divergence import LossAtTime
 from workdir import results
 from workdir.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NUM_LEVELS = 21  # noise levels of the table, evenly spaced in log(sigma)
+NUM_SIGMAS = 21  # noise levels of the table, evenly spaced in log(sigma)
 
-# (params, indices of test images, times) -> cross-entropies in nats, float32[B], and who is classified rightly, bool[B]
+# (params, indices of test images, times) -> cross-entropies in nats, float32[B], and which are correct, bool[B]
 Measure = Callable[
     [Any, Int[np.ndarray, "B"], Float[np.ndarray, "B"]], tuple[Float[np.ndarray, "B"], Bool[np.ndarray, "B"]]
 ]
 
 
 def build_measure(experiment: Experiment, normalization: Normalization, test: datasets.Source) -> Measure:
-    """Compiles the classification of noisy test images: (replicated params, indices, times) -> arrays [B].
+    """Compile the classification of noisy test images, with replicated parameters.
 
-    The noise of an image follows from (seed, index): it is the same direction at every time.
-
-    Args:
-      experiment: of the classifier.
-      normalization: of its images.
-      test: split with labels.
+    The noise of an image follows from (seed, index): it has the same direction at every time.
     """
     prepare = datasets.build_preparation(experiment.config, train=False)
     key = experiment.keys["eval"]
@@ -62,26 +56,14 @@ def build_measure(experiment: Experiment, normalization: Normalization, test: da
     def measure(params: Any, indices: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         arrays = (test.images(indices), test.labels(indices).astype(np.int32), indices, times.astype(np.float32))
         outputs = program(params, *(distributed.shard(distributed.host_share(array)) for array in arrays))
-        cross_entropy, is_right = map(distributed.gather, outputs)
-        return cross_entropy, is_right
+        cross_entropy, is_correct = map(distributed.gather, outputs)
+        return cross_entropy, is_correct
 
     return measure
 
 
-def cross_entropy_at_time(experiment: Experiment, normalization: Normalization) -> LossAtTime:
-    """Returns the cross-entropy of each image at its time, in nats: log(classes) for who knows nothing."""
-
-    def loss(
-        key: PRNGKeyArray, params: Any, x: Float[Array, "B H W C"], labels: Int[Array, "B"], t: Float[Array, "B"]
-    ) -> Float[Array, "B"]:
-        logit_fn = make_logit_fn(experiment.model, params, mean=normalization.mean, std=normalization.std)
-        return classify_noisy(key, logit_fn, experiment.sde, x, labels, t)[0]
-
-    return loss
-
-
 def spread_times(experiment: Experiment, num_images: int) -> Float[np.ndarray, "B"]:
-    """Returns times spread evenly over those of training: a mean over them varies less than over drawn ones."""
+    """Return times spread evenly over those of training: a mean over them varies less than over drawn ones."""
     places = (np.arange(num_images) + 0.5) / num_images
     return losses.TRAINING_EPS + places * (experiment.sde.T - losses.TRAINING_EPS)
 
@@ -89,23 +71,23 @@ def spread_times(experiment: Experiment, num_images: int) -> Float[np.ndarray, "
 def measure_levels(
     experiment: Experiment, measure: Measure, state: TrainState, test: datasets.Source
 ) -> list[dict[str, float]]:
-    """Measures the averaged parameters on every test image at each of `NUM_LEVELS` noise levels, ascending.
+    """Measure the averaged parameters on every test image at each of `NUM_SIGMAS` noise levels, ascending.
 
     Returns:
       A row for each level: its time "t", its "sigma" = std / mean_coeff in units of the network's range, the "accuracy"
       with its binomial standard error "stderr", and the mean "cross_entropy" in nats.
     """
     params, sde = distributed.replicate(state.params_ema), experiment.sde
-    grid = noise_levels.noise_levels(sde, noise_levels.time_grid(sde, NUM_LEVELS - 1, "log_snr")[::-1])
-    # No larger than needed: what fills the last batch up costs as much as what counts.
+    grid = noise_levels.noise_levels(sde, noise_levels.time_grid(sde, NUM_SIGMAS - 1, "log_snr")[::-1])
+    # No larger than needed: the images that fill the last batch cost as much as the others.
     size = distributed.round_up(min(experiment.config.eval.batch_size, len(test)))
     rows = []
     for t, sigma in track(list(zip(grid.t, grid.sigma, strict=True)), "accuracy"):
         parts = []
         for _, indices, count in results.batches(test, size):
             parts.append([array[:count] for array in measure(params, indices, np.full(size, t))])
-        cross_entropy, is_right = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        accuracy = float(is_right.mean())
+        cross_entropy, is_correct = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        accuracy = float(is_correct.mean())
         stderr = float(np.sqrt(accuracy * (1 - accuracy) / len(test)))
         row = {"accuracy": accuracy, "stderr": stderr, "cross_entropy": float(cross_entropy.mean())}
         rows.append({"t": float(t), "sigma": float(sigma), **row})
@@ -116,8 +98,8 @@ def measure_levels(
 
 
 def accuracy_figure(rows: Sequence[Mapping[str, float]], num_classes: int) -> Figure:
-    """Draws the accuracy against the noise level, with two standard errors."""
-    figure, axes = plots.blank_figure("noise level σ = std / mean coefficient", "test images classified rightly")
+    """Draw the accuracy against the noise level, with two standard errors."""
+    figure, axes = plots.blank_figure("noise level σ = std / mean coefficient", "test images classified correctly")
     sigma, accuracy, stderr = (np.array([row[name] for row in rows]) for name in ("sigma", "accuracy", "stderr"))
     axes.errorbar(sigma, accuracy, yerr=2 * stderr, marker="o", capsize=3, label="classifier, ± two standard errors")
     axes.axhline(1 / num_classes, linestyle="--", color="black", linewidth=1.0, label=f"1 / {num_classes} classes")
@@ -128,10 +110,9 @@ def accuracy_figure(rows: Sequence[Mapping[str, float]], num_classes: int) -> Fi
 
 
 def training_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
-    """Draws the loss of training and test images and the accuracy on the latter, at times spread over [0, T].
+    """Draw the loss of training and test images and the accuracy on the latter, at times spread over [0, T].
 
-    Args:
-      records: of losses.jsonl: {"step", "loss", "eval_loss", "eval_accuracy"}; one may lack some of them.
+    Records are those of losses.jsonl: {"step", "loss", "eval_loss", "eval_accuracy"}; one may lack some of them.
     """
     records = list(records)
     figure, axes = plots.blank_figure("training step", "cross-entropy [nats]")
@@ -141,7 +122,7 @@ def training_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
     right = axes.twinx()
     steps, accuracy = _curve(records, "eval_accuracy")
     right.plot(steps, accuracy, color=plots.CURVE_COLORS[2], label="test images: accuracy (right)", linewidth=1.2)
-    right.set_ylabel("share classified rightly")
+    right.set_ylabel("fraction classified correctly")
     right.set_ylim(0, 1)
     axes.set_ylim(bottom=0)
     handles = [handle for panel in (axes, right) for handle in panel.get_legend_handles_labels()[0]]
@@ -155,12 +136,9 @@ def _curve(records: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], 
 
 
 def write_report(folder: Path, rows: Sequence[Mapping[str, float]], facts: Mapping[str, Any]) -> None:
-    """Writes accuracy.json, accuracy.png and training.png.
+    """Write accuracy.json, accuracy.png and training.png into the classifier's folder, which has its losses.jsonl.
 
-    Args:
-      folder: of the classifier, with its losses.jsonl.
-      rows: of `measure_levels`.
-      facts: to be known of them: "num_classes" and what else.
+    `rows` are of `measure_levels`, `facts` are stated with them: "num_classes" and others.
     """
     files.write_json(folder / "accuracy.json", {**facts, "levels": list(rows)})
     records = plots.read_losses(folder / plots.LOSSES_FILE)

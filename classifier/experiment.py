@@ -21,7 +21,7 @@ from storage import files, guards
 FOLDER = "classifier"  # inside the workdir of the score network
 NETWORK = "wideresnet_noise_conditional"
 NORMALIZATION_FILE = "normalization.json"
-CHUNK = 1000  # images that are read at once to be measured
+CHUNK = 1000  # images measured at once
 
 
 # --- what the images are normalized by -------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ class Normalization:
 
     @classmethod
     def measure(cls, source: datasets.Source, scaler: datasets.Scaler) -> Normalization:
-        """Measures every image of a split, in float64; levels stand for the middle of their values.
+        """Measure every image of a split, in float64; levels stand for the middle of their values.
 
         Raises:
           UserError: if a channel is the same everywhere.
@@ -54,7 +54,7 @@ class Normalization:
 
     @classmethod
     def of_folder(cls, folder: Path, source: datasets.Source, scaler: datasets.Scaler) -> Normalization:
-        """Reads what an earlier run has measured, or measures and writes it."""
+        """Read what an earlier run has measured, or measure and write it."""
         path = folder / NORMALIZATION_FILE
         if distributed.once(path.exists):
             return cls.read(path)
@@ -64,7 +64,7 @@ class Normalization:
 
     @classmethod
     def read(cls, path: Path) -> Normalization:
-        """Reads a file that `of_folder` has written.
+        """Read a file that `of_folder` has written.
 
         Raises:
           UserError: if it is damaged.
@@ -72,19 +72,14 @@ class Normalization:
         try:
             return guards.build(cls, guards.parse_json(distributed.once(lambda: path.read_text(errors="replace"))))
         except UserError as error:
-            raise UserError(f"{path} is damaged ({error}); remove it and give --mode train_classifier again") from error
+            raise UserError(f"{path} is damaged ({error}); remove it and run --mode train_classifier again") from error
 
 
 # --- the experiment --------------------------------------------------------------------------------------------------
 
 
 def classifier_config(config: ConfigDict, num_classes: int) -> ConfigDict:
-    """Returns the configuration of the classifier that belongs to a score network: the same data and SDE.
-
-    Args:
-      config: experiment configuration of the score network; not changed.
-      num_classes: of the data set.
-    """
+    """Return the configuration of the classifier of a score network's experiment: the same data and SDE."""
     settings, of_classifier = config.classifier, ConfigDict(config.to_dict())
     of_classifier.model.update(
         name=NETWORK,
@@ -97,11 +92,7 @@ def classifier_config(config: ConfigDict, num_classes: int) -> ConfigDict:
 
 
 def build_classifier_experiment(config: ConfigDict, normalization: Normalization) -> Experiment:
-    """Builds the experiment of a classifier.
-
-    Args:
-      config: what `classifier_config` returned.
-      normalization: of its images.
+    """Build the experiment of a classifier from what `classifier_config` returned.
 
     Raises:
       UserError: naming the first setting that is wrong and what is expected.
@@ -122,7 +113,7 @@ def build_classifier_experiment(config: ConfigDict, normalization: Normalization
 
 
 def count_classes(config: ConfigDict, train: datasets.Source, test: datasets.Source) -> int:
-    """Returns the number of classes that a classifier of these data tells apart.
+    """Return the number of classes that a classifier of these data tells apart.
 
     Raises:
       UserError: if the images carry no labels, or those of the two splits do not go together.

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from losses import DrawTimes, LossFn, Params, make_uniform_times
 from models.wideresnet import LogitFn, make_logit_fn
 from parallel import rng
-from sde_lib import SDE, expand
+from sde_lib import SDE, Images, Scalars, expand
+
+Labels = Int[Array, "B"]
 
 
 def classify_noisy(
-    key: PRNGKeyArray,
-    logit_fn: LogitFn,
-    sde: SDE,
-    x: Float[Array, "B H W C"],
-    labels: Int[Array, "B"],
-    t: Float[Array, "B"],
-) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
-    """Classifies images as the SDE leaves them at time t: in the classifier's coordinates x_t / m = x + std / m z.
+    key: PRNGKeyArray, logit_fn: LogitFn, sde: SDE, x: Images, labels: Labels, t: Scalars
+) -> tuple[Scalars, Bool[Array, "B"]]:
+    """Classify images as the SDE leaves them at time t: in the classifier's coordinates x_t / m = x + std / m z.
 
     Args:
       key: one key, or one for each image.
@@ -41,13 +40,19 @@ def classify_noisy(
     return cross_entropy, logits.argmax(axis=1) == labels
 
 
+def make_loss_at_time(
+    sde: SDE, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[PRNGKeyArray, Params, Images, Labels, Scalars], Scalars]:
+    """Return the cross-entropy of each image at its time, in nats: log(num_classes) for an uninformed classifier."""
+
+    def loss(key: PRNGKeyArray, params: Params, x: Images, labels: Labels, t: Scalars) -> Scalars:
+        return classify_noisy(key, make_logit_fn(model, params, mean=mean, std=std), sde, x, labels, t)[0]
+
+    return loss
+
+
 def make_classifier_loss(
-    sde: SDE,
-    model: nn.Module,
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    draw_times: DrawTimes | None = None,
+    sde: SDE, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], draw_times: DrawTimes | None = None
 ) -> LossFn:
     """The cross-entropy of a classifier at the noise levels that the score is trained at, in nats.
 
@@ -59,19 +64,14 @@ def make_classifier_loss(
       draw_times: t and its weight; by default uniform on [1e-5, T], as of the score network.
     """
     draw_times = draw_times or make_uniform_times(sde)
+    loss_at_time = make_loss_at_time(sde, model, mean=mean, std=std)
 
     def loss(
-        key: PRNGKeyArray,
-        params: Params,
-        x: Float[Array, "B H W C"],
-        *,
-        train: bool,
-        class_labels: Int[Array, "B"] | None = None,
-    ) -> Float[Array, "B"]:
+        key: PRNGKeyArray, params: Params, x: Images, *, train: bool, class_labels: Labels | None = None
+    ) -> Scalars:
         assert class_labels is not None  # the trainer of a classifier gives them
         key_t, key_z = rng.split(key)
         t, weight = draw_times(key_t, len(x))
-        logit_fn = make_logit_fn(model, params, mean=mean, std=std)
-        return weight * classify_noisy(key_z, logit_fn, sde, x, class_labels, t)[0]
+        return weight * loss_at_time(key_z, params, x, class_labels, t)
 
     return loss

@@ -16,6 +16,7 @@ import datasets
 from classifier import accuracy as classifier_accuracy
 from classifier.accuracy import Measure
 from classifier.experiment import FOLDER, Normalization, build_classifier_experiment, classifier_config, count_classes
+from classifier.loss import make_loss_at_time
 from experiment.build import Experiment, build_train_program, describe
 from losses import TrainState
 from parallel import distributed
@@ -36,7 +37,7 @@ class ClassifierTrainer:
       experiment: of the classifier.
       num_test_images: of the test split.
       train_steps: (state, (levels, labels)) -> (state, metrics).
-      measure: (params, indices of test images, times) -> (cross-entropies, who is classified rightly).
+      measure: (params, indices of test images, times) -> (cross-entropies, which are classified correctly).
       loss_at_time: cross-entropy of each image at a time of its own, in nats.
     """
 
@@ -51,32 +52,19 @@ class ClassifierTrainer:
     loss_at_time: LossAtTime
 
     def test_values(self, state: TrainState, step: int) -> dict[str, float]:
-        """Measures the averaged parameters on a batch of test images, which rotates with the step, at spread times."""
+        """Measure the averaged parameters on a batch of test images, which rotates with the step, at spread times."""
         size = self.experiment.config.classifier.batch_size
         indices = np.arange(step, step + size) % self.num_test_images
         times: Float[np.ndarray, "B"] = classifier_accuracy.spread_times(self.experiment, size)
-        cross_entropy, is_right = self.measure(state.params_ema, indices, times)
-        return {"eval_loss": float(cross_entropy.mean()), "eval_accuracy": float(is_right.mean())}
+        cross_entropy, is_correct = self.measure(state.params_ema, indices, times)
+        return {"eval_loss": float(cross_entropy.mean()), "eval_accuracy": float(is_correct.mean())}
 
     def after_snapshot(self, state: TrainState, step: int, progress: TrainingProgress) -> None:
-        """Does nothing: a classifier draws no samples."""
-
-
-def _check_folder(folder: Path, config: ConfigDict) -> None:
-    """Checks that the folder can be written and holds no other classifier.
-
-    Raises:
-      WorkdirError: if it cannot, or does.
-    """
-    try:
-        workdirs.check_same_experiment(folder, config, "classifier")
-    except WorkdirError as error:
-        raise WorkdirError(f"{error}, or remove {folder} to train another classifier") from error
-    workdirs.check_writable(folder)
+        """A classifier draws no samples."""
 
 
 def train_classifier(config: ConfigDict, workdir: Path, train: datasets.Source, test: datasets.Source) -> None:
-    """Trains the classifier of a score network in its workdir, or resumes that, and measures it at each noise level.
+    """Train the classifier of a score network in its workdir, or resume that, and measure it at each noise level.
 
     Args:
       config: experiment configuration of the score network, whose settings of the classifier have been checked.
@@ -91,12 +79,16 @@ def train_classifier(config: ConfigDict, workdir: Path, train: datasets.Source, 
     """
     config = classifier_config(config, count_classes(config, train, test))
     folder = workdir / FOLDER
-    _check_folder(folder, config)
+    try:
+        workdirs.check_same_experiment(folder, config, "classifier")
+    except WorkdirError as error:
+        raise WorkdirError(f"{error}, or remove {folder} to train another classifier") from error
+    workdirs.check_writable(folder)
     normalization = Normalization.of_folder(folder, train, datasets.build_scaler(config))
     experiment = build_classifier_experiment(config, normalization)
     describe(experiment)
     measure = classifier_accuracy.build_measure(experiment, normalization, test)
-    loss_at_time = classifier_accuracy.cross_entropy_at_time(experiment, normalization)
+    loss_at_time = make_loss_at_time(experiment.sde, experiment.model, mean=normalization.mean, std=normalization.std)
     steps = build_train_program(experiment, "classifier")
     trainer = ClassifierTrainer(experiment, len(test), steps, measure, loss_at_time)
     state = train_loop.train(trainer, train, folder)
@@ -107,5 +99,5 @@ def train_classifier(config: ConfigDict, workdir: Path, train: datasets.Source, 
         classifier_accuracy.write_report(folder, rows, facts)
     chosen = rows[:: -(-len(rows) // NUM_LOGGED)]
     listed = ", ".join(f"{100 * row['accuracy']:.0f} % at {row['sigma']:.2g}" for row in chosen)
-    logging.info("trained %d steps; test images classified rightly by noise level: %s", int(state.step), listed)
+    logging.info("trained %d steps; test images classified correctly by noise level: %s", int(state.step), listed)
     logging.info("classifier: %s", folder)

@@ -15,39 +15,34 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from controllable_generation.operators import Operator, conjugate_gradients
-from sde_lib import SDE, ScoreFn, expand
+from sde_lib import SDE, Images, Scalars, ScoreFn, State, expand
 
 # Transposed Jacobian of the prediction E[x0 | x]: [B, H, W, C] -> [B, H, W, C].
 Pullback = Callable[[Array], Array]
 # (y - A E[x0 | x], pullback, t) -> v, a weighted residual: the guidance is J^T A^T v.
-Weighting = Callable[[Array, Pullback, Float[Array, "B"]], Array]
+Weighting = Callable[[Array, Pullback, Scalars], Array]
 
 
 def guide(
     score_fn: ScoreFn,
     operator: Operator,
-    y: Float[Array, "B ..."],
+    y: State,
     sde: SDE,
     weight: Weighting,
     *,
     bounds: tuple[float, float] | None = None,
 ) -> ScoreFn:
-    """Returns the score with the guidance of a measurement added.
+    """Return the score with the guidance of measurements y added.
 
-    Args:
-      score_fn: unconditional score.
-      operator: A.
-      y: measurements.
-      sde: forward SDE.
-      weight: makes of a residual what is pulled back through the prediction.
-      bounds: range of the data, to which predictions are clipped, without and with the guidance; None: unbounded.
+    `weight` maps the residual to the cotangent for the vjp of the denoiser. Predictions are clipped to the data's range
+    `bounds`, without and with the guidance; None: not at all.
     """
     clip = lambda x0: x0 if bounds is None else jnp.clip(x0, *bounds)  # noqa: E731
 
-    def guided(x: Float[Array, "B H W C"], t: Float[Array, "B"]) -> Float[Array, "B H W C"]:
+    def guided(x: Images, t: Scalars) -> Images:
         m, variance = expand(sde.mean_coeff(t), x), expand(jnp.square(sde.std(t)), x)
 
         def predict(x: Array) -> tuple[Array, Array]:
@@ -65,22 +60,18 @@ def guide(
     return guided
 
 
-def dps_weighting(sde: SDE, scale: float) -> Weighting:
+def dps_weighting(sde: SDE, *, scale: float, num_steps: int) -> Weighting:
     """Diffusion posterior sampling (Chung et al. 2023, arXiv 2209.14687, Algorithm 1): x0 is the prediction itself.
 
     A step of their sampler with N steps takes off scale * gradient of |y - A E[x0 | x]|, which is their step size
     zeta_i = scale / (2 |y - A E[x0 | x]|). Here that is a term of the score, divided by what a step multiplies the
-    score with, g(t)^2 T / N: any sampler with any number of steps so takes off as much over the whole run.
-
-    Args:
-      sde: forward SDE, whose N is that of the method's steps.
-      scale: in units of the network's range.
+    score with, g(t)^2 T / N, N being `num_steps`: any sampler with any number of steps so takes off as much over the
+    whole run. The scale is in units of the network's range.
     """
 
-    def weight(residual: Array, pullback: Pullback, t: Float[Array, "B"]) -> Array:
-        del pullback
+    def weight(residual: Array, pullback: Pullback, t: Scalars) -> Array:
         norm = jnp.sqrt(jnp.sum(jnp.square(residual), axis=tuple(range(1, residual.ndim))))
-        per_step = jnp.square(sde.sde(jnp.zeros_like(residual), t)[1]) * sde.T / sde.N
+        per_step = jnp.square(sde.sde(jnp.zeros_like(residual), t)[1]) * sde.T / num_steps
         return expand(scale / (per_step * jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)), residual) * residual
 
     return weight
@@ -90,18 +81,11 @@ def pigdm_weighting(operator: Operator, sde: SDE, *, noise: float, scale: float,
     """Pseudo-inverse guided diffusion (Song et al. 2023, "Pseudoinverse-Guided Diffusion Models"): one variance r^2.
 
     r^2 = data_std^2 std^2 / (m^2 data_std^2 + std^2), what it is for independent normal values of that standard
-    deviation, for which the guidance is exact; the paper has data_std = 1.
-
-    Args:
-      operator: A.
-      sde: forward SDE.
-      noise: standard deviation of the noise of a measurement, in the network's range.
-      scale: factor on the guidance; 1 is Bayes' rule.
-      data_std: standard deviation of the data, in the network's range.
+    deviation, for which the guidance is exact; the paper has data_std = 1. `noise` is the standard deviation of a
+    measurement's noise, as `data_std` in the network's range; `scale` multiplies the guidance, 1 is Bayes' rule.
     """
 
-    def weight(residual: Array, pullback: Pullback, t: Float[Array, "B"]) -> Array:
-        del pullback
+    def weight(residual: Array, pullback: Pullback, t: Scalars) -> Array:
         m, variance = sde.mean_coeff(t), jnp.square(sde.std(t))
         spread = data_std**2 * variance / (jnp.square(m) * data_std**2 + variance)
         return scale * operator.solve(residual, spread, noise**2)
@@ -113,17 +97,11 @@ def mmps_weighting(operator: Operator, sde: SDE, *, noise: float, scale: float, 
     """Moment matching posterior sampling (Rozet et al. 2024, arXiv 2405.13712): the network's own covariance.
 
     Cov[x0 | x] = std^2 / m times the Jacobian of E[x0 | x], so that the guidance is exact for any Gaussian data. The
-    Jacobian enters through products with it, one in each step of conjugate gradients.
-
-    Args:
-      operator: A.
-      sde: forward SDE.
-      noise: standard deviation of the noise of a measurement, in the network's range.
-      scale: factor on the guidance; 1 is Bayes' rule.
-      num_steps: of conjugate gradients.
+    Jacobian enters through products with it, one in each of `num_steps` steps of conjugate gradients. `noise` and
+    `scale` as in `pigdm_weighting`.
     """
 
-    def weight(residual: Array, pullback: Pullback, t: Float[Array, "B"]) -> Array:
+    def weight(residual: Array, pullback: Pullback, t: Scalars) -> Array:
         factor = jnp.square(sde.std(t)) / sde.mean_coeff(t)
 
         def covariance(u: Array) -> Array:

@@ -27,7 +27,7 @@ _FORMS = (
 
 
 def _box(numbers: str, H: int, W: int) -> tuple[slice, slice]:
-    """Returns the rows and columns of a box."""
+    """Return the rows and columns of a box."""
     parts = numbers.split(",")
     if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
         raise UserError(f"restore.mask='box:{numbers}': expected box:TOP,LEFT,HEIGHT,WIDTH, four whole numbers")
@@ -38,7 +38,7 @@ def _box(numbers: str, H: int, W: int) -> tuple[slice, slice]:
 
 
 def _random(share: str, H: int, W: int, seed: int) -> Float[np.ndarray, "H W"]:
-    """Hides a share of the pixels; which ones follows from the seed."""
+    """Hide a share of the pixels; which ones follows from the seed."""
     try:
         hidden = float(share)
     except ValueError:
@@ -51,7 +51,7 @@ def _random(share: str, H: int, W: int, seed: int) -> Float[np.ndarray, "H W"]:
 
 
 def _picture(path: str, H: int, W: int) -> Float[np.ndarray, "H W"]:
-    """Reads a picture: what is white is to be drawn."""
+    """Read a picture: what is white is to be drawn."""
     if not Path(path).is_file():
         raise UserError(f"restore.mask={path!r}: no such file; expected {_FORMS}")
     try:
@@ -66,7 +66,7 @@ def _picture(path: str, H: int, W: int) -> Float[np.ndarray, "H W"]:
 
 
 def read_mask(setting: str, image_shape: tuple[int, int, int], seed: int) -> Float[np.ndarray, "H W C"]:
-    """Makes the mask that `restore.mask` names.
+    """Make the mask that `restore.mask` names.
 
     Args:
       setting: a half ("top", "bottom", "left", "right"), "box:TOP,LEFT,HEIGHT,WIDTH", "random:SHARE", or a path; each
@@ -78,8 +78,7 @@ def read_mask(setting: str, image_shape: tuple[int, int, int], seed: int) -> Flo
       1 where pixels are known, 0 where they are to be drawn.
 
     Raises:
-      UserError: if the setting is malformed, or hides nothing or everything.
-      UserError: if there is no such picture.
+      UserError: if the setting is malformed, or hides nothing or everything, or if there is no such picture.
     """
     H, W, _ = image_shape
     kind, _, rest = setting.partition(":")

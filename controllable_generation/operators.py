@@ -18,15 +18,15 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from errors import UserError
-from sde_lib import expand
+from sde_lib import Images, Scalars, State, expand
 from sources.resize import resize
 
 Shape = tuple[int, ...]
 ImageShape = tuple[int, int, int]
 Linear = Callable[[Array], Array]
-Coefficient = Float[Array, "B"] | float
+Coefficient = Scalars | float
 
-_NULL = 1e-6  # eigenvalues of A A^T below this share of the largest count as 0
+_NULL = 1e-6  # eigenvalues of A A^T below this fraction of the largest count as 0
 CG_STEPS = 50  # of an operator given as a pair of functions
 
 
@@ -54,8 +54,8 @@ class Operator:
     is_orthogonal: bool
     picture_shape: ImageShape | None = None
 
-    def pseudo_inverse(self, y: Float[Array, "B ..."]) -> Float[Array, "B H W C"]:
-        """Returns A^+ y, the smallest image that has this measurement."""
+    def pseudo_inverse(self, y: State) -> Images:
+        """Return A^+ y, the smallest image that has this measurement."""
         return self.transpose(self.solve(y, 1.0, 0.0))
 
     @property
@@ -69,43 +69,35 @@ def _coefficient(value: Coefficient, like: Array) -> Array | float:
 
 
 def _divide(numerator: Array, divisor: Array) -> Array:
-    """Divides by what is above 0; elsewhere the result is 0, as of a pseudo-inverse."""
+    """Divide by what is above 0; elsewhere the result is 0, as of a pseudo-inverse."""
     return jnp.where(divisor > 0, numerator / jnp.where(divisor > 0, divisor, 1.0), 0.0)
 
 
 def _solve_diagonal(
     v: Array, a: Coefficient, b: Coefficient, *, eigenvalues: np.ndarray, to_basis: Linear, from_basis: Linear
 ) -> Array:
-    """Divides by a times the eigenvalues of A A^T plus b; where both are 0 the solution is 0."""
+    """Divide by a times the eigenvalues of A A^T plus b; where both are 0 the solution is 0."""
     values = jnp.asarray(np.where(eigenvalues > _NULL * eigenvalues.max(), eigenvalues, 0.0), v.dtype)
     coefficients = to_basis(v)
     divisor = _coefficient(a, coefficients) * values[None] + _coefficient(b, coefficients)
     return from_basis(_divide(coefficients, divisor))
 
 
-def _identity(x: Array) -> Array:
-    return x
-
-
 # --- kinds -----------------------------------------------------------------------------------------------------------
 
 
 def inpainting(mask: Float[np.ndarray, "H W C"]) -> Operator:
-    """Keeps the pixels of the mask and sets the others to 0.
-
-    Args:
-      mask: 1 where a pixel is known, 0 where it is not.
-    """
+    """Keep the pixels where the mask is 1 and set the others to 0."""
     keep = lambda x: x * jnp.asarray(mask, x.dtype)[None]  # noqa: E731
-    solve = functools.partial(_solve_diagonal, eigenvalues=mask, to_basis=_identity, from_basis=_identity)
+    solve = functools.partial(_solve_diagonal, eigenvalues=mask, to_basis=lambda v: v, from_basis=lambda c: c)
     return Operator(keep, keep, solve, mask.shape, mask.shape, mask, is_orthogonal=True, picture_shape=mask.shape)
 
 
 def grayscale(image_shape: ImageShape) -> Operator:
-    """Takes the mean of the channels, the grey value of Song et al. 2021, Appendix I.3."""
+    """Take the mean of the channels, the grey value of Song et al. 2021, Appendix I.3."""
     H, W, C = image_shape
     solve = functools.partial(
-        _solve_diagonal, eigenvalues=np.full((1, 1, 1), 1 / C), to_basis=_identity, from_basis=_identity
+        _solve_diagonal, eigenvalues=np.full((1, 1, 1), 1 / C), to_basis=lambda v: v, from_basis=lambda c: c
     )
     return Operator(
         apply=lambda x: x.mean(axis=-1, keepdims=True),
@@ -120,7 +112,7 @@ def grayscale(image_shape: ImageShape) -> Operator:
 
 
 def _along_axes(rows: np.ndarray, columns: np.ndarray) -> Linear:
-    """Returns x -> rows x columns^T for every channel."""
+    """Return x -> rows x columns^T for every channel."""
 
     def multiply(x: Array) -> Array:
         P, Q = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
@@ -130,7 +122,7 @@ def _along_axes(rows: np.ndarray, columns: np.ndarray) -> Linear:
 
 
 def separable(rows: Float[np.ndarray, "P H"], columns: Float[np.ndarray, "Q W"], num_channels: int) -> Operator:
-    """Multiplies the rows and the columns of every channel by a matrix each: resizing, separable blur."""
+    """Multiply the rows and the columns of every channel by a matrix each: resizing, separable blur."""
     (U, S, _), (V, T, _) = (np.linalg.svd(matrix.astype(np.float64)) for matrix in (rows, columns))
     eigenvalues = np.multiply.outer(S**2, T**2)[..., None]
     shape = (len(rows), len(columns), num_channels)
@@ -148,27 +140,22 @@ def separable(rows: Float[np.ndarray, "P H"], columns: Float[np.ndarray, "Q W"],
     )
 
 
-def _shrinking_matrix(size: int, factor: int, kernel: str) -> Float[np.ndarray, "P H"]:
-    """Returns the matrix that shrinks one axis by `factor`."""
-    if kernel == "box":
-        return np.kron(np.eye(size // factor), np.full((1, factor), 1 / factor))
-    return resize(np.eye(size)[..., None], size // factor, size, Image.Resampling.BICUBIC)[..., 0].astype(np.float64)
-
-
 def super_resolution(image_shape: ImageShape, factor: int, kernel: str) -> Operator:
-    """Shrinks images by a whole factor.
+    """Shrink images by a factor that divides height and width.
 
-    Args:
-      image_shape: of the large images.
-      factor: that divides height and width.
-      kernel: "box", the mean of factor x factor pixels, or "bicubic", with antialiasing as Pillow's (a = -1/2).
+    By the mean of factor x factor pixels ("box") or "bicubic", with antialiasing as Pillow's (a = -1/2).
     """
     H, W, C = image_shape
-    return separable(_shrinking_matrix(H, factor, kernel), _shrinking_matrix(W, factor, kernel), C)
+    if kernel == "box":
+        rows, columns = (np.kron(np.eye(size // factor), np.full((1, factor), 1 / factor)) for size in (H, W))
+    else:
+        bicubic = lambda size: resize(np.eye(size)[..., None], size // factor, size, Image.Resampling.BICUBIC)  # noqa: E731
+        rows, columns = (bicubic(size)[..., 0].astype(np.float64) for size in (H, W))
+    return separable(rows, columns, C)
 
 
 def gaussian_blur(image_shape: ImageShape, std: float) -> Operator:
-    """Blurs with a Gaussian of `std` pixels, cut off at 4 std; the image is mirrored at its border."""
+    """Blur with a Gaussian of `std` pixels, cut off at 4 std; the image is mirrored at its border."""
     from scipy.ndimage import gaussian_filter1d  # lazily: 0.2 s of every start
 
     H, W, C = image_shape
@@ -177,7 +164,7 @@ def gaussian_blur(image_shape: ImageShape, std: float) -> Operator:
 
 
 def _motion_kernel(length: float, angle: float) -> Float[np.ndarray, "K K"]:
-    """Returns the weights of a straight line of `length` pixels through the middle, spread over the nearest pixels."""
+    """Return the weights of a straight line of `length` pixels through the middle, spread over the nearest pixels."""
     half = int(np.ceil((length - 1) / 2)) + 1
     kernel = np.zeros((2 * half + 1, 2 * half + 1))
     steps = np.linspace(-(length - 1) / 2, (length - 1) / 2, num=max(int(16 * length), 2) + 1)
@@ -192,7 +179,7 @@ def _motion_kernel(length: float, angle: float) -> Float[np.ndarray, "K K"]:
 
 
 def circular(image_shape: ImageShape, kernel: Float[np.ndarray, "K L"]) -> Operator:
-    """Convolves every channel with a kernel of odd sides; the image is continued by itself beyond its border."""
+    """Convolve every channel with a kernel of odd sides; the image is continued by itself beyond its border."""
     H, W, _ = image_shape
     padded = np.zeros((H, W))
     for i, j in np.ndindex(*kernel.shape):  # wraps a kernel that is larger than the image
@@ -221,24 +208,20 @@ def circular(image_shape: ImageShape, kernel: Float[np.ndarray, "K L"]) -> Opera
 
 
 def motion_blur(image_shape: ImageShape, length: float, angle: float) -> Operator:
-    """Blurs along a straight line of `length` pixels, `angle` degrees counter-clockwise from the horizontal."""
+    """Blur along a straight line of `length` pixels, `angle` degrees counter-clockwise from the horizontal."""
     return circular(image_shape, _motion_kernel(length, angle))
 
 
 def _mirrored(spectrum: Array) -> Array:
-    """Returns the complex conjugate at the opposite frequency, to which a real image's spectrum is equal."""
+    """Return the complex conjugate at the opposite frequency, to which a real image's spectrum is equal."""
     return jnp.conj(jnp.roll(jnp.flip(spectrum, (1, 2)), 1, (1, 2)))
 
 
 def fourier(image_shape: ImageShape, sampled: Float[np.ndarray, "H W"]) -> Operator:
-    """Takes some coefficients of the orthonormal two-dimensional Fourier transform of every channel, as MRI does.
+    """Take some coefficients of the orthonormal two-dimensional Fourier transform of every channel, as MRI does.
 
-    The measurement holds their real and imaginary parts, [2, H, W, C], frequency 0 in the corner. Of two opposite
-    frequencies of a real image both may be measured, and then count twice.
-
-    Args:
-      image_shape: of the images.
-      sampled: 1 where a frequency is measured, 0 where it is not.
+    Those where `sampled` is 1. The measurement holds their real and imaginary parts, [2, H, W, C], frequency 0 in the
+    corner. Of two opposite frequencies of a real image both may be measured, and then count twice.
     """
     H, W, C = image_shape
     mask = sampled[..., None]
@@ -272,18 +255,12 @@ def fourier(image_shape: ImageShape, sampled: Float[np.ndarray, "H W"]) -> Opera
 # --- any other -------------------------------------------------------------------------------------------------------
 
 
-def _dot(x: Array, y: Array) -> Float[Array, "B"]:
+def _dot(x: Array, y: Array) -> Scalars:
     return jnp.sum(x * y, axis=tuple(range(1, x.ndim)))
 
 
-def conjugate_gradients(matrix: Linear, v: Float[Array, "B ..."], num_steps: int) -> Float[Array, "B ..."]:
-    """Solves matrix(u) = v for a symmetric, positive semi-definite matrix, each example with steps of its own.
-
-    Args:
-      matrix: u [B, ...] -> [B, ...]; examples must not interact.
-      v: right-hand side.
-      num_steps: of the method; it ends earlier only in that further steps change nothing.
-    """
+def conjugate_gradients(matrix: Linear, v: State, num_steps: int) -> State:
+    """Solve matrix(u) = v for a symmetric, positive semi-definite matrix, in which examples must not interact."""
 
     def step(_: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         u, residual, direction = carry
@@ -305,7 +282,7 @@ def from_functions(
     num_steps: int = CG_STEPS,
     picture_shape: ImageShape | None = None,
 ) -> Operator:
-    """Makes an operator of a pair of functions of a batch.
+    """Make an operator of a pair of functions of a batch.
 
     Args:
       apply: x [B, *image_shape] -> A x [B, ...]; examples must not interact.

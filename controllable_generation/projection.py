@@ -10,55 +10,32 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from controllable_generation.operators import Operator
 from parallel import rng
 from sampling import StepResult, StepTransform
-from sde_lib import SDE, expand
+from sde_lib import SDE, Images, Scalars, State, expand
 
 
-def put_in(
-    operator: Operator,
-    x: Float[Array, "B H W C"],
-    y: Float[Array, "B ..."],
-    *,
-    ratio: Float[Array, "B"] | float = 0.0,
-    strength: float = 1.0,
-) -> Float[Array, "B H W C"]:
-    """Moves x towards the images whose measurement is y, by no more than that takes.
+def put_in(operator: Operator, x: Images, y: State, *, ratio: Scalars | float = 0.0, strength: float = 1.0) -> Images:
+    """Move x towards the images whose measurement is y, by no more than that takes.
 
-    Returns the least of |u - x|^2 + |A u - y|^2 / ratio at `strength` 1, and at `ratio` 0 the nearest u with A u = y.
-
-    Args:
-      operator: A.
-      x: images.
-      y: measurements.
-      ratio: variance of the noise of y over that of x.
-      strength: share of the way that is taken.
+    At `strength` 1, the minimizer u of |u - x|^2 + |A u - y|^2 / ratio, and at `ratio` 0 the nearest u with A u = y;
+    otherwise that fraction of the way to it. `ratio` is the variance of the noise of y over that of x.
     """
     return x + strength * operator.transpose(operator.solve(y - operator.apply(x), 1.0, ratio))
 
 
-def put_in_each_step(
-    operator: Operator, y: Float[Array, "B ..."], sde: SDE, *, noise: float, strength: float
-) -> StepTransform:
-    """Returns the step transform that puts the measurement, noised to the step's time, into the state.
+def put_in_each_step(operator: Operator, y: State, sde: SDE, *, noise: float, strength: float) -> StepTransform:
+    """Return the step transform that puts the measurement, noised to the step's time, into the state.
 
-    In the step's mean goes the measurement's mean, and what is not measured keeps its own, so that removing the last
-    step's noise denoises both. A measurement with noise pulls the less the smaller the noise of the state is beside it.
-
-    Args:
-      operator: A.
-      y: measurements of clean images.
-      sde: forward SDE.
-      noise: standard deviation of the noise of y, in the network's range.
-      strength: share of the way that is taken, lambda of Song et al. 2022.
+    The measurement's mean goes into the step's mean, and what is not measured keeps its own, so that removing the last
+    step's noise denoises both. y are measurements of clean images, with noise of std `noise` in the network's range;
+    they pull the less the smaller the noise of the state is beside it. `strength` is lambda of Song et al. 2022.
     """
 
-    def transform(
-        key: PRNGKeyArray, x: Float[Array, "B H W C"], x_mean: Float[Array, "B H W C"], t: Float[Array, "B"]
-    ) -> StepResult:
+    def transform(key: PRNGKeyArray, x: Images, x_mean: Images, t: Scalars) -> StepResult:
         m, std = sde.mean_coeff(t), sde.std(t)
         mean = expand(m, y) * y
         noised = mean + expand(std, y) * operator.apply(rng.normal(key, x.shape))

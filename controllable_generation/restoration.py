@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 from ml_collections import ConfigDict
 
 from configs.settings import check
@@ -21,7 +20,7 @@ from controllable_generation.projection import put_in_each_step
 from errors import UserError
 from parallel import rng
 from sampling import StepTransform, data_range
-from sde_lib import SDE, ScoreFn
+from sde_lib import SDE, Images, ScoreFn, State
 from solvers import ADAPTIVE
 
 
@@ -30,14 +29,11 @@ class Conditional(NamedTuple):
 
     score_fn: ScoreFn
     transform: StepTransform | None
-    initial_state: Callable[[PRNGKeyArray], Float[Array, "B H W C"]] | None  # at t = T; None: the prior
+    initial_state: Callable[[PRNGKeyArray], Images] | None  # at t = T; None: the prior
 
 
-class Restoration(Protocol):
-    """What `build_restoration` returns."""
-
-    def __call__(self, score_fn: ScoreFn, y: Float[Array, "B ..."]) -> Conditional:
-        """Conditions a score on measurements, one for each image of a batch."""
+# (score_fn, y) -> the score conditioned on measurements, one for each image of a batch
+Restoration = Callable[[ScoreFn, State], Conditional]
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -73,7 +69,7 @@ def _motion_blur(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Op
 
 
 def _fourier(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
-    """Measures whole lines of frequencies: the lowest, and others at random."""
+    """Measure whole lines of frequencies: the lowest, and others at random."""
     H, W, _ = image_shape
     num_lines = max(round(settings.fourier_share * W), 1)
     num_center = min(max(round(settings.fourier_center * W), 1), num_lines)
@@ -97,7 +93,7 @@ OPERATORS: dict[str, Callable[[ConfigDict, ImageShape, int], Operator]] = {
 
 
 def _load_operator(setting: str, image_shape: ImageShape) -> Operator:
-    """Calls the function that "FILE.py:FUNCTION" names with the shape of the images."""
+    """Call the function that "FILE.py:FUNCTION" names with the shape of the images."""
     path, _, name = setting.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"restore.operator={setting!r}: {path} is not a file; expected FILE.py:FUNCTION")
@@ -116,15 +112,15 @@ def _load_operator(setting: str, image_shape: ImageShape) -> Operator:
 
 
 def build_operator(config: ConfigDict, image_shape: ImageShape) -> Operator:
-    """Builds the measurement that `config.restore` describes.
+    """Build the measurement that `config.restore` describes.
 
     Args:
       config: read here: `restore`, `seed` (what is chosen at random).
       image_shape: (H, W, C) of the images.
 
     Raises:
-      UserError: if a setting is unknown, out of range, or does not go with the images.
-      UserError: if a file that it names is missing.
+      UserError: if a setting is unknown, out of range, or does not go with the images,
+        or if a file that it names is missing.
     """
     check(config, "restore")
     name = config.restore.operator
@@ -137,37 +133,31 @@ def build_operator(config: ConfigDict, image_shape: ImageShape) -> Operator:
 
 
 def noise_in_range(config: ConfigDict) -> float:
-    """Returns the standard deviation of the measurement's noise in the network's range, [-1, 1] or [0, 1]."""
+    """Return the standard deviation of the measurement's noise in the network's range, [-1, 1] or [0, 1]."""
     return float(config.restore.noise) * (2.0 if config.data.centered else 1.0)
 
 
-def _check_projection(config: ConfigDict, operator: Operator) -> None:
-    settings, method = config.restore, config.sampling.method
+def _build_projection(config: ConfigDict, sde: SDE, operator: Operator) -> Restoration:
+    settings, method, noise = config.restore, config.sampling.method, noise_in_range(config)
     if method in ADAPTIVE:
         raise UserError(
             f"restore.method={settings.method!r} changes the steps of a sampler, and sampling.method={method!r} has "
             "none of its own; use 'pc' or a solver of fixed steps, or restore.method='pigdm'"
         )
-    if settings.method == "projection":
-        if settings.scale > 1:
-            raise UserError(f"restore.scale={settings.scale}: a projection goes at most the whole way, 1")
-        return
-    if settings.noise or settings.scale != 1 or not operator.is_orthogonal:
+    if settings.method == "projection" and settings.scale > 1:
+        raise UserError(f"restore.scale={settings.scale}: a projection goes at most the whole way, 1")
+    is_exact = not settings.noise and settings.scale == 1 and operator.is_orthogonal
+    if settings.method == "replacement" and not is_exact:
         raise UserError(
             "restore.method='replacement' puts exact values in the place of others: it needs restore.noise=0, "
             f"restore.scale=1 and an operator that keeps white noise white, not noise={settings.noise}, "
             f"scale={settings.scale}, {settings.operator!r}; use 'projection', or a guidance such as 'pigdm'"
         )
 
+    def restore(score_fn: ScoreFn, y: State) -> Conditional:
+        transform = put_in_each_step(operator, y, sde, noise=noise, strength=float(settings.scale))
 
-def _build_projection(config: ConfigDict, sde: SDE, operator: Operator) -> Restoration:
-    _check_projection(config, operator)
-    noise, strength = noise_in_range(config), float(config.restore.scale)
-
-    def restore(score_fn: ScoreFn, y: Float[Array, "B ..."]) -> Conditional:
-        transform = put_in_each_step(operator, y, sde, noise=noise, strength=strength)
-
-        def initial_state(key: PRNGKeyArray) -> Float[Array, "B H W C"]:
+        def initial_state(key: PRNGKeyArray) -> Images:
             key_known, key_prior = rng.split(rng.example_keys(key, len(y)))
             x = sde.prior_sampling(key_prior, (len(y), *operator.image_shape))
             return transform(key_known, x, x, jnp.full(len(y), sde.T))[0]
@@ -177,22 +167,19 @@ def _build_projection(config: ConfigDict, sde: SDE, operator: Operator) -> Resto
     return restore
 
 
-def _build_weighting(config: ConfigDict, sde: SDE, operator: Operator) -> guidance.Weighting:
-    settings, noise = config.restore, noise_in_range(config)
-    if settings.method == "dps":
-        return guidance.dps_weighting(sde.with_steps(config.model.num_scales), settings.scale)
-    if settings.method == "pigdm":
-        return guidance.pigdm_weighting(
-            operator, sde, noise=noise, scale=settings.scale, data_std=float(settings.data_std)
-        )
-    return guidance.mmps_weighting(operator, sde, noise=noise, scale=settings.scale, num_steps=settings.cg_steps)
-
-
 def _build_guidance(config: ConfigDict, sde: SDE, operator: Operator) -> Restoration:
-    weighting = _build_weighting(config, sde, operator)
-    bounds = data_range(config) if config.restore.clip else None
-    guide = functools.partial(guidance.guide, operator=operator, sde=sde, weight=weighting, bounds=bounds)
-    return lambda score_fn, y: Conditional(guide(score_fn, y=y), None, None)
+    settings, noise, scale = config.restore, noise_in_range(config), config.restore.scale
+    if settings.method == "dps":
+        weight = guidance.dps_weighting(sde, scale=scale, num_steps=config.model.num_scales)
+    elif settings.method == "pigdm":
+        data_std = float(settings.data_std)
+        weight = guidance.pigdm_weighting(operator, sde, noise=noise, scale=scale, data_std=data_std)
+    else:
+        weight = guidance.mmps_weighting(operator, sde, noise=noise, scale=scale, num_steps=settings.cg_steps)
+    bounds = data_range(config) if settings.clip else None
+    return lambda score_fn, y: Conditional(
+        guidance.guide(score_fn, operator, y, sde, weight, bounds=bounds), None, None
+    )
 
 
 METHODS: dict[str, Callable[[ConfigDict, SDE, Operator], Restoration]] = {
@@ -205,7 +192,7 @@ METHODS: dict[str, Callable[[ConfigDict, SDE, Operator], Restoration]] = {
 
 
 def build_restoration(config: ConfigDict, sde: SDE, operator: Operator) -> Restoration:
-    """Builds f(score_fn, y) -> Conditional, what a sampler takes to draw images behind the measurements y.
+    """Build f(score_fn, y) -> Conditional, what a sampler takes to draw images behind the measurements y.
 
     "replacement" and "projection" put the noised measurement into the state after each step (Song et al. 2021,
     Appendix I.2, I.3; Song et al. 2022); "dps", "pigdm" and "mmps" add the gradient of log p_t(y | x) to the score (see
@@ -222,14 +209,3 @@ def build_restoration(config: ConfigDict, sde: SDE, operator: Operator) -> Resto
     """
     check(config, "restore")
     return METHODS[config.restore.method](config, sde, operator)
-
-
-__all__ = [
-    "METHODS",
-    "OPERATORS",
-    "Conditional",
-    "Restoration",
-    "build_operator",
-    "build_restoration",
-    "noise_in_range",
-]

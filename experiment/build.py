@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ import losses
 import models
 import sde_lib
 from configs.settings import check, of_group
-from controllable_generation.labels import build_classifier_free, build_labels, labels_of_samples
 from dequantization import Dequantize, build_dequantization
 from experiment import ahead, smoke
 from experiment.alike import loop_over_alike
@@ -32,8 +31,8 @@ from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
 from models.factory import check_labels, num_classes_of, require_score_network
 from models.score import get_score_fn
 from parallel import distributed, rng
-from sampling import build_sampler
-from sde_lib import SDE, VESDE, ScoreFn
+from sampling import Guide, build_classifier_free, build_labels, build_sampler, compose_score, labels_of_samples
+from sde_lib import SDE, ScoreFn
 from solvers import ode
 from variational_bound import VariationalBound, build_variational_bound
 from workdir import folder as workdirs
@@ -105,13 +104,11 @@ class Experiment:
         Args:
           params: of the network.
           smooth: for solvers of the probability-flow ODE: a discretely trained VP network is then asked between its
-            levels, as the 2021 code does. A discretely trained VE network knows only the index of a level.
+            levels, as the 2021 code does; see `SDE.interpolates_levels`.
           class_labels: of the examples, for a network that is told classes; None: the score of images of any class.
         """
-        continuous = self.config.training.continuous or (smooth and not isinstance(self.sde, VESDE))
-        return get_score_fn(
-            self.sde, self.model, params, {}, train=False, continuous=continuous, class_labels=class_labels
-        )
+        continuous = self.config.training.continuous or (smooth and self.sde.interpolates_levels)
+        return get_score_fn(self.sde, self.model, params, train=False, continuous=continuous, class_labels=class_labels)
 
 
 def _build_likelihoods(
@@ -224,21 +221,6 @@ def build_loss_program(experiment: Experiment) -> Callable[[Any, np.ndarray, np.
     return evaluate
 
 
-@dataclasses.dataclass(frozen=True)
-class Guide:
-    """What guides samples to their labels besides the network, such as a classifier of noisy images.
-
-    Attributes:
-      apply: (params, score_fn, labels int[B]) -> the guided score function.
-      params: what it depends on, replicated: an argument of the compiled program, not a constant in it.
-      num_classes: that it knows, labels 0 .. num_classes - 1.
-    """
-
-    apply: Callable[[Any, ScoreFn, Int[Array, "B"]], ScoreFn]
-    params: Any
-    num_classes: int
-
-
 class SamplingProgram:
     """The sampler as one compiled program: (replicated params, sample indices int[batch_size]) -> (levels, nfe).
 
@@ -250,7 +232,7 @@ class SamplingProgram:
       experiment: its configuration says which sampler, which labels, and how the network guides to them.
       batch_size: samples of a call, over all devices.
       purpose: whose key the samples derive theirs from, one of `PURPOSES`.
-      guide: applied to the network's score if there are labels.
+      guide: applied to the network's score if there are labels; copied to all devices.
 
     Attributes:
       batch_size: as given.
@@ -268,11 +250,15 @@ class SamplingProgram:
         self.labels = build_labels(experiment.config, guide_classes=guide.num_classes if guide else 0)
         self.compile_seconds: float | None = None
         self._key = experiment.keys[purpose]
-        self._guide = guide if self.labels else None
-        build_score, evaluations = _build_conditional_score(experiment, self.labels, self._guide)
+        self._guide = distributed.replicate(guide) if guide and self.labels else None
+        smooth = experiment.config.sampling.method != "pc"  # every other one steps between the levels of training
+        classifier_free = build_classifier_free(experiment.config, experiment.sde, self.labels)
+        evaluations = 1 if experiment.config.sampling.guidance_scale == 1 else 2  # of the network, in one of the score
 
-        def sample(key: PRNGKeyArray, params: Any, labels: Any, guide_params: Any) -> tuple[Array, Array, Array]:
-            x, nfe = sampler(key, build_score(params, labels, guide_params))
+        def sample(key: PRNGKeyArray, params: Any, labels: Any, guide: Guide | None) -> tuple[Array, Array, Array]:
+            score_of = lambda labels: experiment.score_fn(params, smooth=smooth, class_labels=labels)  # noqa: E731
+            guided = guide.guide if guide else None
+            x, nfe = sampler(key, compose_score(score_of, labels, classifier_free=classifier_free, guide=guided))
             return experiment.scaler.to_levels(x), nfe * evaluations, x.sum(axis=(1, 2, 3))
 
         self._mapped = distributed.pmap(sample)
@@ -285,7 +271,7 @@ class SamplingProgram:
             _device_keys(self._key, indices),
             params,
             None if labels is None else distributed.shard(distributed.host_share(labels)),
-            self._guide.params if self._guide else None,
+            self._guide,
         )
 
     def compile(self, params: Any) -> Callable[..., Any]:
@@ -312,24 +298,6 @@ class SamplingProgram:
         levels, nfe, sums = self.compile(params)(*self._inputs(params, indices))
         ode.require_solved(distributed.gather(sums), "samples")  # levels cannot be NaN
         return distributed.gather(levels), int(distributed.gather(nfe).max())
-
-
-def _build_conditional_score(
-    experiment: Experiment, labels: Sequence[int], guide: Guide | None
-) -> tuple[Callable[[Any, Any, Any], ScoreFn], int]:
-    """Returns (params, labels, params of the guide) -> score function, and its evaluations of the network for each."""
-    smooth = experiment.config.sampling.method != "pc"  # every other one steps between the levels of training
-    classifier_free = build_classifier_free(experiment.config, experiment.sde, labels)
-
-    def build(params: Any, labels: Any, guide_params: Any) -> ScoreFn:
-        if classifier_free is None:
-            score_fn = experiment.score_fn(params, smooth=smooth)
-        else:
-            score_of = lambda labels: experiment.score_fn(params, smooth=smooth, class_labels=labels)  # noqa: E731
-            score_fn = classifier_free.guide(score_of, labels)
-        return guide.apply(guide_params, score_fn, labels) if guide else score_fn
-
-    return build, classifier_free.evaluations if classifier_free else 1
 
 
 def build_bpd_program(

@@ -15,7 +15,6 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 import checks
-from controllable_generation.labels import rows_of_labels
 from experiment.build import Experiment, SamplingProgram
 from losses import TrainState
 from parallel import distributed
@@ -95,6 +94,21 @@ def evenly_chosen(num_images: int, num_shown: int) -> Int[np.ndarray, "n"]:
     """Returns indices of images to show at even distances, since the first ones may all be of one class."""
     shown = min(num_shown, num_images)
     return np.arange(shown) * num_images // shown
+
+
+def rows_of_labels(num_images: int, num_labels: int, limit: int) -> Int[np.ndarray, "R C"]:
+    """Return the numbers of the samples that a picture with a row for each label shows.
+
+    Only whole columns, so that every label is shown as often, unless there are fewer samples than labels.
+
+    Args:
+      num_images: samples that there are.
+      num_labels: K; sample i has label number i mod K.
+      limit: samples that are shown at the most.
+    """
+    num_shown = min(num_images, limit)
+    rows, columns = min(num_labels, num_shown), max(1, num_shown // num_labels)
+    return np.arange(rows)[:, None] + num_labels * np.arange(columns)[None, :]
 
 
 def picture(

@@ -25,7 +25,6 @@ from latents import build_codec, compare_with_prior, scale_temperature, slerp
 from metrics.metric import Metric, make_metric, mean_metric
 from parallel import distributed
 from report import number_text, plots
-from sde_lib import VESDE
 from solvers import ode
 from sources.npz import load_npz
 from storage import files
@@ -299,7 +298,7 @@ def _describe_flow(experiment: Experiment) -> None:
     """Says what a discretely trained network makes of the flow."""
     if experiment.config.training.continuous:
         return
-    if isinstance(experiment.sde, VESDE):
+    if not experiment.sde.interpolates_levels:
         logging.warning(
             "the network knows only the %d noise levels of its training: its flow is a staircase in time, which the "
             "solver takes many steps for and can only invert roughly",

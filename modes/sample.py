@@ -14,13 +14,13 @@ from ml_collections import ConfigDict
 import checks
 from classifier import guidance as classifier_guidance
 from classifier.guidance import Classifier
-from controllable_generation.labels import build_labels, labels_of_samples
 from errors import UserError
 from experiment import drawing
 from experiment.build import Experiment, SamplingProgram, open_experiment
 from experiment.drawing import Samples, Snapshot
 from parallel import distributed
 from report import plots
+from sampling import build_labels, labels_of_samples
 from workdir import folder as workdirs
 from workdir import locks, results
 
@@ -62,8 +62,7 @@ def _draw(
     """Draws the samples, or reads them if they are complete; the file has their labels, too."""
 
     def compute() -> dict[str, Any]:
-        guide = classifier.guide() if classifier else None
-        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, num_images), guide=guide)
+        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, num_images), guide=classifier)
         params = distributed.replicate(snapshot.params)
         arrays = drawing.draw_samples(program, params, folder / ROUNDS, num_images).to_arrays()
         return arrays | ({"labels": labels_of_samples(labels, np.arange(num_images))} if labels else {})

@@ -27,9 +27,9 @@ def _order(settings: ConfigDict) -> int:
     return int(settings.solver_order or DEFAULT_ORDER[settings.method])
 
 
-def _heun(settings: ConfigDict, sde: SDE, levels: noise_levels.NoiseLevels) -> Solver:
+def _heun(settings: ConfigDict, sde: SDE, grid: noise_levels.NoiseLevels) -> Solver:
     return runge_kutta.heun(
-        levels,
+        grid,
         sde,
         s_churn=settings.s_churn,
         s_tmin=settings.s_tmin,
@@ -39,26 +39,26 @@ def _heun(settings: ConfigDict, sde: SDE, levels: noise_levels.NoiseLevels) -> S
 
 
 FIXED_GRID: dict[str, Callable[[ConfigDict, SDE, noise_levels.NoiseLevels], Solver]] = {
-    "ddim": lambda settings, sde, levels: multistep.ddim(levels, eta=settings.eta),
-    "deis": lambda settings, sde, levels: multistep.deis(levels, sde, order=_order(settings)),
-    "dpmpp_2m": lambda settings, sde, levels: multistep.dpmpp_2m(levels),
-    "dpmpp_3m": lambda settings, sde, levels: multistep.dpmpp_3m(levels),
-    "dpmpp_sde": lambda settings, sde, levels: multistep.dpmpp_sde(levels),
+    "ddim": lambda settings, sde, grid: multistep.ddim(grid, eta=settings.eta),
+    "deis": lambda settings, sde, grid: multistep.deis(grid, sde, order=_order(settings)),
+    "dpmpp_2m": lambda settings, sde, grid: multistep.dpmpp_2m(grid),
+    "dpmpp_3m": lambda settings, sde, grid: multistep.dpmpp_3m(grid),
+    "dpmpp_sde": lambda settings, sde, grid: multistep.dpmpp_sde(grid),
     "heun": _heun,
-    "rk4": lambda settings, sde, levels: runge_kutta.rk4(levels, sde),
-    "stochastic_heun": lambda settings, sde, levels: runge_kutta.stochastic_heun(levels),
-    "unipc": lambda settings, sde, levels: multistep.unipc(levels, order=_order(settings)),
+    "rk4": lambda settings, sde, grid: runge_kutta.rk4(grid, sde),
+    "stochastic_heun": lambda settings, sde, grid: runge_kutta.stochastic_heun(grid),
+    "unipc": lambda settings, sde, grid: multistep.unipc(grid, order=_order(settings)),
 }
 
 
 def _build_fixed_grid(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampler:
     settings = config.sampling
-    levels = noise_levels.noise_levels(
+    grid = noise_levels.noise_levels(
         sde, noise_levels.time_grid(sde, settings.num_steps or config.model.num_scales, settings.time_grid)
     )
-    solver = FIXED_GRID[settings.method](settings, sde, levels)
+    solver = FIXED_GRID[settings.method](settings, sde, grid)
     return functools.partial(
-        fixed_grid.sample, solver=solver, levels=levels, sde=sde, shape=shape, noise_removal=settings.noise_removal
+        fixed_grid.sample, solver=solver, grid=grid, sde=sde, shape=shape, noise_removal=settings.noise_removal
     )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from parallel import rng
-from sde_lib import SDE, ReverseSDE, ScoreFn, expand
+from sde_lib import SDE, ReverseSDE, Scalars, ScoreFn, State, expand
 from solvers import ode
 from solvers.interface import StepTransform, predict_data, prepare, refuse_transform
 
@@ -21,7 +21,7 @@ EXPONENT = 0.9  # r there
 
 def integrate_flow(
     score_fn: ScoreFn,
-    x: Float[Array, "B ..."],
+    x: State,
     *,
     sde: SDE,
     t0: float,
@@ -30,10 +30,10 @@ def integrate_flow(
     atol: float,
     step_control: str = "sample",
 ) -> ode.Solution:
-    """Integrates the probability-flow ODE (Song et al. 2021, Eq. 13) from t0 to t1; see `ode.integrate`."""
+    """Integrate the probability-flow ODE (Song et al. 2021, Eq. 13) from t0 to t1; see `ode.integrate`."""
     flow = sde.reverse(score_fn, probability_flow=True)
 
-    def drift(t: Float[Array, "B"], y: Float[Array, "B F"]) -> Float[Array, "B F"]:
+    def drift(t: Scalars, y: Float[Array, "B F"]) -> Float[Array, "B F"]:
         return flow.sde(y.reshape(x.shape), t)[0].reshape(y.shape)
 
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
@@ -44,7 +44,7 @@ def integrate_flow(
 def sample_ode(
     key: PRNGKeyArray,
     score_fn: ScoreFn,
-    x_init: Float[Array, "B ..."] | None = None,
+    x_init: State | None = None,
     transform: StepTransform | None = None,
     *,
     sde: SDE,
@@ -53,8 +53,8 @@ def sample_ode(
     rtol: float,
     atol: float,
     step_control: str,
-) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
-    """Integrates the probability-flow ODE (Eq. 13) from T to eps with Dormand and Prince's method."""
+) -> tuple[State, Int[Array, ""]]:
+    """Integrate the probability-flow ODE (Eq. 13) from T to eps with Dormand and Prince's method."""
     refuse_transform("ode", transform)
     _, x = prepare(key, x_init, sde, shape)
     t0, t1 = sde.T, sde.sampling_eps
@@ -69,18 +69,16 @@ def sample_ode(
 class _State(NamedTuple):
     """Where the examples of a batch are in `sample_adaptive_sde`, each at a time and with a step of its own."""
 
-    x: Float[Array, "B ..."]
-    x_before: Float[Array, "B ..."]  # first-order state of the last accepted step
-    t: Float[Array, "B"]
-    step: Float[Array, "B"]
+    x: State
+    x_before: State  # first-order state of the last accepted step
+    t: Scalars
+    step: Scalars
     num_accepted: Int[Array, "B"]
     num_attempts: Int[Array, ""]
 
 
-def _improved_step(
-    reverse_sde: ReverseSDE, x: Float[Array, "B ..."], t: Float[Array, "B"], step: Float[Array, "B"], z: Array
-) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
-    """Returns the step -`step` of Euler-Maruyama, and that of the stochastic improved Euler method with its noise."""
+def _improved_step(reverse_sde: ReverseSDE, x: State, t: Scalars, step: Scalars, z: Array) -> tuple[State, State]:
+    """Return the step -`step` of Euler-Maruyama, and that of the stochastic improved Euler method with its noise."""
     drift, diffusion = reverse_sde.sde(x, t)
     euler = x - expand(step, x) * drift + expand(jnp.sqrt(step) * diffusion, x) * z
     drift, diffusion = reverse_sde.sde(euler, t - step)
@@ -89,9 +87,9 @@ def _improved_step(
 
 
 def _advance(state: _State, key: PRNGKeyArray, reverse_sde: ReverseSDE, *, rtol: float, atol: float) -> _State:
-    """Attempts a step for every example that has not arrived, and accepts it where its error is within tolerance."""
+    """Attempt a step for every example that has not arrived, and accept it where its error is within tolerance."""
     end = reverse_sde.forward.sampling_eps
-    # A rejected step keeps its noise: drawing anew would favour small noise.
+    # A rejected step keeps its noise: drawing again would favour small noise.
     z = rng.normal(rng.fold_in(key, state.num_accepted), state.x.shape)
     euler, improved = _improved_step(reverse_sde, state.x, state.t, state.step, z)
     scale = jnp.maximum(atol, rtol * jnp.maximum(jnp.abs(euler), jnp.abs(state.x_before)))
@@ -114,7 +112,7 @@ def _advance(state: _State, key: PRNGKeyArray, reverse_sde: ReverseSDE, *, rtol:
 def sample_adaptive_sde(
     key: PRNGKeyArray,
     score_fn: ScoreFn,
-    x_init: Float[Array, "B ..."] | None = None,
+    x_init: State | None = None,
     transform: StepTransform | None = None,
     *,
     sde: SDE,
@@ -122,28 +120,19 @@ def sample_adaptive_sde(
     noise_removal: bool,
     rtol: float,
     atol: float,
-) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
-    """Solves the reverse SDE with a step size for each example (Jolicoeur-Martineau et al. 2021, Algorithm 1).
+) -> tuple[State, Int[Array, ""]]:
+    """Solve the reverse SDE with a step size for each example (Jolicoeur-Martineau et al. 2021, Algorithm 1).
 
     Two evaluations an attempt: Euler-Maruyama and, as the result, the stochastic improved Euler method; their distance
-    is the error. Ends on Tweedie's formula with `noise_removal`. A sample is NaN if its attempts ran out.
-
-    Args:
-      key: one key, or one for each example.
-      score_fn: score(x, t).
-      x_init: state at t = T.
-      transform: refused, as each example has times of its own.
-      sde: forward SDE.
-      shape: of a batch, (B, ...).
-      noise_removal: return the predicted data.
-      rtol: error of a step relative to the values, epsilon_rel.
-      atol: absolute error of a step in units of the network's range, epsilon_abs.
+    is the error, with the tolerances `rtol` (epsilon_rel) and `atol` (epsilon_abs, in units of the network's range).
+    Ends on Tweedie's formula with `noise_removal`. A sample is NaN if its attempts ran out. A transform is refused:
+    each example has times of its own.
     """
     refuse_transform("adaptive_sde", transform)
     key, x = prepare(key, x_init, sde, shape)
     reverse_sde, end = sde.reverse(score_fn), sde.sampling_eps
 
-    def goes_on(state: _State) -> Bool[Array, ""]:
+    def continues(state: _State) -> Bool[Array, ""]:
         is_on_its_way = (state.t > end) & ~jnp.isnan(state.step)  # a step is NaN after a score that was
         return jnp.any(is_on_its_way) & (state.num_attempts < ode.MAX_STEPS)
 
@@ -155,7 +144,7 @@ def sample_adaptive_sde(
         num_accepted=jnp.zeros(shape[:1], jnp.int32),
         num_attempts=jnp.zeros((), jnp.int32),
     )
-    state = jax.lax.while_loop(goes_on, lambda state: _advance(state, key, reverse_sde, rtol=rtol, atol=atol), start)
+    state = jax.lax.while_loop(continues, lambda state: _advance(state, key, reverse_sde, rtol=rtol, atol=atol), start)
     x = jnp.where(expand(state.t > end, x), jnp.nan, state.x)
     if noise_removal:
         t = jnp.full((1,), end)

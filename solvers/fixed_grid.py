@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from parallel import rng
-from sde_lib import SDE, ScoreFn
+from sde_lib import SDE, ScoreFn, State
 from solvers.interface import TRANSFORM_STREAM, StepTransform, predict_data, prepare, unchanged
 from solvers.noise_levels import NoiseLevels
 
@@ -42,30 +42,30 @@ class Solver:
 
 
 def as_arrays(rows: Mapping[str, np.ndarray]) -> dict[str, Array]:
-    """Rounds rows to JAX's default type of floats."""
+    """Round rows to JAX's default type of floats."""
     return {name: jnp.asarray(values) for name, values in rows.items()}
 
 
 def sample(
     key: PRNGKeyArray,
     score_fn: ScoreFn,
-    x_init: Float[Array, "B ..."] | None = None,
+    x_init: State | None = None,
     transform: StepTransform | None = None,
     *,
     solver: Solver,
-    levels: NoiseLevels,
+    grid: NoiseLevels,
     sde: SDE,
     shape: tuple[int, ...],
     noise_removal: bool,
-) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
-    """Takes all steps from T to the last level and, with `noise_removal`, returns the data predicted there.
+) -> tuple[State, Int[Array, ""]]:
+    """Take all steps from T to the last level and, with `noise_removal`, returns the data predicted there.
 
     A transform is applied after each step, at the time where it arrived, and to the predicted data.
     """
     key, x = prepare(key, x_init, sde, shape)
     key_transform = rng.fold_in(key, TRANSFORM_STREAM)
     transform = transform or unchanged
-    num_steps = len(levels.t) - 1
+    num_steps = len(grid.t) - 1
 
     def step(carry: tuple[Array, Memory], inputs: tuple[Array, Array, Row]) -> tuple[tuple[Array, Memory], None]:
         (x, memory), (i, t, row) = carry, inputs
@@ -73,11 +73,11 @@ def sample(
         x, _ = transform(rng.fold_in(key_transform, i), x, x, jnp.full(shape[:1], t))
         return (x, memory), None
 
-    steps = jnp.arange(num_steps), jnp.asarray(levels.t[1:]), as_arrays(solver.rows)
+    steps = jnp.arange(num_steps), jnp.asarray(grid.t[1:]), as_arrays(solver.rows)
     (x, _), _ = jax.lax.scan(step, (x, solver.start(x)), steps)
     nfe = num_steps * solver.evaluations
     if noise_removal:
-        last = jnp.asarray(levels.t[-1]), jnp.asarray(levels.mean_coeff[-1]), jnp.asarray(levels.std[-1])
+        last = jnp.asarray(grid.t[-1]), jnp.asarray(grid.mean_coeff[-1]), jnp.asarray(grid.std[-1])
         x0 = predict_data(score_fn, x, *last)
         _, x = transform(rng.fold_in(key_transform, num_steps), x, x0, jnp.full(shape[:1], last[0]))
     return x, jnp.asarray(nfe + noise_removal, jnp.int32)

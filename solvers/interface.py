@@ -1,4 +1,4 @@
-"""What all samplers share: their type, their first state, and the prediction of the data from a score."""
+"""What all samplers have in common: their type, their first state, and the prediction of the data from a score."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from errors import UserError
 from parallel import rng
-from sde_lib import SDE, ScoreFn
+from sde_lib import SDE, ScoreFn, State
 
 # x and x_mean, both float[B, ...]: the new state, and the same before the step's noise was added.
-StepResult = tuple[Float[Array, "B ..."], Float[Array, "B ..."]]
+StepResult = tuple[State, State]
 # (key, x, x_mean, t) -> (x, x_mean): what controllable generation does to the result of a step.
 StepTransform = Callable[[PRNGKeyArray, Array, Array, Array], StepResult]
 
@@ -24,13 +24,9 @@ class Sampler(Protocol):
     """What `sampling.build_sampler` returns."""
 
     def __call__(
-        self,
-        key: PRNGKeyArray,
-        score_fn: ScoreFn,
-        x_init: Float[Array, "B ..."] | None = None,
-        transform: StepTransform | None = None,
-    ) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
-        """Draws samples.
+        self, key: PRNGKeyArray, score_fn: ScoreFn, x_init: State | None = None, transform: StepTransform | None = None
+    ) -> tuple[State, Int[Array, ""]]:
+        """Draw samples.
 
         Args:
           key: one key, from which example i of the global batch derives its own, or one key for each example.
@@ -43,10 +39,8 @@ class Sampler(Protocol):
         """
 
 
-def prepare(
-    key: PRNGKeyArray, x_init: Float[Array, "B ..."] | None, sde: SDE, shape: tuple[int, ...]
-) -> tuple[PRNGKeyArray, Float[Array, "B ..."]]:
-    """Returns a key for each example, for what follows, and the state at t = T."""
+def prepare(key: PRNGKeyArray, x_init: State | None, sde: SDE, shape: tuple[int, ...]) -> tuple[PRNGKeyArray, State]:
+    """Return a key for each example, for what follows, and the state at t = T."""
     key_prior, key = rng.split(rng.example_keys(key, shape[0]))
     if x_init is None:
         return key, sde.prior_sampling(key_prior, shape)
@@ -62,22 +56,18 @@ def unchanged(key: PRNGKeyArray, x: Array, x_mean: Array, t: Array) -> StepResul
 
 
 def refuse_transform(method: str, transform: StepTransform | None) -> None:
-    """Raises a ValueError if there is a transform, for a method whose steps differ between examples or are internal."""
+    """Raise a UserError if there is a transform, for a method whose steps differ between examples or are internal."""
     if transform is not None:
         raise UserError(
             f"sampling.method={method!r} has no steps that a transform could change; set sampling.method='pc'"
         )
 
 
-def predict_noise(
-    score_fn: ScoreFn, x: Float[Array, "B ..."], t: Float[Array, ""], std: Float[Array, ""]
-) -> Float[Array, "B ..."]:
-    """Returns the noise z in x = m x0 + s z that the score stands for: -s score(x, t)."""
+def predict_noise(score_fn: ScoreFn, x: State, t: Float[Array, ""], std: Float[Array, ""]) -> State:
+    """Return the noise z in x = m x0 + s z that the score stands for: -s score(x, t)."""
     return -std * score_fn(x, jnp.full(x.shape[:1], t))
 
 
-def predict_data(
-    score_fn: ScoreFn, x: Float[Array, "B ..."], t: Float[Array, ""], m: Float[Array, ""], std: Float[Array, ""]
-) -> Float[Array, "B ..."]:
-    """Returns E[x0 | x] as the score has it, by Tweedie's formula: (x + std^2 score(x, t)) / m."""
+def predict_data(score_fn: ScoreFn, x: State, t: Float[Array, ""], m: Float[Array, ""], std: Float[Array, ""]) -> State:
+    """Return E[x0 | x] as the score has it, by Tweedie's formula: (x + std^2 score(x, t)) / m."""
     return (x - std * predict_noise(score_fn, x, t, std)) / m

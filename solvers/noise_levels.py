@@ -45,25 +45,21 @@ class NoiseLevels:
         """log(m / s), the lambda of Lu et al. 2022: half the logarithm of the signal-to-noise ratio of powers."""
         return np.log(self.mean_coeff) - np.log(self.std)
 
-    def __getitem__(self, index: slice) -> NoiseLevels:
-        """Returns a part of the levels."""
-        return NoiseLevels(self.t[index], self.mean_coeff[index], self.std[index])
-
 
 def in_float64(fn: Callable[[Float[Array, "N"]], Array], t: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-    """Evaluates a function of time on the host in float64, also while JAX is tracing something else."""
+    """Evaluate a function of time on the host in float64, also while JAX is tracing something else."""
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         return np.asarray(fn(jnp.asarray(t, jnp.float64)))
 
 
 def noise_levels(sde: SDE, t: Float[np.ndarray, "N"]) -> NoiseLevels:
-    """Returns the levels at times `t`."""
+    """Return the levels at times `t`."""
     t = np.asarray(t, np.float64)
     return NoiseLevels(t, in_float64(sde.mean_coeff, t), in_float64(sde.std, t))
 
 
 def time_of_log_snr(sde: SDE, log_snr: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-    """Returns the times at which log(m / s), which falls with time, has these values; by bisection of [0, T]."""
+    """Return the times at which log(m / s), which falls with time, has these values; by bisection of [0, T]."""
     log_snr = np.asarray(log_snr, np.float64)
     low, high = np.zeros_like(log_snr), np.full_like(log_snr, sde.T)
     for _ in range(_BISECTIONS):
@@ -95,7 +91,7 @@ def _karras(sde: SDE, u: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
     return time_of_log_snr(sde, -KARRAS_RHO * np.log(first + u * (last - first)))
 
 
-# Each maps the share u of the steps that are done, from 0 to 1, to a time from T down to `sampling_eps`.
+# Each maps the fraction u of the steps that are done, from 0 to 1, to a time from T down to `sampling_eps`.
 TIME_GRIDS: dict[str, Callable[[SDE, Float[np.ndarray, "N"]], Float[np.ndarray, "N"]]] = {
     "karras": _karras,  # evenly in sigma^(1/7) (Karras et al. 2022, Eq. 5)
     "log_snr": _log_snr,  # evenly in log(m / s) (Lu et al. 2022)
@@ -105,7 +101,7 @@ TIME_GRIDS: dict[str, Callable[[SDE, Float[np.ndarray, "N"]], Float[np.ndarray, 
 
 
 def time_grid(sde: SDE, num_steps: int, name: str) -> Float[np.ndarray, "N+1"]:
-    """Returns the `num_steps` + 1 times of a solver's steps, from T down to `sampling_eps`, both included exactly."""
+    """Return the `num_steps` + 1 times of a solver's steps, from T down to `sampling_eps`, both included exactly."""
     times = TIME_GRIDS[name](sde, np.linspace(0.0, 1.0, num_steps + 1))
     times[0], times[-1] = sde.T, sde.sampling_eps
     return times

@@ -1,4 +1,5 @@
 """Adaptive integration of ordinary differential equations on the device, with a step size for each example or batch.
+from sde_lib import Scalars
 
 diffrax does the work: Dormand and Prince's pair of orders 5 and 4, the method of scipy's RK45 that the paper used.
 By default every example takes its own steps, so that its result does not depend on its batch mates or on the device
@@ -19,11 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from errors import UserError
 from parallel import distributed
+from sde_lib import Scalars
 
 if TYPE_CHECKING:
     import diffrax
 
-VectorField = Callable[[Float[Array, "B"], Float[Array, "B F"]], Float[Array, "B F"]]  # (t, y) -> dy/dt
+VectorField = Callable[[Scalars, Float[Array, "B F"]], Float[Array, "B F"]]  # (t, y) -> dy/dt
 
 MAX_STEPS = 4096  # attempted steps; the probability-flow ODE of a trained network takes some tens
 FIRST_STEP = 0.01  # of the interval; the controller corrects it
@@ -39,7 +41,7 @@ class Solution(NamedTuple):
 
 
 def _slope_of_an_example(fn: VectorField, batch: Float[Array, "B F"]) -> Callable[..., Array]:
-    """Returns the slope of one example, which under `jax.vmap` over the batch is one call of `fn` on the batch.
+    """Return the slope of one example, which under `jax.vmap` over the batch is one call of `fn` on the batch.
 
     So diffrax may step each example by itself, while `fn` always sees the whole batch in its order, and may close
     over what belongs to it, such as labels.
@@ -72,23 +74,13 @@ def integrate(
     max_steps: int = MAX_STEPS,
     step_control: str = "sample",
 ) -> Solution:
-    """Integrates dy/dt = fn(t, y) from t0 to t1, in either direction.
+    """Integrate dy/dt = fn(t, y) from t0 to t1, in either direction.
 
     The error norm and the step are each example's own, or with `step_control` "batch" one norm over the global batch
     as SciPy's and the 2021 code's: fewer evaluations, but a result then depends on its batch mates.
 
-    Args:
-      fn: right-hand side; examples must not interact.
-      y: initial state, one row for each example.
-      t0: first time.
-      t1: last time.
-      rtol: relative tolerance of a step.
-      atol: absolute tolerance of a step.
-      max_steps: attempted steps after which an example is given up.
-      step_control: "sample" or "batch".
-
-    Returns:
-      State at t1, NaN where the steps ran out or vanished (see `require_solved`), and the number of evaluations.
+    Examples must not interact in `fn`. The state at t1 is NaN where the `max_steps` attempted steps of an example ran
+    out or its step vanished (see `require_solved`).
     """
     import diffrax  # 0.3 s of the start of every run, of which few solve an equation
 
@@ -105,7 +97,7 @@ def integrate(
 
 
 def _norm_of_batch(y: Float[Array, "B F"]) -> Float[Array, ""]:
-    """Returns the root mean square over the batches of all devices, which so take the same steps."""
+    """Return the root mean square over the batches of all devices, which so take the same steps."""
     return jnp.sqrt(distributed.mean(jnp.mean(jnp.square(y))))
 
 
@@ -118,7 +110,7 @@ def _solve(
     t1: float,
     max_steps: int,
 ) -> tuple[Array, Int[Array, ""]]:
-    """Returns the state at t1, NaN if it was not reached, and the number of attempted steps."""
+    """Return the state at t1, NaN if it was not reached, and the number of attempted steps."""
     import diffrax
 
     solution = diffrax.diffeqsolve(
@@ -142,14 +134,10 @@ class SolverError(UserError):
 
 
 def require_solved(values: Array | np.ndarray, what: str) -> None:
-    """Checks that an array of the host holds no NaN, the mark of an integration that failed.
-
-    Args:
-      values: one row for each example.
-      what: was integrated, for the message.
+    """Check that an array of the host, a row for each example, holds no NaN, the mark of a failed integration.
 
     Raises:
-      SolverError: if there is a NaN.
+      SolverError: if there is a NaN; `what` was integrated.
     """
     failed = np.isnan(np.asarray(values).reshape(len(values), -1)).any(axis=1)
     if failed.any():

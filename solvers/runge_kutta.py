@@ -29,11 +29,6 @@ CLASSICAL = ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 
 MAX_CHURN = np.sqrt(2) - 1  # Karras et al. 2022, Algorithm 2: a step at most doubles the noise's variance
 
 
-def _no_memory(x: Array) -> Memory:
-    del x
-    return ()
-
-
 def _explicit_step(
     keys: PRNGKeyArray,
     x: Array,
@@ -44,7 +39,7 @@ def _explicit_step(
     tableau: Sequence[Sequence[float]],
     is_random: bool,
 ) -> tuple[Array, Memory]:
-    """Takes a step in x / m along sigma; `row` has t, mean_coeff and std of every stage, [S]."""
+    """Take a step in x / m along sigma; `row` has t, mean_coeff and std of every stage, [S]."""
     y = x / row["mean_coeff_before"]
     if is_random:
         y = y + row["noise"] * rng.normal(keys, x.shape)
@@ -58,23 +53,23 @@ def _explicit_step(
 
 
 def _explicit(
-    levels: NoiseLevels, sde: SDE, tableau: Sequence[Sequence[float]], noise: Float[np.ndarray, "N"] | None = None
+    grid: NoiseLevels, sde: SDE, tableau: Sequence[Sequence[float]], noise: Float[np.ndarray, "N"] | None = None
 ) -> Solver:
-    """Returns the explicit Runge-Kutta method; with `noise`, a step first rises by it from the sigma of its level."""
-    num_stages, sigma = len(tableau) - 1, levels.sigma
+    """Return the explicit Runge-Kutta method; with `noise`, a step first rises by it from the sigma of its level."""
+    num_stages, sigma = len(tableau) - 1, grid.sigma
     top = sigma[:-1] if noise is None else np.hypot(sigma[:-1], noise)
     nodes = np.array([sum(row) for row in tableau[:-1]])
     at = top[:, None] + nodes * (sigma[1:] - top)[:, None]
     stages = noise_levels(sde, time_of_log_snr(sde, -np.log(at.ravel())))
     rows = {name: getattr(stages, name).reshape(at.shape) for name in ("t", "mean_coeff", "std")}
-    rows |= {"mean_coeff_before": levels.mean_coeff[:-1], "mean_coeff_after": levels.mean_coeff[1:]}
+    rows |= {"mean_coeff_before": grid.mean_coeff[:-1], "mean_coeff_after": grid.mean_coeff[1:]}
     rows |= {"step": sigma[1:] - top} | ({} if noise is None else {"noise": noise})
     step = functools.partial(_explicit_step, tableau=tableau, is_random=noise is not None)
-    return Solver(rows=rows, step=step, start=_no_memory, evaluations=num_stages)
+    return Solver(rows=rows, step=step, start=lambda x: (), evaluations=num_stages)
 
 
 def heun(
-    levels: NoiseLevels,
+    grid: NoiseLevels,
     sde: SDE,
     *,
     s_churn: float = 0.0,
@@ -84,35 +79,28 @@ def heun(
 ) -> Solver:
     """Heun's method, order 2 (Karras et al. 2022, Algorithm 1), or with churn their stochastic Algorithm 2.
 
-    Here sigma ends above 0, so that the last step has two evaluations, too.
-
-    Args:
-      levels: of the grid.
-      sde: forward SDE.
-      s_churn: noise that a run adds, S_churn; a step raises sigma by the share min(S_churn / N, sqrt(2) - 1), as far as
-        the sigma of t = T, beyond which the network knows nothing.
-      s_tmin: smallest sigma at which it does, S_tmin.
-      s_tmax: largest, S_tmax.
-      s_noise: standard deviation of the noise added, S_noise.
+    Here sigma ends above 0, so that the last step has two evaluations, too. For sigma in [s_tmin, s_tmax], a step first
+    raises it by the fraction min(s_churn / N, sqrt(2) - 1), with noise of std `s_noise`, but not above the sigma of
+    t = T, beyond which the network knows nothing.
     """
     if not s_churn:
-        return _explicit(levels, sde, HEUN)
-    sigma = levels.sigma[:-1]
-    share = np.where((s_tmin <= sigma) & (sigma <= s_tmax), min(s_churn / len(sigma), MAX_CHURN), 0.0)
-    top = np.minimum(sigma * (1 + share), levels.sigma[0])
-    solver = _explicit(levels, sde, HEUN, np.sqrt(top**2 - sigma**2))
+        return _explicit(grid, sde, HEUN)
+    sigma = grid.sigma[:-1]
+    churn = np.where((s_tmin <= sigma) & (sigma <= s_tmax), min(s_churn / len(sigma), MAX_CHURN), 0.0)
+    top = np.minimum(sigma * (1 + churn), grid.sigma[0])
+    solver = _explicit(grid, sde, HEUN, np.sqrt(top**2 - sigma**2))
     return dataclasses.replace(solver, rows={**solver.rows, "noise": s_noise * solver.rows["noise"]})
 
 
-def rk4(levels: NoiseLevels, sde: SDE) -> Solver:
+def rk4(grid: NoiseLevels, sde: SDE) -> Solver:
     """The classical Runge-Kutta method, order 4, in x / m along sigma: four evaluations a step."""
-    return _explicit(levels, sde, CLASSICAL)
+    return _explicit(grid, sde, CLASSICAL)
 
 
 def _stochastic_heun_step(
     keys: PRNGKeyArray, x: Array, memory: Memory, row: Row, score_fn: ScoreFn
 ) -> tuple[Array, Memory]:
-    """Predicts the end of the step with the data predicted at its start, then averages both predictions' weights."""
+    """Predict the end of the step with the data predicted at its start, then averages both predictions' weights."""
     fixed = row["keep"] * x + row["noise"] * rng.normal(keys, x.shape)
     before = predict_data(score_fn, x, row["t"][0], row["mean_coeff"][0], row["std"][0])
     x = fixed + jnp.sum(row["weights"]) * before
@@ -120,17 +108,17 @@ def _stochastic_heun_step(
     return fixed + row["weights"][0] * before + row["weights"][1] * after, memory
 
 
-def stochastic_heun(levels: NoiseLevels) -> Solver:
+def stochastic_heun(grid: NoiseLevels) -> Solver:
     """An exponential stochastic Runge-Kutta method for the reverse SDE, weak order 2, two evaluations a step.
 
     The linear part and the noise of dx are integrated exactly, the data prediction by the line through its values at
     both ends (Heun's method in its exponential form); both stages have the step's one noise, which is what an SDE with
     additive noise needs for weak order 2 (Kloeden and Platen 1992, Section 15.1).
     """
-    h = np.diff(levels.log_snr)
-    weights = [data_weights(levels, i, np.array([i, i + 1]), rate=2) for i in range(len(h))]
-    pairs = {name: getattr(levels, name) for name in ("t", "mean_coeff", "std")}
+    h = np.diff(grid.log_snr)
+    weights = [data_weights(grid, i, np.array([i, i + 1]), rate=2) for i in range(len(h))]
+    pairs = {name: getattr(grid, name) for name in ("t", "mean_coeff", "std")}
     rows = {name: np.stack([values[:-1], values[1:]], axis=1) for name, values in pairs.items()}
-    rows |= {"keep": levels.std[1:] / levels.std[:-1] * np.exp(-h), "weights": np.stack(weights)}
-    rows |= {"noise": levels.std[1:] * np.sqrt(-np.expm1(-2 * h))}
-    return Solver(rows=rows, step=_stochastic_heun_step, start=_no_memory, evaluations=2)
+    rows |= {"keep": grid.std[1:] / grid.std[:-1] * np.exp(-h), "weights": np.stack(weights)}
+    rows |= {"noise": grid.std[1:] * np.sqrt(-np.expm1(-2 * h))}
+    return Solver(rows=rows, step=_stochastic_heun_step, start=lambda x: (), evaluations=2)

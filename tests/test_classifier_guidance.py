@@ -14,7 +14,7 @@ import sampling
 from classifier import experiment as classifier_experiment
 from classifier import guidance as classifier_guidance
 from classifier.experiment import Normalization
-from classifier.gradient import condition_on_class
+from classifier.guidance import condition_on_class
 from configs.classifier import cifar10_wideresnet
 from configs.ve import cifar10_ncsnpp_continuous
 from experiment.build import Experiment, build_experiment
@@ -100,9 +100,8 @@ def test_the_guided_score_is_score_and_gradient(workdir):
         logits = classifier.model.apply({"params": params}, (x / m + 0.4) / 0.7, (std / m)[:, 0, 0, 0])
         return jax.nn.log_softmax(logits)[np.arange(3), labels].sum()
 
-    guide, score_fn = classifier.guide(), make_score_fn(experiment.sde)
-    of_device = jax.tree.map(lambda leaf: leaf[0], guide.params)
-    got = jax.jit(lambda params, x: guide.apply(params, score_fn, labels)(x, t))(of_device, x)
+    score_fn = make_score_fn(experiment.sde)
+    got = jax.jit(lambda classifier, x: classifier.guide(score_fn, labels)(x, t))(classifier, x)
     gradient = jax.jit(jax.grad(log_p))(x)
     np.testing.assert_allclose(got - score_fn(x, t), 2.0 * gradient, rtol=1e-3, atol=1e-4)
     assert np.abs(gradient).max() > 1e-3

@@ -122,7 +122,7 @@ def test_normalization_is_that_of_all_training_images(tmp_path):
     assert measured.std == pytest.approx([x.std()], rel=1e-6)
     assert Normalization.of_folder(tmp_path, None, scaler) == measured  # read, not measured again
     (tmp_path / "normalization.json").write_text('{"mean": ')
-    with pytest.raises(ValueError, match=r"normalization.json is damaged .*; remove it and give --mode train_cl"):
+    with pytest.raises(ValueError, match=r"normalization.json is damaged .*; remove it and run --mode train_cl"):
         Normalization.of_folder(tmp_path, source, scaler)
     with pytest.raises(ValueError, match="has one value only, so that there is nothing to learn"):
         Normalization.measure(dataclasses.replace(source, levels=np.full_like(source.levels, 3)), scaler)
@@ -143,7 +143,7 @@ def _small_network():
         patch.setattr(wideresnet, "BASE_WIDTHS", (8,))
         patch.setattr(classifier_training, "build_train_program", share(classifier_training.build_train_program))
         patch.setattr(classifier_accuracy, "build_measure", share(classifier_accuracy.build_measure))
-        patch.setattr(classifier_accuracy, "NUM_LEVELS", 3)
+        patch.setattr(classifier_accuracy, "NUM_SIGMAS", 3)
         yield
 
 

@@ -7,7 +7,7 @@ import pytest
 from analytic import SDES, load, make_score_fn, sde_of
 
 import sampling
-from classifier.gradient import condition_on_class
+from classifier import condition_on_class
 from configs import base
 from controllable_generation import operators
 from controllable_generation.projection import put_in, put_in_each_step

@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 import tiny
 from analytic import QUICK, SDES, TRIANGLE, Mixture
+from flax import struct
 
-from controllable_generation.labels import (
-    ClassifierFree,
+from experiment.build import Experiment, SamplingProgram, build_experiment
+from parallel import distributed
+from sampling import (
     build_classifier_free,
     build_labels,
+    build_sampler,
+    classifier_free_score,
+    compose_score,
     labels_of_samples,
     parse_labels,
 )
-from experiment.build import Experiment, Guide, SamplingProgram, build_experiment
-from parallel import distributed
-from sampling import build_sampler
+from sde_lib import SDE
 
 NO_LABEL = 3  # of the triangle, whose three components are the classes
 COMPONENTS = [Mixture(TRIANGLE.means[k : k + 1], np.ones(1), TRIANGLE.std) for k in range(3)]
@@ -97,20 +100,20 @@ def test_the_guided_score_is_that_of_the_tilted_density(name):
         return jnp.sum((1 - w) * terms[NO_LABEL] + w * conditional)
 
     seen = []
-    guidance = ClassifierFree(sde, NO_LABEL, scale=w)
-    guide = jax.jit(lambda x: guidance.guide(lambda labels: score_of(sde, labels, seen), jnp.asarray(labels))(x, t))
-    guided = guide(x)
+    of_labels = lambda labels: score_of(sde, labels, seen)  # noqa: E731
+    guided_fn = classifier_free_score(of_labels, jnp.asarray(labels), sde=sde, no_label=NO_LABEL, scale=w)
+    guided = jax.jit(lambda x: guided_fn(x, t))(x)
     np.testing.assert_allclose(guided, jax.jit(jax.grad(log_density))(x), rtol=2e-4, atol=1e-5)
-    assert (seen, guidance.evaluations) == ([12], 2)  # both scores of six examples in one call
+    assert seen == [12]  # both scores of six examples in one call
 
 
 def test_a_scale_of_one_is_the_conditional_score_itself():
     sde, labels = SDES["vpsde"], jnp.array([0, 2])
     x, t, seen = jnp.ones((2, 2)), jnp.array([0.2, 0.6]), []
-    guidance = ClassifierFree(sde, NO_LABEL, scale=1.0)
-    guided = jax.jit(guidance.guide(lambda labels: score_of(sde, labels, seen), labels))(x, t)
+    of_labels = lambda labels: score_of(sde, labels, seen)  # noqa: E731
+    guided = jax.jit(classifier_free_score(of_labels, labels, sde=sde, no_label=NO_LABEL, scale=1.0))(x, t)
     np.testing.assert_array_equal(guided, jax.jit(score_of(sde, labels))(x, t))
-    assert (seen, guidance.evaluations) == ([2], 1)
+    assert seen == [2]
 
 
 def test_outside_the_interval_there_is_no_guidance():
@@ -118,21 +121,20 @@ def test_outside_the_interval_there_is_no_guidance():
     sde, labels, x = SDES["vpsde"], jnp.array([0, 1, 2]), jnp.full((3, 2), 0.3)
     t = jnp.array([0.1, 0.3, 0.9])
     sigma = np.sqrt(np.expm1(0.1 * t + 9.95 * t**2))  # the variance is 1 - m^2, m^-2 = exp of the integral of beta
-    everywhere = ClassifierFree(sde, NO_LABEL, scale=3.0)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def parts(guidance):
-        return guidance.guide(lambda labels: score_of(sde, labels), labels)(x, t)
+    def parts(interval):
+        of_labels = functools.partial(score_of, sde)
+        return classifier_free_score(of_labels, labels, sde=sde, no_label=NO_LABEL, scale=3.0, interval=interval)(x, t)
 
-    plain = jax.jit(score_of(sde, labels))(x, t)
-    assert (np.abs(parts(everywhere) - plain).max(axis=1) > 1e-4).all()
+    plain, everywhere = jax.jit(score_of(sde, labels))(x, t), parts((0.0, math.inf))
+    assert (np.abs(everywhere - plain).max(axis=1) > 1e-4).all()
     for interval, inside in (
         ((0.5, 5.0), [False, True, False]),
         ((float(sigma[1]) * (1 + 1e-5), math.inf), [False, False, True]),
     ):
-        guidance = ClassifierFree(sde, NO_LABEL, 3.0, interval)
-        expected = np.where(np.array(inside)[:, None], parts(everywhere), plain)
-        np.testing.assert_allclose(parts(guidance), expected, rtol=1e-6)
+        expected = np.where(np.array(inside)[:, None], everywhere, plain)
+        np.testing.assert_allclose(parts(interval), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -144,15 +146,31 @@ def test_every_sampler_takes_a_guided_score(method):
     changes = {"num_steps": 10, "predictor": "euler_maruyama", "rtol": 1e-2, "atol": 1e-2, "adaptive_rtol": 0.1}
     config = tiny.make_config(sampling__method=method, **{f"sampling__{key}": value for key, value in changes.items()})
     sde, labels = SDES["vpsde"], np.tile(np.arange(3), 40)
-    guidance = ClassifierFree(sde, NO_LABEL, scale=1.5, interval=(0.1, 50.0))
+    guidance = {"sde": sde, "no_label": NO_LABEL, "scale": 1.5, "interval": (0.1, 50.0)}
     sampler = build_sampler(config, sde, (len(labels), 2))
 
     def sample(key, labels):
-        return sampler(key, guidance.guide(lambda labels: score_of(sde, labels), labels))[0]
+        classifier_free = functools.partial(classifier_free_score, **guidance)
+        of_labels = functools.partial(score_of, sde)
+        return sampler(key, compose_score(of_labels, labels, classifier_free=classifier_free))[0]
 
     x = np.asarray(jax.jit(sample, compiler_options=QUICK)(jax.random.key(0), jnp.asarray(labels)))
     nearest = np.argmin(((x[:, None] - TRIANGLE.means) ** 2).sum(-1), axis=1)
     assert (nearest == labels).mean() > 0.9
+
+
+def test_a_score_is_composed_in_order():
+    """Of the network, its classes, what guides besides it, and clipping; without labels, of the first and the last."""
+    parts = {
+        "classifier_free": lambda score_of, labels: lambda x, t: score_of(labels)(x, t) + 1,
+        "guide": lambda score_fn, labels: lambda x, t: score_fn(x, t) * labels,
+        "clip": lambda score_fn: lambda x, t: -score_fn(x, t),
+    }
+    score_of_classes = lambda labels: lambda x, t: x if labels is None else 10 * x  # noqa: E731
+    assert compose_score(score_of_classes, 3, **parts)(1, 0) == -33
+    assert compose_score(score_of_classes, None, **parts)(1, 0) == -1
+    assert compose_score(score_of_classes, 3, guide=parts["guide"])(1, 0) == 3  # a network that knows no classes
+    assert compose_score(score_of_classes)(2, 0) == 2
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -169,7 +187,7 @@ CONDITIONAL = {"model__num_classes": 10, "sampling__labels": "0..9"}
         (CONDITIONAL | {"sampling__guidance_scale": -1.0}, r"sampling.guidance_scale=-1.0: expected 0 or more"),
         (CONDITIONAL | {"sampling__guidance_interval": (2.0, 1.0)}, r"sampling.guidance_interval=\(2.0, 1.0\): expect"),
         (CONDITIONAL | {"sampling__guidance_interval": (1.0,)}, r"sampling.guidance_interval=\(1.0,\): expected"),
-        ({"sampling__guidance_scale": 2.0}, r"the network is told no classes \(model.num_classes=0\)"),
+        ({"sampling__guidance_scale": 2.0}, r"the network is not class-conditional \(model.num_classes=0\)"),
         (CONDITIONAL | {"sampling__labels": "", "sampling__guidance_scale": 2.0}, "sampling.labels is empty; set the"),
     ],
 )
@@ -185,35 +203,43 @@ def test_labels_need_somebody_who_knows_them():
         build_labels(config, guide_classes=4)
     assert build_classifier_free(config, SDES["vpsde"], (0, 1)) is None  # a classifier's own work
     unbounded = build_classifier_free(tiny.make_config(**CONDITIONAL), SDES["vpsde"], (0, 1))
-    assert (unbounded.no_label, unbounded.interval) == (10, (0.0, math.inf))
+    assert (unbounded.keywords["no_label"], unbounded.keywords["interval"]) == (10, (0.0, math.inf))
 
 
 # --- the compiled program --------------------------------------------------------------------------------------------
 
 
-def test_a_guide_and_its_parameters_reach_the_samples(monkeypatch):
-    """The guide stands for the score of N(mean of the label, 0.1^2); other parameters need no other program."""
-    monkeypatch.setattr(Experiment, "score_fn", lambda self, params, smooth: lambda x, t: jnp.zeros_like(x))
-    changes = {"sampling__labels": "2,0", "sampling__method": "ddim", "sampling__num_steps": 12}
-    experiment = build_experiment(tiny.make_config(**changes))
-    sde = experiment.sde
+@struct.dataclass
+class NormalGuide:
+    """Adds the score of N(mean of the label, 0.1^2)."""
 
-    def apply(means, score_fn, labels):
+    means: jax.Array
+    sde: SDE = struct.field(pytree_node=False)
+    num_classes: int = struct.field(pytree_node=False, default=3)
+
+    def guide(self, score_fn, labels):
         def score(x, t):
-            m, std = sde.mean_coeff(t), sde.std(t)
-            mean = (m * means[labels])[:, None, None, None]
+            m, std = self.sde.mean_coeff(t), self.sde.std(t)
+            mean = (m * self.means[labels])[:, None, None, None]
             return score_fn(x, t) - (x - mean) / (0.01 * m**2 + std**2)[:, None, None, None]
 
         return score
 
+
+def test_a_guide_and_its_parameters_reach_the_samples(monkeypatch):
+    """Other parameters need no other program."""
+    monkeypatch.setattr(Experiment, "score_fn", lambda self, params, **kwargs: lambda x, t: jnp.zeros_like(x))
+    changes = {"sampling__labels": "2,0", "sampling__method": "ddim", "sampling__num_steps": 12}
+    experiment = build_experiment(tiny.make_config(**changes))
+    make = lambda means: NormalGuide(np.float32(means), experiment.sde)  # noqa: E731
+
     def draw(program, means, indices):
-        program._guide = Guide(apply, distributed.replicate(np.float32(means)), num_classes=3)
+        program._guide = distributed.replicate(make(means))
         return program(distributed.replicate(np.zeros(1, np.float32)), np.asarray(indices))[0] / 8.5 - 1
 
-    guide = Guide(apply, distributed.replicate(np.zeros(3, np.float32)), num_classes=3)
-    program = SamplingProgram(experiment, 4, guide=guide)
+    program = SamplingProgram(experiment, 4, guide=make(np.zeros(3)))
     for means in ([-0.5, 0.9, 0.5], [0.4, 0.9, 0.0]):
         x = draw(program, means, range(4)).mean(axis=(1, 2, 3))
         np.testing.assert_allclose(x, np.array(means)[[2, 0, 2, 0]], atol=0.1)
-    two = draw(SamplingProgram(experiment, 2, guide=guide), means, [1, 2])
+    two = draw(SamplingProgram(experiment, 2, guide=make(np.zeros(3))), means, [1, 2])
     np.testing.assert_array_equal(two, draw(program, means, range(4))[1:3])

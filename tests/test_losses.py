@@ -120,7 +120,7 @@ def test_continuous_loss_matches_float64(monkeypatch, name, weighted):
 def test_ddpm_loss_matches_reference(monkeypatch, reduce_mean):
     stored, _ = load("loss_ddpm")
     inject(monkeypatch, randint=stored["labels"], normal=stored["z"])
-    loss_fn = losses.make_ddpm_loss(VPSDE(), TinyModel(), reduce_mean=reduce_mean)
+    loss_fn = losses.make_discrete_loss(VPSDE(), TinyModel(), reduce_mean=reduce_mean)
     check_against(stored, f"reducemean{int(reduce_mean)}", *loss_and_grads(loss_fn, stored))
 
 
@@ -129,7 +129,7 @@ def test_smld_loss_matches_reference(monkeypatch, reduce_mean):
     stored, _ = load("loss_smld")
     with jax.enable_x64(True):
         inject(monkeypatch, randint=stored["labels"], normal=stored["z"].astype(np.float64))
-        loss_fn = losses.make_smld_loss(VESDE(), TinyModel(), reduce_mean=reduce_mean)
+        loss_fn = losses.make_discrete_loss(VESDE(), TinyModel(), reduce_mean=reduce_mean)
         loss, grads = loss_and_grads(loss_fn, stored, dtype=np.float64)
     check_against(stored, f"reducemean{int(reduce_mean)}", loss, grads, rtol=REFERENCE_ERROR["loss_smld"])
 
@@ -200,7 +200,7 @@ def test_train_step_matches_reference(monkeypatch, name):
             sde, TinyModel(), reduce_mean=meta["reduce_mean"], likelihood_weighting=meta["likelihood_weighting"]
         )
     else:
-        loss_fn = losses.make_ddpm_loss(sde, TinyModel(), reduce_mean=meta["reduce_mean"])
+        loss_fn = losses.make_discrete_loss(sde, TinyModel(), reduce_mean=meta["reduce_mean"])
     step_fn = losses.make_train_step(loss_fn, optimizer, ema_rate=meta["ema_rate"])
     state = losses.init_state({k: jnp.asarray(stored[f"init/param/{k}"]) for k in ("w", "b")}, optimizer)
     start = jnp.asarray(meta["start_step"], jnp.int32)

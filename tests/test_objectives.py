@@ -264,7 +264,7 @@ def test_a_real_network_trains_inside_a_compiled_loop(monkeypatch):
     gradient = jax.tree.map(lambda moment: moment / 0.19, optax.tree.get(final.opt_state, "mu"))
 
     monkeypatch.setattr(convolution, "_convolve", convolution._native)
-    score_fn = lambda params: get_score_fn(sde, model, params, {}, train=False, continuous=True)  # noqa: E731
+    score_fn = lambda params: get_score_fn(sde, model, params, train=False, continuous=True)  # noqa: E731
     along_gradient = lambda h: jax.tree.map(lambda p, g: p + h * g / metrics["grad_norm"][0], params, gradient)  # noqa: E731
     reference = jax.jit(
         lambda h: sliced_loss_in_forward_mode(score_fn(along_gradient(h)), sde, x, t, z, v), compiler_options=QUICK

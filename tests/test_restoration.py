@@ -148,7 +148,7 @@ def test_putting_in_is_the_nearest_image_that_fits():
 @pytest.mark.parametrize("name", ["vesde", "vpsde", "subvpsde"])
 def test_dps_takes_the_step_of_its_algorithm(name):
     """A reverse-diffusion step with N steps ends scale * grad |y - A E[x0 | x]| below the unguided one."""
-    sde, data, scale = SDES[name].with_steps(1000), Gaussian((4, 4, 1), correlated=True), 0.3
+    sde, data, scale = SDES[name], Gaussian((4, 4, 1), correlated=True), 0.3
     operator = build_operator(configure(HALF), data.shape)
     y = jnp.asarray(data.measure(operator, NOISE)[0])[None]
     score_fn, t = data.score_fn(sde), jnp.array([0.6])
@@ -158,7 +158,7 @@ def test_dps_takes_the_step_of_its_algorithm(name):
         m, std = sde.mean_coeff(t)[0], sde.std(t)[0]
         return jnp.linalg.norm(y - operator.apply((x + std**2 * score_fn(x, t)) / m))
 
-    guided = guidance.guide(score_fn, operator, y, sde, guidance.dps_weighting(sde, scale))
+    guided = guidance.guide(score_fn, operator, y, sde, guidance.dps_weighting(sde, scale=scale, num_steps=1000))
     step = lambda score_fn: sampling.euler_maruyama(jax.random.key(1), x, t, sde.reverse(score_fn))[0]  # noqa: E731
     taken = np.asarray(step(score_fn) - step(guided))
     np.testing.assert_allclose(taken, scale * jax.grad(distance)(x), rtol=2e-3, atol=2e-5 * float(sde.std(t)[0] + 1))

@@ -161,7 +161,7 @@ def test_noise_removal_is_the_mean_of_the_last_step():
     sde, shape = VPSDE(), (4000, 2, 2, 1)
     noisy, clean = (sample(make_config(noise_removal=flag, **settings), sde, shape)[0] for flag in (False, True))
     added = noisy - clean  # the same keys
-    G = sde.with_steps(40).discretize(noisy, jnp.full(4000, 1e-3))[1][0]
+    G = sde.discretize(noisy, jnp.full(4000, 1e-3), 40)[1][0]
     assert added.std() == pytest.approx(float(G), rel=0.03)
     assert abs(np.mean(added * clean)) < 4 * G * S0 / np.sqrt(added.size)
 
@@ -311,14 +311,14 @@ def test_predictor_first_leaves_out_the_correction_of_the_prior_alone():
     """Algorithm 1: predict, then correct where that arrived; written out with the steps of this module."""
     sde, config = VESDE(), make_config(predictor="reverse_diffusion", corrector="langevin", num_steps=4)
     config.sampling.update(pc_order="predictor_first", n_steps_each=2)
-    keys, reverse = rng.example_keys(jax.random.key(1), 4), sde.with_steps(4).reverse(make_score_fn(sde))
+    keys, reverse = rng.example_keys(jax.random.key(1), 4), sde.reverse(make_score_fn(sde), num_steps=4)
     x, nfe = sample(config, sde, (4, 2, 2, 1), keys)
     assert nfe == 4 + 3 * 2
     correct = sampling._build_corrector(config.sampling)
 
     def written_out(keys):
         key_prior, key = rng.split(keys)
-        x, times = sde.prior_sampling(key_prior, (4, 2, 2, 1)), sde.with_steps(4).sampling_times()
+        x, times = sde.prior_sampling(key_prior, (4, 2, 2, 1)), jnp.asarray(sde.sampling_times(4))
         for i in range(4):
             x, x_mean = sampling.reverse_diffusion(rng.fold_in(key, 3 * i + 2), x, jnp.full(4, times[i]), reverse)
             for j in range(2 if i < 3 else 0):

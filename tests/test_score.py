@@ -25,7 +25,7 @@ class Recorder:
 def test_matches_the_reference(name, kind):
     stored, meta = load(f"score_fn_{name}_{kind}")
     model = Recorder()
-    score_fn = get_score_fn(sde_of(meta), model, {}, {}, train=False, continuous=meta["continuous"])
+    score_fn = get_score_fn(sde_of(meta), model, {}, train=False, continuous=meta["continuous"])
     score = score_fn(jnp.asarray(stored["x"]), jnp.asarray(stored["t"]))
     expected_labels = stored["labels_passed_to_model"]
     np.testing.assert_allclose(model.called_with["labels"], expected_labels, rtol=2e-6)
@@ -49,7 +49,7 @@ def test_a_network_that_predicts_noise_gives_the_exact_score(name):
             return expand(scale(t), x) * exact(x, t)
 
     x, t = jnp.linspace(-1, 1, 12).reshape(6, 2, 1, 1), jnp.array([1e-5, 1e-3, 0.1, 0.5, 0.9, 1.0])
-    score = get_score_fn(sde, Optimal(), {}, {}, train=False, continuous=True)(x, t)
+    score = get_score_fn(sde, Optimal(), {}, train=False, continuous=True)(x, t)
     np.testing.assert_allclose(score, exact(x, t), rtol=2e-5)
 
 
@@ -59,16 +59,16 @@ def test_ddpm_levels_have_the_chains_std():
     levels = np.array([0, 1, 500, 999])
     alpha_bar = np.cumprod(1 - np.linspace(0.1, 20, 1000) / 1000)
     x = jnp.ones((4, 1))
-    score = get_score_fn(sde, Recorder(), {}, {}, train=False, continuous=False)(x, jnp.asarray(levels / 999))
+    score = get_score_fn(sde, Recorder(), {}, train=False, continuous=False)(x, jnp.asarray(levels / 999))
     np.testing.assert_allclose(score[:, 0], -0.75 / np.sqrt(1 - alpha_bar[levels]), rtol=1e-6)
 
 
 def test_variables_and_dropout_reach_the_network():
     model, key = Recorder(), jax.random.key(0)
-    arguments = (VESDE(), model, {"w": 1}, {"batch_stats": {"m": 2}})
+    arguments = (VESDE(), model, {"w": 1})
     x, t = jnp.ones((2, 3)), jnp.ones(2)
     get_score_fn(*arguments, train=True, continuous=True, dropout_key=key)(x, t)
-    assert model.called_with["variables"] == {"params": {"w": 1}, "batch_stats": {"m": 2}}
+    assert model.called_with["variables"] == {"params": {"w": 1}}
     assert model.called_with["train"]
     assert model.called_with["rngs"] == {"dropout": key}
     get_score_fn(*arguments, train=False, continuous=True, dropout_key=key)(x, t)
@@ -84,7 +84,7 @@ def test_a_linen_module_is_called_by_its_own_signature():
 
     model, x, t = Net(), jnp.ones((4, 1)), jnp.full(4, 0.5)
     params = {"Dense_0": {"kernel": jnp.full((1, 1), 3.0)}}
-    score = get_score_fn(VESDE(), model, params, {}, train=False, continuous=True)(x, t)
+    score = get_score_fn(VESDE(), model, params, train=False, continuous=True)(x, t)
     np.testing.assert_array_equal(score, np.full((4, 1), 3.0))
-    noisy = get_score_fn(VESDE(), model, params, {}, True, True, dropout_key=jax.random.key(1))(x, t)
+    noisy = get_score_fn(VESDE(), model, params, train=True, continuous=True, dropout_key=jax.random.key(1))(x, t)
     assert set(np.unique(noisy)) <= {0.0, 6.0}

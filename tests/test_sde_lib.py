@@ -1,6 +1,8 @@
 """SDEs against calculus in float64, closed forms and the arrays of the 2021 code."""
 
 import dataclasses
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 import scipy.stats
 from analytic import SDES, load, make_score_fn, sde_of
 
+import sde_lib
 from configs import base
 from parallel import rng
 from sde_lib import VESDE, VPSDE, build_sde, subVPSDE
@@ -72,7 +75,7 @@ def test_tables_match_the_reference(name):
 def test_sampler_times_and_indices_match_the_reference(name):
     stored, meta = load(f"sde_{name}")
     sde = sde_of(meta)
-    times = sde.sampling_times()
+    times = jnp.asarray(sde.sampling_times())
     np.testing.assert_allclose(times, stored["sampler_timesteps"], atol=6e-8)  # rounding of float32 at 1
     np.testing.assert_array_equal(sde.time_index(times), stored["sampler_index"])
     np.testing.assert_array_equal(jax.jit(sde.time_index)(times), stored["sampler_index"])
@@ -145,9 +148,50 @@ def test_step_alpha_agrees_between_ddpm_and_the_mean_coefficients():
     np.testing.assert_array_equal(VESDE().step_alpha(t), np.ones(9))
 
 
+@pytest.mark.parametrize("sde", [VESDE(N=50), VPSDE(N=50)])
+def test_a_discretization_in_other_steps_is_that_of_another_n(sde):
+    """The grid belongs to the algorithm: with `num_steps` the process steps as one whose N that is."""
+    other, t = dataclasses.replace(sde, N=30), jnp.asarray(sde.sampling_times(30))
+    x = score = jnp.ones((30, 2))
+    for name, arguments in (("discretize", (x, t)), ("ancestral_step", (x, t, score)), ("step_alpha", (t,))):
+        ours, theirs = getattr(sde, name)(*arguments, 30), getattr(other, name)(*arguments)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    np.testing.assert_array_equal(sde.time_index(t, 30), np.arange(30)[::-1])
+    assert sde.reverse(None, num_steps=30).N == 30
+
+
+@pytest.mark.parametrize("sde", [VESDE(N=50), VPSDE(N=50)])
+def test_ancestral_steps_undo_the_chain(sde):
+    """For data that are one point, the mean of p(x_{i-1} | x_i) leads from the mean of x_i to that of x_{i-1}."""
+    i, x0 = jnp.arange(1, 50), jnp.full((49, 1), 0.7)
+    labels = 49 - i if isinstance(sde, VESDE) else i
+    (mean, std, _), (before, _, _) = (
+        sde.discrete_kernel(x0, labels - step) for step in ((0, -1) if isinstance(sde, VESDE) else (0, 1))
+    )
+    x = mean + 2 * std[:, None]
+    got, added = sde.ancestral_step(x, i / 49, -(x - mean) / std[:, None] ** 2)
+    ratio = np.asarray(added)[:, None] if isinstance(sde, VPSDE) else np.asarray(sde.discretize(x, i / 49)[1])[:, None]
+    gain = np.sqrt(1 - ratio**2) if isinstance(sde, VPSDE) else 1.0
+    np.testing.assert_allclose(got, before + (2 * std[:, None] - 2 * ratio**2 / std[:, None]) / gain, rtol=1e-4)
+
+
+def test_an_sde_without_a_chain_is_refused_where_one_is_needed():
+    with pytest.raises(ValueError, match="subVPSDE has none: use 'reverse_diffusion'"):
+        subVPSDE().check_steps(ancestral=True)
+    subVPSDE().check_steps(3)
+    assert [sde.has_chain for sde in SDES.values()] == [True, True, False, False]
+
+
+def test_no_other_file_asks_for_the_type_of_an_sde():
+    root = pathlib.Path(sde_lib.__file__).parent
+    skipped = {"tests", ".venv", "tools"}
+    for path in root.glob("**/*.py"):
+        if path.relative_to(root).parts[0] not in skipped | {"sde_lib.py"}:
+            assert not re.search(r"isinstance\([^)]*\b(VE|VP|subVP)SDE", path.read_text()), path
+
+
 def test_values_are_hashable_and_compare_by_their_fields():
     assert len({VPSDE(), VPSDE(), VPSDE(N=10), VESDE(), subVPSDE()}) == 4
-    assert VPSDE().with_steps(10) == VPSDE(N=10)
     with pytest.raises(dataclasses.FrozenInstanceError):
         VPSDE().N = 3
 

@@ -166,7 +166,7 @@ def test_solver_order_chooses_the_order(method, order):
 
 def run_solver(solver, levels, sde, start):
     run = functools.partial(
-        fixed_grid.sample, solver=solver, levels=levels, sde=sde, shape=start.shape, noise_removal=False
+        fixed_grid.sample, solver=solver, grid=levels, sde=sde, shape=start.shape, noise_removal=False
     )
     return jax.jit(lambda x: run(jax.random.key(0), TRIANGLE.score_fn(sde), x)[0])(jnp.asarray(start))
 

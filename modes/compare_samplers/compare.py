@@ -67,8 +67,7 @@ class Comparer:
         classifier = self.classifiers[spec.text]
         params = classifier_guidance.all_params(self.snapshot.params, classifier)
         results.open_folder(folder, experiment.config, kinds, params, flag="--output")
-        guide = classifier.guide() if classifier else None
-        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, self.num_images), guide=guide)
+        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, self.num_images), guide=classifier)
         samples = drawing.draw_samples(program, self.params, folder, self.num_images)
         if distributed.is_main_process():
             grid = plots.grid_of_levels(samples.levels[:NUM_SHOWN], experiment.scaler.num_levels)

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 import datasets
 from classifier import guidance as classifier_guidance
 from classifier.guidance import Classifier
-from controllable_generation.labels import build_labels
 from dequantization import PROTOCOLS
 from errors import UserError
 from evaluation import gaussian_bits_per_dim
@@ -38,6 +37,7 @@ from report import (
     save_report,
     write_report,
 )
+from sampling import build_labels
 from solvers import ode
 from workdir import locks, results
 from workdir.checkpoints import Checkpoints
@@ -132,8 +132,7 @@ class Evaluator:
     @functools.cached_property
     def draw(self) -> SamplingProgram:
         """Program of the sampler."""
-        guide = self.classifier.guide() if self.classifier else None
-        return SamplingProgram(self.experiment, self.config.eval.batch_size, guide=guide)
+        return SamplingProgram(self.experiment, self.config.eval.batch_size, guide=self.classifier)
 
     @functools.cached_property
     def bpd(self) -> Callable[..., dict[str, np.ndarray]]:
