@@ -9,7 +9,6 @@ python main.py --config configs/ve/cifar10_ncsnpp.py --mode import --checkpoint 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
 import traceback
@@ -17,16 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import jax
 from absl import app
 
 import run_lib
 from errors import UserError
-from experiment import background, startup, stored_programs
+from experiment import startup
 from modes import command_line
 from modes.command_line import FLAGS, Mode
 from parallel import distributed
-from storage.files import cache_folder, explain
+from storage.files import explain
 from workdir import folder as workdirs
 from workdir import logs
 from workdir.locks import LockedError
@@ -34,8 +32,6 @@ from workdir.locks import LockedError
 # Told in one sentence; anything else is a bug and ends with its traceback.
 USER_ERRORS = (UserError, OSError)
 EXIT_FAILED = 1
-MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
-GARBAGE_THRESHOLD = 100_000  # objects made before Python looks for garbage among the young ones; its default is 700
 
 # Every value of --mode. The keywords of a function of run_lib are the flags of the same names.
 MODES = {
@@ -63,24 +59,6 @@ MODES = {
     ),
 }
 command_line.define_flags(MODES)
-
-
-def set_up_jax() -> None:
-    """Turns on the caches of compiled programs, so that a program is made once a machine and not once a run."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder("xla"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    if os.environ.get(stored_programs.SWITCH) != "0":
-        stored_programs.keep_in(Path(cache))
-
-
-def spare_garbage_collection() -> None:
-    """Makes Python look for garbage less often, and never among what was imported.
-
-    Tracing a network makes millions of small objects, nearly none of them garbage.
-    """
-    gc.freeze()
-    gc.set_threshold(GARBAGE_THRESHOLD)
 
 
 def prepare(files: Sequence[str]) -> None:
@@ -136,8 +114,7 @@ def main(argv: Sequence[str]) -> None:
     startup.begin(startup.process_start())
     startup.mark("imports")
     logs.set_up_console()
-    set_up_jax()
-    spare_garbage_collection()
+    startup.set_up()
     try:
         prepare(argv[1:])
         run(argv[1:])
@@ -150,8 +127,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        app.run(main, flags_parser=command_line.parse_flags)
-    except SystemExit as end:
-        background.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
-        raise
+    app.run(main, flags_parser=command_line.parse_flags)
