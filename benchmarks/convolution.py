@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from configs.vp import digits_ddpmpp_continuous
-from models import convolution, create_model
-from models.convolution import Window
+from models import create_model
+from models.convolution import convolve
+from models.window import Window, correlate
 
 CASES = ((128, 8, 32), (8, 32, 128), (8, 16, 256))  # examples, size, channels
 LOOP = 4
@@ -92,8 +93,8 @@ def main() -> None:
     print(f"matrix product: {2e-9 * 1536**3 / seconds(jnp.matmul, square, square, repetitions=8):.0f} GFLOP/s")
     print("GFLOP/s outside / inside a loop")
     for case in CASES:
-        for name, convolve in (("ours", convolution.convolve), ("native", convolution._native)):
-            rates = convolution_rates(convolve, *case)
+        for name, fn in (("ours", convolve), ("native", correlate)):
+            rates = convolution_rates(fn, *case)
             print(
                 case,
                 name,

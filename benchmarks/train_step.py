@@ -53,6 +53,7 @@ from ml_collections import ConfigDict, config_flags
 import checks
 import losses
 from experiment.build import Experiment, build_experiment, map_train_steps
+from models import cpu
 from models.factory import told_classes
 from modes import memory
 from parallel import distributed
@@ -107,7 +108,7 @@ def compile_forward(experiment: Experiment) -> jax.stages.Compiled:
 
 
 def trace_program(experiment: Experiment, what: str) -> jax.stages.Traced:
-    """Traces all training steps of a call, or a forward pass, with all images of the batch on one device."""
+    """Trace all training steps of a call, or a forward pass, for one accelerator that has all images of the batch."""
     settings = experiment.config.training
     if what == "forward":
         mapped, inputs = map_forward(experiment), forward_shapes(experiment, settings.batch_size)
@@ -117,7 +118,8 @@ def trace_program(experiment: Experiment, what: str) -> jax.stages.Traced:
         labels = jax.ShapeDtypeStruct(batch, jnp.int32)
         told = (levels, labels) if told_classes(experiment.config) else levels
         inputs = experiment.keys["train"], jax.eval_shape(experiment.init_state), told
-    return jax.jit(inspect.unwrap(mapped)).trace(*inputs)  # without the mapping over devices
+    with cpu.for_platform("cuda"):
+        return jax.jit(inspect.unwrap(mapped)).trace(*inputs)  # without the mapping over devices
 
 
 def count_contractions(experiment: Experiment, what: str) -> float:
