@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from configs.settings import check
 from errors import UserError
+from models import cpu
 from models.factory import num_classes_of
 from models.score import get_model_fn, get_score_fn
 from parallel import distributed, rng
@@ -307,15 +308,18 @@ def build_loss(config: ConfigDict, sde: SDE, model: nn.Module) -> LossFn:
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------
 
+# What `cpu.store` and `global_norm` change on a CPU: the update of CIFAR-10's NCSN++ with its average takes 93 instead
+# of 213 ms, of a step of 1.1 s at batch 8. Other platforms get the same formulas without it.
+
 SMALL = 4096  # values of an array
 ADAM_BETA2 = 0.999  # the 2021 code left it at the default of its optimizer
 
 
 def global_norm(tree: optax.Params) -> Float[Array, ""]:
-    """Returns the root of the sum of the squares of all values.
-
-    Small arrays, biases and scales by the hundred, are summed as one: XLA plans and loads a program for each sum.
-    """
+    """Return the root of the sum of the squares of all values."""
+    if not cpu.is_target():
+        return optax.tree.norm(tree)
+    # Small arrays, biases and scales by the hundred, as one: XLA for CPUs plans and loads a program for each sum.
     leaves = jax.tree.leaves(tree)
     small = [leaf.ravel() for leaf in leaves if leaf.size <= SMALL]
     arrays = [leaf for leaf in leaves if leaf.size > SMALL] + ([jnp.concatenate(small)] if small else [])
@@ -323,7 +327,7 @@ def global_norm(tree: optax.Params) -> Float[Array, ""]:
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scales gradients down to a global norm of `max_norm`; one multiplication a value, fused into what uses it."""
+    """Scale gradients down to a global norm of `max_norm`; one multiplication a value, fused into what uses it."""
 
     def update(
         grads: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
@@ -335,7 +339,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Scales gradients as Adam does (Kingma & Ba 2015, Algorithm 1); state and numbers are optax.scale_by_adam's.
+    """Scale gradients as Adam does (Kingma & Ba 2015, Algorithm 1); state and numbers are optax.scale_by_adam's.
 
     Args:
       b1: decay of the first moment.
@@ -348,13 +352,13 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-        # Stored before they are used: else the update would read the old moments, too, and these be copied for it. One
-        # by one: a parameter and what belongs to it stay in the cache from the moments to the average.
-        mu, nu = (jax.tree.map(jax.lax.optimization_barrier, moments) for moments in (mu, nu))
+        # Stored before they are used; otherwise the update reads the old moments, too, and XLA copies them for it.
+        # One by one: a parameter and its moments stay in the cache up to the average.
+        mu, nu = (jax.tree.map(cpu.store, moments) for moments in (mu, nu))
         count = optax.safe_increment(state.count)
-        # As numbers for all parameters: else XLA computes them for each again.
+        # As numbers for all parameters; otherwise XLA computes them for each again.
         corrections = [optax.tree.bias_correction(jnp.ones(()), decay, count) for decay in (b1, b2)]
-        factor1, factor2 = jax.lax.optimization_barrier(corrections)
+        factor1, factor2 = cpu.store(corrections)
         updates = jax.tree.map(lambda m, v: m * factor1 / (jnp.sqrt(v * factor2) + eps), mu, nu)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
@@ -376,8 +380,8 @@ def make_optimizer(
     """
     # A schedule in either case: the optimizer's state, and so a checkpoint, has one structure for all settings.
     schedule = optax.linear_schedule(0.0, lr, warmup) if warmup > 0 else optax.constant_schedule(lr)
-    # Stored, as one number for all parameters: else XLA computes it for each again.
-    learning_rate = lambda count: jax.lax.optimization_barrier(jnp.asarray(schedule(count)))  # noqa: E731
+    # Stored, as one number for all parameters; otherwise XLA computes it for each again.
+    learning_rate = lambda count: cpu.store(jnp.asarray(schedule(count)))  # noqa: E731
     return optax.chain(
         clip_by_global_norm(grad_clip) if grad_clip >= 0 else optax.identity(),
         scale_by_adam(beta1, ADAM_BETA2, eps),
@@ -502,8 +506,8 @@ def make_train_step(
         gradient = accumulate(jax.value_and_grad(mean_loss), microbatches)
         loss, grads = distributed.mean(gradient(state.params, batch))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        # Stored before the average is made of them: else that would read the old ones, and these be copied for it.
-        params = jax.tree.map(jax.lax.optimization_barrier, optax.apply_updates(state.params, updates))
+        # Stored before the average reads them; otherwise it reads the old ones, and XLA copies them for it.
+        params = jax.tree.map(cpu.store, optax.apply_updates(state.params, updates))
         params_ema = update_ema(state.params_ema, params, ema_rate)
         metrics = {"loss": loss, "grad_norm": global_norm(grads)}
         return TrainState(state.step + 1, params, params_ema, opt_state), metrics
@@ -515,10 +519,10 @@ def make_train_steps(train_step: TrainStep) -> TrainStep:
     """Chains training steps over the leading axis of `batches` in one compiled loop; metrics gain that axis."""
 
     def train_steps(key: PRNGKeyArray, state: TrainState, batches: Batch) -> tuple[TrainState, Mapping[str, Array]]:
-        # A mapped function's arguments and results have a device axis. Unless the state is stored without it, XLA fuses
-        # the change of shape into the update, takes this for no longer in place, and copies all of the state.
-        state = jax.lax.optimization_barrier(state)
-        return jax.lax.optimization_barrier(jax.lax.scan(functools.partial(train_step, key), state, batches))
+        # A mapped function's arguments and results have a device axis. Unless the state is stored without it, XLA for
+        # CPUs fuses the change of shape into the update, which is then no longer in place, and copies all of the state.
+        state = cpu.store(state)
+        return cpu.store(jax.lax.scan(functools.partial(train_step, key), state, batches))
 
     return train_steps
 

@@ -17,7 +17,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 import run_lib
-from experiment import background, startup
+from experiment import startup
 from modes import command_line
 from modes.command_line import Mode
 from parallel.membership import START_SECONDS
@@ -88,8 +88,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        app.run(main, flags_parser=command_line.parse_flags)
-    except SystemExit as end:
-        background.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
-        raise
+    app.run(main, flags_parser=command_line.parse_flags)

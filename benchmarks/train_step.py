@@ -49,6 +49,7 @@ from benchmarks import contractions
 from benchmarks import measure as measuring
 from benchmarks.process_memory import Growth
 from experiment.build import Experiment, build_experiment, map_train_steps
+from models import cpu
 from models.factory import num_classes_of
 from modes import memory
 from parallel import distributed
@@ -101,7 +102,7 @@ def compile_forward(experiment: Experiment) -> jax.stages.Compiled:
 
 
 def trace_program(experiment: Experiment, what: str) -> jax.stages.Traced:
-    """Traces all training steps of a call, or a forward pass, with all images of the batch on one device."""
+    """Trace all training steps of a call, or a forward pass, for one accelerator that has all images of the batch."""
     settings = experiment.config.training
     if what == "forward":
         mapped, inputs = map_forward(experiment), forward_shapes(experiment, settings.batch_size)
@@ -111,7 +112,8 @@ def trace_program(experiment: Experiment, what: str) -> jax.stages.Traced:
         labels = jax.ShapeDtypeStruct(batch, jnp.int32)
         told = (levels, labels) if num_classes_of(experiment.config) else levels
         inputs = experiment.keys["train"], jax.eval_shape(experiment.init_state), told
-    return jax.jit(inspect.unwrap(mapped)).trace(*inputs)  # without the mapping over devices
+    with cpu.for_platform("cuda"):
+        return jax.jit(inspect.unwrap(mapped)).trace(*inputs)  # without the mapping over devices
 
 
 def count_contractions(experiment: Experiment, what: str) -> float:

@@ -25,8 +25,7 @@ import models
 import sde_lib
 from configs.settings import check, of_group
 from dequantization import Dequantize, build_dequantization
-from experiment import ahead, smoke
-from experiment.alike import loop_over_alike
+from experiment import programs, smoke
 from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
 from models.factory import check_labels, num_classes_of, require_score_network
 from models.score import get_score_fn
@@ -76,7 +75,7 @@ class Experiment:
             variables = self.model.init({"params": key}, x, labels, train=False)
             return losses.init_state(variables["params"], self.optimizer)
 
-        return jax.jit(loop_over_alike(init))  # without the forward pass, which leads to no parameter
+        return jax.jit(init)
 
     @functools.cached_property
     def state_shapes(self) -> Any:
@@ -193,11 +192,11 @@ def build_train_program(experiment: Experiment, group: str = "training") -> Call
     left them; the first call waits for it.
     """
     steps, key = map_train_steps(experiment, group), experiment.keys["train"]
-    batch = ahead.training_batch(experiment.config, group)
+    batch = programs.training_batch(experiment.config, group)
     settings = json.dumps(experiment.config.to_dict(), sort_keys=True, default=str)
-    call = ahead.compile_in_background(
+    call = programs.compile_in_background(
         steps,
-        lambda: (key, *ahead.on_devices((experiment.state_shapes, batch))),
+        lambda: (key, *programs.on_devices((experiment.state_shapes, batch))),
         # A classifier's are made of its data, too, by which it normalizes.
         made_of=f"training steps of batches {batch} for {settings}" if group == "training" else None,
     )

@@ -1,12 +1,12 @@
-"""How long a run takes from its start to its first training step, and what takes how long.
+"""The start of a run: what JAX and Python are set to, and how long it takes until the first training step is done.
 
-A process starts once, so that this is kept for the process: `begin` when it starts, `mark` at the end of each phase,
-`finish` after the first call of the compiled step, which is told in one line of the log. Without `begin` nothing is
-kept or told.
+A process starts once, so the marks belong to the process: `begin` at its start, `mark` at the end of each phase,
+`finish` after the first compiled call, which logs them in one line. Without `begin` nothing is kept or logged.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import re
@@ -17,8 +17,12 @@ from typing import Any
 import jax
 from absl import logging
 
+from storage.files import cache_folder
+
 PHASES = ("imports", "build", "data", "trace", "init", "compile", "step")  # in their order
 STATUS = Path("/proc/self/stat")  # of Linux
+MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
+GARBAGE_THRESHOLD = 100_000  # young objects at which Python looks for garbage; its default is 700
 _START_TIME = 19  # its place among the fields that follow the name of the program
 _LINE = re.compile(r"first \d+ step\(s\) done ([\d.]+) s after the start: (.+)$", re.MULTILINE)
 _PHASE = re.compile(r"(\w+) ([\d.]+) s")
@@ -27,8 +31,21 @@ _now = time.monotonic
 _marks: list[tuple[str, float]] = []
 
 
+def set_up() -> None:
+    """Turn on JAX's cache of compiled programs, and let Python look for garbage less often.
+
+    Tracing a network makes millions of small objects, nearly none of them garbage.
+    """
+    jax.config.update(
+        "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder("xla"))
+    )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    gc.freeze()  # what was imported
+    gc.set_threshold(GARBAGE_THRESHOLD)
+
+
 def process_start() -> float:
-    """Returns when this process was started, on the clock of `time.monotonic`; now where the system does not tell."""
+    """Return when this process started, on the clock of `time.monotonic`; now where the system does not tell."""
     if not STATUS.exists():
         return time.monotonic()
     fields = STATUS.read_text().rpartition(")")[2].split()
@@ -37,44 +54,34 @@ def process_start() -> float:
 
 
 def begin(start: float) -> None:
-    """Starts the clock at `start`, seconds of `time.monotonic`."""
+    """Start the clock at `start`, seconds of `time.monotonic`."""
     _marks[:] = [("start", start)]
 
 
 def mark(phase: str) -> None:
-    """Says that a phase, one of `PHASES`, ends now."""
+    """End a phase, one of `PHASES`."""
     if _marks:
         _marks.append((phase, _now()))
 
 
-def durations() -> dict[str, float]:
-    """Returns the seconds of each phase so far, from the end of the one before."""
-    return {phase: end - start for (_, start), (phase, end) in itertools.pairwise(_marks)}
-
-
 def finish(result: Any, num_steps: int) -> None:
-    """Ends the last phase when the result of the first call is there, tells all in the log, and stops the clock.
-
-    Args:
-      result: arrays that the call returned.
-      num_steps: training steps of the call.
-    """
-    if not _marks:
-        return
-    jax.block_until_ready(result)
-    mark(PHASES[-1])
-    logging.info("%s", describe(durations(), num_steps))
-    _marks.clear()
+    """Wait for the result of the first call, of `num_steps` training steps, log all phases, and stop the clock."""
+    if _marks:
+        jax.block_until_ready(result)
+        mark(PHASES[-1])
+        seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(_marks)}
+        logging.info("%s", describe(seconds, num_steps))
+        _marks.clear()
 
 
 def describe(seconds: dict[str, float], num_steps: int) -> str:
-    """Returns the line of the log for the seconds of the phases up to the end of the first call."""
+    """Return the line of the log for the seconds of the phases up to the end of the first call."""
     phases = ", ".join(f"{phase} {duration:.2f} s" for phase, duration in seconds.items())
     return f"first {num_steps} step(s) done {sum(seconds.values()):.2f} s after the start: {phases}"
 
 
 def parse(log: str) -> dict[str, float] | None:
-    """Finds that line in a log: the seconds of each phase and, as "total", all of them; None if it is not there."""
+    """Find that line in a log: seconds by phase, and all of them as "total"; None if it is not there."""
     found = _LINE.search(log)
     if found is None:
         return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models import initializers, resample
+from models import cpu, initializers, resample
 from models.convolution import Conv
 from models.layers import ACTIVATIONS, NIN, Activation, Dense, Dropout, residual_sum
 from models.normalization import GroupNorm, NormFactory
@@ -52,13 +53,7 @@ class BlockOptions:
 
 
 class ResamplingConv(nn.Module):
-    """A 3x3 convolution fused with FIR resampling by 2.
-
-    Attributes:
-      features: output channels.
-      direction: "up" or "down".
-      fir_kernel: taps of the filter.
-    """
+    """A 3x3 convolution fused with FIR resampling by 2, `direction` "up" or "down"."""
 
     features: int
     direction: str
@@ -66,7 +61,7 @@ class ResamplingConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B P Q O"]:
-        """Resamples, convolves and adds the bias."""
+        """Resample, convolve and add the bias."""
         kernel = self.param("kernel", initializers.default_init(), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         apply = resample.upsample_convolve if self.direction == "up" else resample.convolve_downsample
@@ -74,12 +69,12 @@ class ResamplingConv(nn.Module):
 
 
 def upsample(x: Array, fir_kernel: tuple[float, ...] | None) -> Array:
-    """Upsamples by 2, with the filter if there is one."""
+    """Upsample by 2, with the filter if there is one."""
     return resample.upsample_nearest(x) if fir_kernel is None else resample.upsample_fir(x, fir_kernel)
 
 
 def downsample(x: Array, fir_kernel: tuple[float, ...] | None) -> Array:
-    """Downsamples by 2, with the filter if there is one."""
+    """Downsample by 2, with the filter if there is one."""
     return resample.downsample_mean(x) if fir_kernel is None else resample.downsample_fir(x, fir_kernel)
 
 
@@ -96,7 +91,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W O"]:
-        """Upsamples x."""
+        """Upsample x."""
         if self.features is None:
             return upsample(x, self.fir_kernel)
         if self.fir_kernel is None:
@@ -112,7 +107,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 O"]:
-        """Downsamples x."""
+        """Downsample x."""
         if self.features is None:
             return downsample(x, self.fir_kernel)
         if self.fir_kernel is None:
@@ -121,65 +116,47 @@ class Downsample(nn.Module):
 
 
 class Combine(nn.Module):
-    """Joins an image pyramid to features.
-
-    Attributes:
-      method: "sum", or "cat" to put the features behind the image's channels.
-    """
+    """Join of an image pyramid and features, by "sum", or by "cat" with the features behind the image's channels."""
 
     method: str
 
     @nn.compact
     def __call__(self, image: Float[Array, "B H W C"], h: Float[Array, "B H W F"]) -> Float[Array, "B H W O"]:
-        """Joins the image, brought to the features' channels by a 1x1 convolution."""
+        """Join the image, brought to the features' channels by a 1x1 convolution."""
         projected = Conv(h.shape[-1], size=1, name="conv")(image)
         return projected + h if self.method == "sum" else jnp.concatenate([projected, h], -1)
 
 
 # --- residual blocks -------------------------------------------------------------------------------------------------
 
-
 Features = Array | list[Array]  # features, or several whose channels are concatenated
 
 
-def _join(x: Features) -> Array:
-    """Concatenates channels.
-
-    The cotangents of all of them are stored at one time: otherwise XLA would compute that of a skip where it is needed
-    next, on the way down, and keep in memory what it is made of.
-    """
-    return jnp.concatenate(jax.lax.optimization_barrier(x), -1) if isinstance(x, list) else x
-
-
 class _ResidualBlock(nn.Module):
-    """Two normalized convolutions, the first told the noise level, and a shortcut.
-
-    Attributes:
-      features: output channels.
-      options: what the blocks of the network have in common.
-    """
+    """Two normalized convolutions, the first conditioned on the noise level, and a shortcut."""
 
     features: int
     options: BlockOptions
 
-    def _first(self, h: Array, embedding: Array | None) -> Array:
+    def _convolve(
+        self, x: Features, embedding: Array | None, train: bool, change: Callable[[Array], Array] = lambda x: x
+    ) -> tuple[Array, Array]:
+        """Return the input of the shortcut and the result of the convolutions; `change` resamples both."""
+        # Stored so that the cotangents of all parts are: otherwise XLA computes that of a skip where it is needed next,
+        # on the way down, and keeps in memory what it is made of.
+        x = jnp.concatenate(cpu.store(x), -1) if isinstance(x, list) else x
+        h, x = change(self.options.act(self.options.norm(name="norm1")(x))), change(x)
         h = Conv(self.features, name="conv1")(h)
-        if embedding is None:
-            return h
-        return add_to_channels(h, Dense(self.features, name="embedding")(self.options.act(embedding)))
-
-    def _second(self, h: Array, train: bool) -> Array:
+        if embedding is not None:
+            h = add_to_channels(h, Dense(self.features, name="embedding")(self.options.act(embedding)))
         h = self.options.act(self.options.norm(name="norm2")(h))
         h = Dropout(self.options.dropout, name="dropout")(h, train)
-        return Conv(self.features, kernel_init=initializers.default_init(self.options.init_scale), name="conv2")(h)
+        kernel_init = initializers.default_init(self.options.init_scale)
+        return x, Conv(self.features, kernel_init=kernel_init, name="conv2")(h)
 
 
 class DDPMBlock(_ResidualBlock):
-    """Residual block of DDPM (Ho et al. 2020).
-
-    Attributes:
-      conv_shortcut: the shortcut to other channels is a 3x3 convolution instead of a linear map.
-    """
+    """Residual block of DDPM (Ho et al. 2020); its shortcut to other channels is linear, or a 3x3 convolution."""
 
     conv_shortcut: bool = False
 
@@ -187,25 +164,15 @@ class DDPMBlock(_ResidualBlock):
     def __call__(
         self, x: Features, embedding: Float[Array, "B E"] | None = None, train: bool = False
     ) -> Float[Array, "B H W O"]:
-        """Returns the features for x at the noise level `embedding`."""
-        x = _join(x)
-        h = self.options.act(self.options.norm(name="norm1")(x))
-        h = self._second(self._first(h, embedding), train)
+        """Return the features for x at the noise level `embedding`."""
+        x, h = self._convolve(x, embedding, train)
         if x.shape[-1] != self.features:
-            x = (
-                Conv(self.features, name="shortcut")(x)
-                if self.conv_shortcut
-                else NIN(self.features, name="shortcut")(x)
-            )
+            x = (Conv if self.conv_shortcut else NIN)(self.features, name="shortcut")(x)
         return residual_sum(x, h, self.options.skip_rescale)
 
 
 class BigGANBlock(_ResidualBlock):
-    """Residual block of BigGAN (Brock et al. 2019), which can resample.
-
-    Attributes:
-      direction: "up" or "down" to resample by 2, or "none".
-    """
+    """Residual block of BigGAN (Brock et al. 2019), which can resample by 2: direction "up", "down" or "none"."""
 
     direction: str = "none"
 
@@ -213,13 +180,10 @@ class BigGANBlock(_ResidualBlock):
     def __call__(
         self, x: Features, embedding: Float[Array, "B E"] | None = None, train: bool = False
     ) -> Float[Array, "B P Q O"]:
-        """Returns the features for x at the noise level `embedding`."""
-        x = _join(x)
-        h = self.options.act(self.options.norm(name="norm1")(x))
-        if self.direction != "none":
-            change = upsample if self.direction == "up" else downsample
-            h, x = change(h, self.options.fir_kernel), change(x, self.options.fir_kernel)
-        h = self._second(self._first(h, embedding), train)
+        """Return the features for x at the noise level `embedding`."""
+        changes = {"none": lambda x, fir_kernel: x, "up": upsample, "down": downsample}
+        change = functools.partial(changes[self.direction], fir_kernel=self.options.fir_kernel)
+        x, h = self._convolve(x, embedding, train, change)
         if x.shape[-1] != self.features or self.direction != "none":
             x = Conv(self.features, size=1, name="shortcut")(x)
         return residual_sum(x, h, self.options.skip_rescale)

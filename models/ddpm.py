@@ -34,11 +34,10 @@ def build(
     remat: bool,
     dtype: jnp.dtype | None,
 ) -> DDPM:
-    """Builds DDPM; arguments are named after the settings of `config.model`.
+    """Build DDPM; arguments are named after the settings of `config.model`.
 
     Raises:
-      UserError: if group normalization cannot divide the channels, or classes are to be told to residual blocks that
-        are told nothing.
+      UserError: if group normalization cannot divide the channels, or classes have no residual block to condition.
     """
     require_conditional(conditional, num_classes)
     if normalization == "GroupNorm":

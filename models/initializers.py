@@ -21,23 +21,18 @@ SMALLEST_SCALE = 1e-10  # stands for 0: layers that start "at zero" start at abo
 
 
 def _rbg(key: PRNGKeyArray) -> PRNGKeyArray:
-    """Returns the key of XLA's generator that a threefry key stands for: four words, where threefry has two."""
+    """Return the key of XLA's generator that a threefry key stands for: four words, where threefry has two."""
     words = jnp.tile(jax.random.key_data(key).reshape(-1), 4)[:4]
     return jax.random.wrap_key_data(words, impl="rbg")
 
 
 def _uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Draws uniform numbers on [-1, 1)."""
+    """Draw uniform numbers on [-1, 1)."""
     return jax.random.uniform(_rbg(key), shape, minval=-1.0, maxval=1.0)
 
 
-def _fan_in(shape: tuple[int, ...]) -> int:
-    """Returns how many inputs an output of a kernel [..., in, out] sees."""
-    return math.prod(shape[:-1])
-
-
 def default_init(scale: float = 1.0) -> Initializer:
-    """Returns DDPM's initializer of kernels [..., in, out]: uniform with variance scale / mean(fan in, fan out).
+    """Return DDPM's initializer of kernels [..., in, out]: uniform with variance scale / mean(fan in, fan out).
 
     A scale of 0 stands for 1e-10.
     """
@@ -51,37 +46,37 @@ def default_init(scale: float = 1.0) -> Initializer:
 
 
 def ncsn_init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-    """Draws NCSN's kernels [..., in, out]: uniform with variance 1 / (3 fan in), PyTorch's default."""
-    return _uniform(key, shape) / math.sqrt(_fan_in(shape))
+    """Draw NCSN's kernels [..., in, out]: uniform with variance 1 / (3 fan in), PyTorch's default."""
+    return _uniform(key, shape) / math.sqrt(math.prod(shape[:-1]))
 
 
 def ncsn_bias(key: PRNGKeyArray, kernel_shape: tuple[int, ...]) -> Array:
-    """Draws NCSN's biases, by the law of their kernel."""
-    return _uniform(key, kernel_shape[-1:]) / math.sqrt(_fan_in(kernel_shape))
+    """Draw NCSN's biases, by the law of their kernel."""
+    return _uniform(key, kernel_shape[-1:]) / math.sqrt(math.prod(kernel_shape[:-1]))
 
 
 def zero_bias(key: PRNGKeyArray, kernel_shape: tuple[int, ...]) -> Array:
-    """Returns a bias of zeros for a kernel of this shape."""
+    """Return a bias of zeros for a kernel of this shape."""
     return jnp.zeros(kernel_shape[-1:])
 
 
 def lecun_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-    """Draws Flax's default kernel: a normal of variance 1 / fan in, cut off at two standard deviations."""
+    """Draw Flax's default kernel: a normal of variance 1 / fan in, cut off at two standard deviations."""
     return jax.nn.initializers.lecun_normal()(_rbg(key), shape)
 
 
 def kaiming_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-    """Draws the kernels of the Wide ResNet: normal of variance 2 / fan out (He et al. 2015)."""
+    """Draw the kernels of the Wide ResNet: normal of variance 2 / fan out (He et al. 2015)."""
     return jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")(_rbg(key), shape)
 
 
 def uniform_by_outputs(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-    """Draws the Wide ResNet's last kernel [in, out]: uniform within 1 / sqrt(out)."""
+    """Draw the Wide ResNet's last kernel [in, out]: uniform within 1 / sqrt(out)."""
     return _uniform(key, shape) / math.sqrt(shape[-1])
 
 
 def normal_init(mean: float, std: float) -> Initializer:
-    """Returns an initializer of normal numbers."""
+    """Return an initializer of normal numbers."""
 
     def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
         return mean + std * jax.random.normal(_rbg(key), shape)

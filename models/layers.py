@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from models import initializers
+from models import cpu, initializers
 from models.convolution import convolve
+from models.cpu import dropout as on_cpu
 from models.initializers import Initializer
 from models.normalization import GroupNorm, NormFactory
 from models.precision import add_to_channels, at_least_float32
-from models.rematerialization import keep
 from parallel import rng
 from sde_lib import VESDE, expand
 
@@ -32,12 +33,27 @@ MAX_PERIOD = 10_000.0  # ratio of the slowest to the fastest sine of the timeste
 
 
 def residual_sum(x: Array, h: Array, rescale: bool) -> Array:
-    """Adds a branch h to its input x; divides by sqrt(2), which keeps the variance, if `rescale`.
+    """Add a branch h to its input x; divide by sqrt(2), which keeps the variance, if `rescale`."""
+    # Stored: otherwise XLA fuses the chain of all earlier sums into each of its many uses.
+    return cpu.store((x + h) / math.sqrt(2.0) if rescale else x + h)
 
-    The sum is stored: otherwise XLA fuses the chain of all earlier sums into each of its many uses, in the gradient
-    too, and computes it over and over.
+
+def call_block(block: nn.Module, *inputs: Any, remat: bool, **options: Any) -> Array:
+    """Call a block of a network; with `remat`, its gradient computes all of it again and keeps only the inputs.
+
+    On a CPU the gradient computes what is cheap again in any case, see `cpu.recompute_cheap`. Parameters, random
+    streams and numbers are the same.
+
+    Args:
+      block: a layer that belongs to the network that calls it.
+      inputs: arrays, or lists of them, that it is called with.
+      remat: compute the convolutions and matrix products again, too.
+      options: keywords that it is called with, which are no arrays.
     """
-    return jax.lax.optimization_barrier((x + h) / math.sqrt(2.0) if rescale else x + h)
+    if not remat and not cpu.is_target():
+        return cast(Array, block(*inputs, **options))
+    call = lambda block, *inputs: block(*inputs, **options)  # noqa: E731
+    return nn.remat(call, policy=None if remat else cpu.recompute_cheap)(block, *inputs)
 
 
 class Dense(nn.Module):
@@ -53,13 +69,13 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B O"]:
-        """Returns x kernel + bias."""
+        """Return x kernel + bias."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         # As a convolution of 1x1 taps, which has fast gradients.
         pixels, taps = x.reshape(1, 1, -1, x.shape[-1]), kernel.astype(x.dtype).reshape(1, 1, *kernel.shape)
         product = convolve(pixels, taps).reshape(*x.shape[:-1], self.features)
-        return keep(add_to_channels(product, bias))
+        return cpu.keep(add_to_channels(product, bias))
 
 
 class NIN(Dense):
@@ -69,40 +85,33 @@ class NIN(Dense):
 
 
 def drop(key: PRNGKeyArray, x: Float[Array, "B *S"], rate: float) -> Float[Array, "B *S"]:
-    """Sets values to 0 with probability `rate` and divides the others by 1 - rate.
+    """Set values to 0 with probability `rate` and divide the others by 1 - rate.
 
     Example i draws from its own key, so that what is dropped does not depend on the number of devices.
     """
     kept = 1.0 - rate
-    # Stored before it is used: else it would be drawn once to be kept and once more to be used.
-    mask = jax.lax.optimization_barrier(rng.bernoulli(key, kept, x.shape))
-    return jnp.where(keep(mask), x / kept, 0.0)
+    draw = on_cpu.bernoulli if cpu.is_target() else rng.bernoulli
+    mask = cpu.store(draw(key, kept, x.shape))  # otherwise drawn twice: to be kept and to be used
+    return jnp.where(cpu.keep(mask), x / kept, 0.0)
 
 
 class Dropout(nn.Module):
-    """Dropout in training, from the random stream "dropout"; see `drop`.
-
-    Attributes:
-      rate: probability that a value is dropped, in [0, 1).
-    """
+    """Dropout in training with probability `rate`, in [0, 1), from the random stream "dropout"; see `drop`."""
 
     rate: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *S"], train: bool) -> Float[Array, "B *S"]:
-        """Drops values of x if `train`."""
+        """Drop values of x if `train`."""
         return drop(self.make_rng("dropout"), x, self.rate) if train and self.rate > 0 else x
 
 
 class LabelEmbedding(nn.Module):
-    """A vector for each class, and one more that stands for "no label".
-
-    Ho and Salimans 2022, "Classifier-Free Diffusion Guidance": one network is both the conditional score and, told that
-    there is no label, the unconditional one.
+    """A vector for each class, and one for "no label": the unconditional score (Ho and Salimans 2022).
 
     Attributes:
       num_classes: K; the label K is "no label".
-      features: of a vector.
+      features: width of a vector.
     """
 
     num_classes: int
@@ -110,7 +119,7 @@ class LabelEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, class_labels: Int[Array, "B"] | None, num_examples: int) -> Float[Array, "B F"]:
-        """Returns the vector of each example's label, 0 .. K; of "no label" for all of them without any."""
+        """Return the vector of each example's label, 0 .. K; of "no label" for all of them without any."""
         shape = (self.num_classes + 1, self.features)
         embedding = self.param("embedding", initializers.normal_init(0.0, 1.0), shape)
         return embedding[jnp.full(num_examples, self.num_classes) if class_labels is None else class_labels]
@@ -131,7 +140,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Adds softmax(q kᵀ / √C) v to x."""
+        """Add softmax(q kᵀ / √C) v to x."""
         B, H, W, C = x.shape
         h = self.norm(name="norm")(x).reshape(B, H * W, C)
         q, k, v = (NIN(C, name=name)(h) for name in ("query", "key", "value"))
@@ -142,7 +151,7 @@ class Attention(nn.Module):
 
 
 def timestep_embedding(t: Float[Array, "B"], dimension: int) -> Float[Array, "B D"]:
-    """Returns sines, then cosines of t at frequencies 1 to 1/10000, geometrically spaced.
+    """Return sines, then cosines of t at frequencies 1 to 1/10000, geometrically spaced.
 
     The sinusoidal position embedding of transformers (Vaswani et al. 2017) as DDPM (Ho et al. 2020) uses it.
 
@@ -170,14 +179,14 @@ class FourierFeatures(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B"]) -> Float[Array, "B 2*F"]:
-        """Returns sines, then cosines of 2 π frequencies x."""
+        """Return sines, then cosines of 2 π frequencies x."""
         frequencies = self.param("frequencies", nn.initializers.normal(self.scale), (self.num_frequencies,))
         angles = 2 * jnp.pi * x[:, None] * jax.lax.stop_gradient(frequencies)[None, :]
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], 1)
 
 
 def divide_by_sigma(h: Float[Array, "B H W C"], labels: Array, levels: VESDE | None) -> Float[Array, "B H W C"]:
-    """Divides a network's output by the noise level that it was told.
+    """Divide a network's output by its noise level.
 
     Args:
       h: output of the last layer.

@@ -19,20 +19,20 @@ from models.layers import (
     Dense,
     FourierFeatures,
     LabelEmbedding,
+    call_block,
     divide_by_sigma,
     residual_sum,
     timestep_embedding,
 )
 from models.normalization import num_groups, require
 from models.precision import at_least_float32
-from models.rematerialization import call_block
 from sde_lib import VESDE
 
 BLOCKS = {"biggan": BigGANBlock, "ddpm": DDPMBlock}
 
 
 def normalized_widths(nf: int, ch_mult: tuple[int, ...], num_res_blocks: int, doubled_input: bool) -> set[int]:
-    """Returns the numbers of channels at which a network normalizes, which groups have to divide.
+    """Return the numbers of channels at which a network normalizes, which groups have to divide.
 
     Args:
       nf: channels of the first level.
@@ -58,11 +58,7 @@ def normalized_widths(nf: int, ch_mult: tuple[int, ...], num_res_blocks: int, do
 
 
 def require_conditional(conditional: bool, num_classes: int) -> None:
-    """Checks that a network that is told classes has where to tell them: beside the noise level.
-
-    Raises:
-      UserError: if its residual blocks are told nothing.
-    """
+    """Raise a UserError if a network conditioned on classes does not condition its residual blocks on anything."""
     if num_classes and not conditional:
         raise UserError(
             f"model.num_classes={num_classes} adds the label to the embedding of the noise level, which "
@@ -84,11 +80,11 @@ class NCSNpp(nn.Module):
       progressive_combine: join of an input skip: "sum" or "cat".
       embedding_type: of the noise level: "positional" or "fourier".
       fourier_scale: standard deviation of the Fourier frequencies.
-      conditional: the residual blocks are told the noise level.
+      conditional: the residual blocks are conditioned on the noise level.
       centered: images come in [-1, 1]; otherwise in [0, 1].
       scale_by_sigma: divide the output by sigma.
       noise_levels: whose discrete sigmas the labels count, if the output is scaled; None if the labels are sigma.
-      num_classes: classes of images that it can be told; 0: none.
+      num_classes: classes of images that it is conditioned on; 0: none.
       dtype: of the features; None: that of the images. The embedding and images have the images' in any case.
     """
 
@@ -111,7 +107,7 @@ class NCSNpp(nn.Module):
 
     @property
     def counts_levels(self) -> bool:
-        """Says whether the label is taken for the index of a noise level."""
+        """Return whether the label is taken for the index of a noise level."""
         return self.noise_levels is not None
 
     @nn.compact
@@ -122,7 +118,7 @@ class NCSNpp(nn.Module):
         train: bool = False,
         class_labels: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B H W C"]:
-        """Evaluates the network.
+        """Evaluate the network.
 
         Args:
           x: noisy images, in the range that `centered` tells.
@@ -130,11 +126,13 @@ class NCSNpp(nn.Module):
             index, counted from the largest sigma.
           train: apply dropout.
           class_labels: class of each image, 0 .. num_classes - 1, or num_classes for "no label", which None stands for;
-            looked at only by a network that is told classes.
+            ignored unless num_classes > 0.
         """
         embedding = self._embed(time_cond, class_labels)
         skips = self._encode(x if self.centered else 2 * x - 1, embedding, train)
-        h = self._middle(skips[-1], embedding, train)
+        h = self._block(skips[-1], skips[-1].shape[-1], embedding, train, "middle_block0")
+        h = self._attend(h, "middle_attention")
+        h = self._block(h, h.shape[-1], embedding, train, "middle_block1")
         y = self._decode(h, skips, embedding, train, x.shape[-1])
         return divide_by_sigma(y, time_cond, self.noise_levels) if self.scale_by_sigma else y
 
@@ -158,19 +156,12 @@ class NCSNpp(nn.Module):
         block = BLOCKS[self.block.kind](features, self.block, name=name)
         return call_block(block, h, embedding, train=train, remat=self.block.remat)
 
-    def _resampling_block(self, h: Array, direction: str, embedding: Array | None, train: bool, name: str) -> Array:
-        block = BigGANBlock(h.shape[-1], self.block, direction, name=name)
-        return call_block(block, h, embedding, train=train, remat=self.block.remat)
-
-    def _attend_if_configured(self, h: Array, name: str) -> Array:
-        return self._attend(h, name) if h.shape[1] in self.attn_resolutions else h
-
     def _attend(self, h: Array, name: str) -> Array:
         attention = Attention(self.block.init_scale, self.block.skip_rescale, self.block.norm, name=name)
         return call_block(attention, h, remat=self.block.remat)
 
     def _head(self, h: Array, features: int, init_scale: float, name: str) -> Array:
-        """Normalizes, activates and convolves: to an image, or to the first features of a growing output."""
+        """Normalize, activate and convolve: to an image, or to the first features of a growing output."""
         h = self.block.act(self.block.norm(name=f"{name}_norm")(h))
         return Conv(features, kernel_init=default_init(init_scale), name=f"{name}_conv")(h)
 
@@ -180,48 +171,40 @@ class NCSNpp(nn.Module):
         for level, mult in enumerate(self.ch_mult):
             for i in range(self.num_res_blocks):
                 h = self._block(h, self.nf * mult, embedding, train, f"down{level}_block{i}")
-                h = self._attend_if_configured(h, f"down{level}_attention{i}")
+                if h.shape[1] in self.attn_resolutions:
+                    h = self._attend(h, f"down{level}_attention{i}")
                 skips.append(h)
             if level < len(self.ch_mult) - 1:
-                h = self._downsample(h, embedding, train, f"down{level}_resample")
+                h = self._resample(h, "down", embedding, train, f"down{level}_resample")
                 h, pyramid = self._grow_input(h, pyramid, f"down{level}_pyramid")
                 skips.append(h)
         return skips
-
-    def _middle(self, h: Array, embedding: Array | None, train: bool) -> Array:
-        h = self._block(h, h.shape[-1], embedding, train, "middle_block0")
-        h = self._attend(h, "middle_attention")
-        return self._block(h, h.shape[-1], embedding, train, "middle_block1")
 
     def _decode(self, h: Array, skips: list[Array], embedding: Array | None, train: bool, channels: int) -> Array:
         pyramid = None
         for level, mult in reversed(list(enumerate(self.ch_mult))):
             for i in range(self.num_res_blocks + 1):
                 h = self._block([h, skips.pop()], self.nf * mult, embedding, train, f"up{level}_block{i}")
-            h = self._attend_if_configured(h, f"up{level}_attention")
+            if h.shape[1] in self.attn_resolutions:
+                h = self._attend(h, f"up{level}_attention")
             h, pyramid = self._grow_output(h, pyramid, channels, f"up{level}_pyramid")
             if level > 0:
-                h = self._upsample(h, embedding, train, f"up{level}_resample")
+                h = self._resample(h, "up", embedding, train, f"up{level}_resample")
         if self.progressive == "output_skip":
             assert pyramid is not None  # there is at least one level
             return pyramid
         return at_least_float32(self._head(h, channels, self.block.init_scale, "output"))
 
-    def _downsample(self, h: Array, embedding: Array | None, train: bool, name: str) -> Array:
+    def _resample(self, h: Array, direction: str, embedding: Array | None, train: bool, name: str) -> Array:
         if self.block.kind == "biggan":
-            return self._resampling_block(h, "down", embedding, train, name)
-        return Downsample(self.block.fir_kernel, self._conv_features(h), name=name)(h)
-
-    def _upsample(self, h: Array, embedding: Array | None, train: bool, name: str) -> Array:
-        if self.block.kind == "biggan":
-            return self._resampling_block(h, "up", embedding, train, name)
-        return Upsample(self.block.fir_kernel, self._conv_features(h), name=name)(h)
-
-    def _conv_features(self, h: Array) -> int | None:
-        return h.shape[-1] if self.block.resample_with_conv else None
+            block = BigGANBlock(h.shape[-1], self.block, direction, name=name)
+            return call_block(block, h, embedding, train=train, remat=self.block.remat)
+        features = h.shape[-1] if self.block.resample_with_conv else None
+        layer = Downsample if direction == "down" else Upsample
+        return layer(self.block.fir_kernel, features, name=name)(h)
 
     def _grow_input(self, h: Array, pyramid: Array, name: str) -> tuple[Array, Array]:
-        """Lets the image, or features of it, enter at a lower level; returns the features and the pyramid."""
+        """Let the image, or features of it, enter at a lower level; return the features and the pyramid."""
         if self.progressive_input == "none":
             return h, pyramid
         if self.progressive_input == "input_skip":
@@ -233,7 +216,7 @@ class NCSNpp(nn.Module):
         return h, h
 
     def _grow_output(self, h: Array, pyramid: Array | None, channels: int, name: str) -> tuple[Array, Array | None]:
-        """Grows the output by one level, None before the first; returns the features and the pyramid."""
+        """Grow the output by one level, None before the first; return the features and the pyramid."""
         if self.progressive == "none":
             return h, None
         if self.progressive == "output_skip":
@@ -274,11 +257,11 @@ def build(
     remat: bool,
     dtype: jnp.dtype | None,
 ) -> NCSNpp:
-    """Builds NCSN++ or DDPM++; arguments are named after the settings of `config.model`.
+    """Build NCSN++ or DDPM++; arguments are named after the settings of `config.model`.
 
     Raises:
-      UserError: if the normalization is another than GroupNorm, or cannot divide the channels, or classes are to be
-        told to residual blocks that are told nothing.
+      UserError: if the normalization is another than GroupNorm, or cannot divide the channels, or classes have no
+        residual block to condition.
     """
     require(normalization, "GroupNorm")
     require_conditional(conditional, num_classes)

@@ -8,11 +8,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.layers import divide_by_sigma
+from models.layers import call_block, divide_by_sigma
 from models.normalization import DDPM_GROUPS, NORMS, num_groups, require
 from models.precision import at_least_float32
 from models.refinenet import RefineBlock, RefineConv, RefineOptions, ResidualBlock
-from models.rematerialization import call_block
 from models.resample import require_halvings
 from sde_lib import VESDE
 
@@ -65,14 +64,14 @@ class NCSNv2(nn.Module):
 
     @property
     def counts_levels(self) -> bool:
-        """Says whether the label is taken for the index of a noise level."""
+        """Return whether the label is taken for the index of a noise level."""
         return self.noise_levels is not None or self.options.is_conditional
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], time_cond: Float[Array, "B"], train: bool = False
     ) -> Float[Array, "B H W C"]:
-        """Evaluates the network.
+        """Evaluate the network.
 
         Args:
           x: noisy images, in the range that `centered` tells.
@@ -139,7 +138,7 @@ def build_ncsn(
     remat: bool,
     dtype: jnp.dtype | None,
 ) -> NCSNv2:
-    """Builds NCSN: the smallest layout, with every normalization conditioned on one of `num_scales` labels.
+    """Build NCSN: the smallest layout, with every normalization conditioned on one of `num_scales` labels.
 
     Arguments are named after the settings of `config.model`.
 

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from errors import UserError
-from models import initializers
+from models import cpu, initializers
 from models.precision import at_least_float32
-from models.rematerialization import keep
 
 NormFactory = Callable[..., nn.Module]  # (name=...) -> module of x, as the networks call it
 
@@ -27,7 +26,7 @@ DDPM_GROUPS = 32  # groups of DDPM's group normalization, whatever the channels
 
 
 def num_groups(channels: int, groups: int | None = None) -> int:
-    """Returns the groups of a group normalization: `groups`, or NCSN++'s 4 channels each, but at most 32 groups.
+    """Return the groups of a group normalization: `groups`, or NCSN++'s 4 channels each, but at most 32 groups.
 
     Raises:
       UserError: if there is no group, or the groups do not divide the channels.
@@ -44,18 +43,11 @@ def num_groups(channels: int, groups: int | None = None) -> int:
 
 
 def _widened(normalize: Callable[..., Array]) -> Callable[..., Array]:
-    """Makes a normalization compute in float32 or better; the result has the dtype of its input again."""
-
-    def of_narrow(self: nn.Module, x: Array, *labels: Array) -> Array:
-        return normalize(self, at_least_float32(x), *labels).astype(x.dtype)
-
-    # The gradient widens x again: kept from the forward pass, it would take twice the room of x beside x itself.
-    call_narrow = nn.remat(of_narrow, policy=lambda primitive, *_, **__: primitive.name != "convert_element_type")
+    """Make a normalization compute in float32 or better; the result has the dtype of its input again."""
 
     @functools.wraps(normalize)
     def call(self: nn.Module, x: Array, *labels: Array) -> Array:
-        is_narrow = at_least_float32(x).dtype != x.dtype
-        return call_narrow(self, x, *labels) if is_narrow else normalize(self, x, *labels)
+        return normalize(self, at_least_float32(x), *labels).astype(x.dtype)
 
     return call
 
@@ -77,32 +69,32 @@ class GroupNorm(nn.Module):
     @nn.compact
     @_widened
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Normalizes x."""
+        """Normalize x."""
         B, _, _, C = x.shape
         groups = num_groups(C, self.groups)
         scale = self.param("scale", nn.initializers.ones, (C,))
         bias = self.param("bias", nn.initializers.zeros, (C,))
 
         moments = jnp.stack([x.mean((1, 2)), (x * x).mean((1, 2))])
-        mean, mean_square = keep(moments.reshape(2, B, groups, C // groups).mean(3))
+        mean, mean_square = cpu.keep(moments.reshape(2, B, groups, C // groups).mean(3))
         variance = jnp.maximum(mean_square - mean * mean, 0.0)
         inverse_std = jax.lax.rsqrt(variance + self.epsilon)
         factor = jnp.repeat(inverse_std, C // groups, 1) * scale[None, :]
         offset = bias[None, :] - jnp.repeat(mean, C // groups, 1) * factor
-        # Stored, and so their gradients: else XLA would sum over all pixels once more for that of the bias.
-        factor, offset = jax.lax.optimization_barrier((factor, offset))
+        # Stored, and so their gradients: otherwise XLA sums over all pixels once more for that of the bias.
+        factor, offset = cpu.store((factor, offset))
         return x * factor[:, None, None, :] + offset[:, None, None, :]
 
 
 def _standardize(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Returns x with mean 0 and variance 1 over `axes`, and the means that were taken off."""
+    """Return x with mean 0 and variance 1 over `axes`, and the means that were taken off."""
     mean = x.mean(axes, keepdims=True)
     centered = x - mean
     return centered * jax.lax.rsqrt((centered**2).mean(axes, keepdims=True) + INSTANCE_NORM_EPSILON), mean
 
 
 def _instance_norm_plus(x: Array) -> tuple[Array, Array]:
-    """Returns x standardized over each channel's pixels, and the channels' means standardized over the channels."""
+    """Return x standardized over each channel's pixels, and the channels' means standardized over the channels."""
     h, means = _standardize(x, (1, 2))
     return h, _standardize(means, (3,))[0]
 
@@ -113,36 +105,32 @@ class InstanceNorm(nn.Module):
     @nn.compact
     @_widened
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Normalizes x."""
+        """Normalize x."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         return _standardize(x, (1, 2))[0] * scale[None, None, None, :] + bias[None, None, None, :]
 
 
 class VarianceNorm(nn.Module):
-    """Divides each channel of each image by its standard deviation; the mean stays. With a scale, without a bias."""
+    """Division of each channel of each image by its standard deviation; the mean stays. With a scale, no bias."""
 
     @nn.compact
     @_widened
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Normalizes x."""
+        """Normalize x."""
         scale = self.param("scale", _near_one, x.shape[-1:])
         return x * jax.lax.rsqrt(x.var((1, 2), keepdims=True) + INSTANCE_NORM_EPSILON) * scale[None, None, None, :]
 
 
 class InstanceNormPlus(nn.Module):
-    """InstanceNorm++ (Song & Ermon 2019, Appendix A): gamma (instance norm + alpha × standardized means) + beta.
-
-    Attributes:
-      use_bias: whether there is a beta.
-    """
+    """InstanceNorm++ (Song & Ermon 2019, Appendix A): gamma (instance norm + alpha × standardized means) + beta."""
 
     use_bias: bool = True
 
     @nn.compact
     @_widened
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Normalizes x."""
+        """Normalize x."""
         alpha = self.param("alpha", _near_one, x.shape[-1:])
         gamma = self.param("gamma", _near_one, x.shape[-1:])
         h, means = _instance_norm_plus(x)
@@ -153,12 +141,7 @@ class InstanceNormPlus(nn.Module):
 
 
 class ConditionalInstanceNormPlus(nn.Module):
-    """InstanceNorm++ whose gamma, alpha and beta belong to the label of the noise level (Song & Ermon 2019).
-
-    Attributes:
-      num_classes: number of labels.
-      use_bias: whether there is a beta.
-    """
+    """InstanceNorm++ whose gamma, alpha and beta belong to one of `num_classes` labels of noise levels."""
 
     num_classes: int
     use_bias: bool = True
@@ -166,7 +149,7 @@ class ConditionalInstanceNormPlus(nn.Module):
     @nn.compact
     @_widened
     def __call__(self, x: Float[Array, "B H W C"], labels: Array) -> Float[Array, "B H W C"]:
-        """Normalizes x; `labels` [B] count from 0, and a fraction is dropped."""
+        """Normalize x; `labels` [B] count from 0, and a fraction is dropped."""
         C, num_parts = x.shape[-1], 3 if self.use_bias else 2
 
         def init(key: Array, shape: tuple[int, ...]) -> Array:
@@ -190,7 +173,7 @@ NORMS: dict[str, NormFactory] = {
 
 
 def require(normalization: str, only: str) -> None:
-    """Checks that a network's one normalization is the configured one.
+    """Check that a network's one normalization is the configured one.
 
     Raises:
       UserError: if it is not.

@@ -17,12 +17,12 @@ DTYPES: dict[str, jnp.dtype | None] = {"float32": None, "bfloat16": jnp.dtype(jn
 
 
 def at_least_float32(x: Array) -> Array:
-    """Returns x in float32, or as it is if that is wider."""
+    """Return x in float32, or as it is if that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def add_to_channels(x: Float[Array, "B *S C"], shift: Float[Array, "*B C"]) -> Float[Array, "B *S C"]:
-    """Adds a number to each channel; the result has the dtype of x.
+    """Add a number to each channel; the result has the dtype of x.
 
     The sum is taken in the wider of the two dtypes: then the gradient of a float32 shift, a sum over all pixels, is one
     of float32 numbers.

@@ -11,13 +11,13 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models import initializers, resample
 from models.convolution import Conv
-from models.layers import ACTIVATIONS, Activation
+from models.layers import ACTIVATIONS, Activation, call_block
 from models.normalization import ConditionalInstanceNormPlus, InstanceNormPlus, NormFactory
-from models.rematerialization import call_block
 
 POOL_SIZE = 5  # of chained residual pooling, in pixels
 NUM_STAGES = 2  # convolutions of a residual unit, and poolings of a chain
@@ -52,45 +52,37 @@ class RefineOptions:
 
     @property
     def is_conditional(self) -> bool:
-        """Says whether normalization depends on the label."""
+        """Return whether normalization depends on the label."""
         return self.num_classes > 0
 
     def normalize(self, x: Array, labels: Array, name: str) -> Array:
-        """Normalizes x in a layer called `name`, given the labels if they count."""
+        """Normalize x in a layer called `name`, given the labels if they count."""
         if self.is_conditional:
             return ConditionalInstanceNormPlus(self.num_classes, name=name)(x, labels)
         return self.norm(name=name)(x)
 
     def normalize_if_conditional(self, x: Array, labels: Array, name: str) -> Array:
-        """Normalizes x where only NCSN does; NCSNv2 has no normalization in its decoder."""
+        """Normalize x where only NCSN does; NCSNv2 has no normalization in its decoder."""
         return self.normalize(x, labels, name) if self.is_conditional else x
 
 
 class ConvMeanPool(nn.Module):
-    """Convolution, then the mean of each 2x2 pixels.
-
-    Attributes:
-      features: output channels.
-      size: taps of the kernel along each axis.
-    """
+    """Convolution with size x size taps, then the mean of each 2x2 pixels."""
 
     features: int
     size: int = 3
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 O"]:
-        """Convolves and pools x."""
-        return resample.downsample_mean(
-            Conv(self.features, self.size, kernel_init=initializers.lecun_normal, name="conv")(x)
-        )
+        """Convolve and pool x."""
+        conv = Conv(self.features, self.size, kernel_init=initializers.lecun_normal, name="conv")
+        return resample.downsample_mean(conv(x))
 
 
 class ResidualBlock(nn.Module):
     """Two normalized convolutions and a shortcut; halves the image, or dilates the convolutions instead.
 
     Attributes:
-      features: output channels.
-      options: what the blocks of the network have in common.
       is_down: first block of a stage, which halves the image if its convolutions are not dilated.
       dilation: of the convolutions.
     """
@@ -102,7 +94,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], labels: Array) -> Float[Array, "B P Q O"]:
-        """Returns the features of x."""
+        """Return the features of x."""
         pools = self.is_down and self.dilation == 1
         conv = functools.partial(RefineConv, dilation=self.dilation)
         # The original computes the shortcut of a block that is no "down" block first: its layers count in this order.
@@ -122,19 +114,14 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualUnits(nn.Module):
-    """Residual convolution units (RCU), one after the other.
-
-    Attributes:
-      num_units: of two convolutions each.
-      options: what the blocks of the network have in common.
-    """
+    """Residual convolution units (RCU), of two convolutions each, one after the other."""
 
     num_units: int
     options: RefineOptions
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], labels: Array) -> Float[Array, "B H W C"]:
-        """Returns the features of x, of the same shape."""
+        """Return the features of x, of the same shape."""
         for unit in range(self.num_units):
             h = x
             for stage in range(NUM_STAGES):
@@ -145,42 +132,31 @@ class ResidualUnits(nn.Module):
 
 
 class MultiResolutionFusion(nn.Module):
-    """Sum of feature maps (MSF), each convolved and brought to one size.
-
-    Attributes:
-      features: output channels.
-      options: what the blocks of the network have in common.
-    """
+    """Sum of feature maps (MSF), each convolved and brought to one size."""
 
     features: int
     options: RefineOptions
 
     @nn.compact
     def __call__(self, maps: list[Array], labels: Array) -> Float[Array, "B H W O"]:
-        """Merges `maps`, float[B, H_i, W_i, C_i], at the size of the first."""
+        """Merge `maps`, float[B, H_i, W_i, C_i], at the size of the first."""
         B, H, W, _ = maps[0].shape
-        total = None
+        resized = []
         for i, x in enumerate(maps):
             h = self.options.normalize_if_conditional(x, labels, f"norm{i}")
             h = RefineConv(self.features, name=f"conv{i}")(h)
-            h = jax.image.resize(h, (B, H, W, self.features), self.options.interpolation)
-            total = h if total is None else total + h
-        assert total is not None  # there is at least one map
-        return total
+            resized.append(jax.image.resize(h, (B, H, W, self.features), self.options.interpolation))
+        return functools.reduce(jnp.add, resized)
 
 
 class ChainedPooling(nn.Module):
-    """Chained residual pooling (CRP): each pooled and convolved map is added to the sum, and pooled again.
-
-    Attributes:
-      options: what the blocks of the network have in common.
-    """
+    """Chained residual pooling (CRP): each pooled and convolved map is added to the sum, and pooled again."""
 
     options: RefineOptions
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], labels: Array) -> Float[Array, "B H W C"]:
-        """Returns the features of x, of the same shape."""
+        """Return the features of x, of the same shape."""
         x = self.options.act(x)
         path = x
         for stage in range(NUM_STAGES):
@@ -195,13 +171,7 @@ class ChainedPooling(nn.Module):
 
 
 class RefineBlock(nn.Module):
-    """Refines a feature map with a coarser one.
-
-    Attributes:
-      features: output channels.
-      options: what the blocks of the network have in common.
-      is_last: ends with three residual units instead of one.
-    """
+    """Refinement of a feature map with a coarser one; the last block ends with three residual units instead of one."""
 
     features: int
     options: RefineOptions
@@ -209,7 +179,7 @@ class RefineBlock(nn.Module):
 
     @nn.compact
     def __call__(self, maps: list[Array], labels: Array) -> Float[Array, "B H W O"]:
-        """Joins `maps`, the first of which gives the size; the first block of a network has one, which it keeps."""
+        """Join `maps`, the first of which gives the size; the first block of a network has one, which it keeps."""
         call = functools.partial(call_block, remat=self.options.remat)
         maps = [call(ResidualUnits(2, self.options, name=f"input{i}"), x, labels) for i, x in enumerate(maps)]
         fuse = MultiResolutionFusion(self.features, self.options, name="fusion")

@@ -16,15 +16,16 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from errors import UserError
-from models.convolution import Pair, Window, convolve
+from models.convolution import convolve
 from models.precision import at_least_float32
+from models.window import Pair, Window
 
 FACTOR = 2
 _SPATIAL = (1, 2)
 
 
 def require_halvings(image_size: Pair, num_halvings: int) -> None:
-    """Checks that images can be halved as often as a network does.
+    """Check that images can be halved as often as a network does.
 
     Raises:
       UserError: if they cannot.
@@ -39,18 +40,18 @@ def require_halvings(image_size: Pair, num_halvings: int) -> None:
 
 
 def _taps(kernel: Sequence[float], gain: float) -> np.ndarray:
-    """Returns the flipped taps of one axis, whose sum is `gain`."""
+    """Return the flipped taps of one axis, whose sum is `gain`."""
     taps = np.asarray(kernel, np.float64)[::-1]
     return taps / taps.sum() * gain
 
 
 def _pad(x: Array, axis: int, padding: Pair) -> Array:
-    """Pads one axis with zeros; negative values crop."""
+    """Pad one axis with zeros; negative values crop."""
     return lax.pad(x, jnp.zeros((), x.dtype), [(*padding, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)])
 
 
 def _filter(x: Array, axis: int, taps: np.ndarray, padding: Pair, stride: int = 1) -> Array:
-    """Correlates one axis with `taps` and keeps every `stride`-th result; sums in float32 or better."""
+    """Correlate one axis with `taps` and keep every `stride`-th result; sums in float32 or better."""
     dtype, x = x.dtype, at_least_float32(_pad(x, axis, padding))
     num_outputs = (x.shape[axis] - len(taps)) // stride + 1
     y = jnp.zeros((*x.shape[:axis], num_outputs, *x.shape[axis + 1 :]), x.dtype)
@@ -61,13 +62,13 @@ def _filter(x: Array, axis: int, taps: np.ndarray, padding: Pair, stride: int = 
 
 
 def _interleave(phases: list[Array], axis: int) -> Array:
-    """Takes from the phases in turn: twice the pixels along one axis."""
+    """Take from the phases in turn: twice the pixels along one axis."""
     shape = phases[0].shape
     return jnp.stack(phases, axis + 1).reshape(*shape[:axis], FACTOR * shape[axis], *shape[axis + 1 :])
 
 
 def _interpolate(x: Array, axis: int, taps: np.ndarray, before: int) -> Array:
-    """Inserts a zero after each pixel of one axis, pads and correlates: an axis of twice the length.
+    """Insert a zero after each pixel of one axis, pad and correlate: an axis of twice the length.
 
     Output 2q + r sees the pixels at q + (r + j - before) / 2 through the taps j for which that is whole.
     """
@@ -81,7 +82,7 @@ def _interpolate(x: Array, axis: int, taps: np.ndarray, before: int) -> Array:
 
 
 def upsample_fir(x: Float[Array, "B H W C"], kernel: Sequence[float], gain: float = 1.0) -> Float[Array, "B 2*H 2*W C"]:
-    """Upsamples by 2 with a separable FIR filter.
+    """Upsample by 2 with a separable FIR filter.
 
     Args:
       x: images.
@@ -98,7 +99,7 @@ def upsample_fir(x: Float[Array, "B H W C"], kernel: Sequence[float], gain: floa
 def downsample_fir(
     x: Float[Array, "B H W C"], kernel: Sequence[float], gain: float = 1.0
 ) -> Float[Array, "B H//2 W//2 C"]:
-    """Filters with a separable FIR filter and keeps every second pixel; arguments as `upsample_fir`."""
+    """Filter with a separable FIR filter and keep every second pixel; arguments as `upsample_fir`."""
     taps = _taps(kernel, math.sqrt(gain))
     excess = len(taps) - FACTOR
     for axis in _SPATIAL:
@@ -109,7 +110,7 @@ def downsample_fir(
 def upsample_convolve(
     x: Float[Array, "B H W C"], weight: Float[Array, "h w C O"], kernel: Sequence[float]
 ) -> Float[Array, "B 2*H 2*W O"]:
-    """Upsamples by 2 with a transposed convolution, and filters the result.
+    """Upsample by 2 with a transposed convolution, and filter the result.
 
     Args:
       x: images.
@@ -129,7 +130,7 @@ def upsample_convolve(
 def convolve_downsample(
     x: Float[Array, "B H W C"], weight: Float[Array, "h w C O"], kernel: Sequence[float]
 ) -> Float[Array, "B H//2 W//2 O"]:
-    """Filters, then downsamples by 2 with a strided convolution; arguments as `upsample_convolve`."""
+    """Filter, then downsample by 2 with a strided convolution; arguments as `upsample_convolve`."""
     taps = _taps(kernel, 1.0)
     excess = len(taps) - FACTOR + weight.shape[0] - 1
     for axis in _SPATIAL:
@@ -138,14 +139,14 @@ def convolve_downsample(
 
 
 def upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
-    """Repeats each pixel in both directions."""
+    """Repeat each pixel in both directions."""
     for axis in _SPATIAL:
         x = _interleave([x] * FACTOR, axis)
     return x
 
 
 def downsample_mean(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 C"]:
-    """Averages each 2x2 pixels."""
+    """Average each 2x2 pixels."""
     B, H, W, C = x.shape
     squares = x.reshape(B, H // FACTOR, FACTOR, W // FACTOR, FACTOR, C)
     # Slices and adds again: XLA's reduction over such short axes is slower.
@@ -154,7 +155,7 @@ def downsample_mean(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 C"]
 
 
 def pool_mean(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B H W C"]:
-    """Averages over a window of size x size pixels around each pixel, an odd number; pixels outside count as 0."""
+    """Average over a window of size x size pixels around each pixel, an odd number; pixels outside count as 0."""
     taps, half = np.full(size, 1 / size), size // 2
     for axis in _SPATIAL:
         x = _filter(x, axis, taps, (half, half))

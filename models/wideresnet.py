@@ -1,4 +1,4 @@
-"""Wide ResNet (Zagoruyko & Komodakis 2016) that classifies noisy images and is told the noise level.
+"""Wide ResNet (Zagoruyko & Komodakis 2016) that classifies noisy images, conditioned on the noise level.
 
 What guides class-conditional generation in Song et al. 2021, Appendix I.1: log p_t(y | x) and its gradient.
 """
@@ -18,10 +18,9 @@ from jaxtyping import Array, Float, Int
 from errors import UserError
 from models import initializers, resample
 from models.convolution import Conv
-from models.layers import Dense, FourierFeatures
+from models.layers import Dense, FourierFeatures, call_block
 from models.normalization import GroupNorm
 from models.precision import add_to_channels, at_least_float32
-from models.rematerialization import call_block
 
 BASE_WIDTHS = (16, 32, 64)  # channels of the three groups, times the multiplier
 NUM_FREQUENCIES, FOURIER_SCALE = 128, 16.0
@@ -43,12 +42,12 @@ def _norm_relu(x: Array, name: str) -> Array:
 
 
 class WideBlock(nn.Module):
-    """Two convolutions after normalization, the first told the noise level, and a shortcut without parameters.
+    """Two convolutions after normalization, the first given the noise level, and a shortcut without parameters.
 
     Attributes:
       features: output channels.
       stride: of the first convolution.
-      is_first: of the network: its shortcut starts after the normalization.
+      is_first: first block of the network: its shortcut starts after the normalization.
     """
 
     features: int
@@ -57,7 +56,7 @@ class WideBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"]) -> Float[Array, "B P Q O"]:
-        """Returns the features of x at the noise level `embedding`."""
+        """Return the features of x at the noise level `embedding`."""
         h = _norm_relu(x, "norm1")
         shortcut = h if self.is_first else x
         h = _Conv(self.features, stride=self.stride, name="conv1")(h)
@@ -70,15 +69,7 @@ class WideBlock(nn.Module):
 
 
 class WideGroup(nn.Module):
-    """Blocks of one width, of which the first may halve the image.
-
-    Attributes:
-      num_blocks: of the group.
-      features: output channels.
-      stride: of the first block.
-      is_first: of the network.
-      remat: blocks are computed again in the gradient, see `layers.call_block`.
-    """
+    """Blocks of one width, of which the first may halve the image; attributes as in `WideBlock` and `WideResNet`."""
 
     num_blocks: int
     features: int
@@ -88,7 +79,7 @@ class WideGroup(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"]) -> Float[Array, "B P Q O"]:
-        """Returns the features of x at the noise level `embedding`."""
+        """Return the features of x at the noise level `embedding`."""
         for i in range(self.num_blocks):
             stride, is_first = (self.stride, self.is_first) if i == 0 else (1, False)
             block = WideBlock(self.features, stride, is_first, name=f"block{i}")
@@ -117,7 +108,7 @@ class WideResNet(nn.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], sigmas: Float[Array, "B"], train: bool = False
     ) -> Float[Array, "B K"]:
-        """Returns the logits of the classes.
+        """Return the logits of the classes.
 
         Args:
           x: noisy images, normalized by the channels' mean and standard deviation.
@@ -148,7 +139,7 @@ def build(
     remat: bool,
     dtype: jnp.dtype | None,
 ) -> WideResNet:
-    """Builds the classifier; arguments are named after the settings of `config.model`.
+    """Build the classifier; arguments are named after the settings of `config.model`.
 
     Raises:
       UserError: if there are no classes, or the image cannot be halved twice.
@@ -166,7 +157,7 @@ def make_logit_fn(
     mean: tuple[float, ...] = CIFAR10_MEAN,
     std: tuple[float, ...] = CIFAR10_STD,
 ) -> LogitFn:
-    """Returns (x, sigma) -> logits of noisy images, with the channels' normalization.
+    """Return (x, sigma) -> logits of noisy images, with the channels' normalization.
 
     Args:
       model: classifier called as model(x, sigmas).
@@ -185,7 +176,7 @@ def make_logit_fn(
 def make_classifier_grad_fn(
     logit_fn: LogitFn,
 ) -> Callable[[Float[Array, "B H W C"], Float[Array, "B"], Int[Array, "B"]], Float[Array, "B H W C"]]:
-    """Returns (x, sigma, labels) -> grad_x log p(label | x), what is added to the score (Eq. 14)."""
+    """Return (x, sigma, labels) -> grad_x log p(label | x), what is added to the score (Eq. 14)."""
 
     def log_probability(x: Array, sigmas: Array, labels: Array) -> Array:
         log_probabilities = jax.nn.log_softmax(logit_fn(x, sigmas))

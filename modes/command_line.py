@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
 import re
 import select
@@ -13,13 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
 from configs.settings import flatten
 from errors import UserError
-from experiment import stored_programs
+from experiment import startup
 from parallel import distributed
 from parallel.backend import check_platform
 from storage import files as storage
@@ -30,8 +28,6 @@ from workdir.locks import LockedError
 FLAGS = flags.FLAGS
 EXIT_FAILED, EXIT_BAD_FLAG = 1, 2
 EXIT_INTERRUPTED, EXIT_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what shells report for these signals
-MIN_COMPILE_SECONDS = 0.5  # faster compilations are not cached
-GARBAGE_THRESHOLD = 100_000  # new objects between two garbage collections; Python's default is 700
 PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id", "start_seconds")  # of shared modes
 
 
@@ -190,22 +186,10 @@ def check_flags(name: str, modes: Mapping[str, Mode], files: Sequence[str] = ())
 # --- set-up ----------------------------------------------------------------------------------------------------------
 
 
-def set_up_jax() -> None:
-    """Turn on the caches of compiled programs, so that a machine compiles a program once."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(storage.cache_folder("xla"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    if os.environ.get(stored_programs.SWITCH) != "0":
-        stored_programs.keep_in(Path(cache))
-
-
 def set_up_python() -> None:
-    """Set up the console log, JAX's caches and garbage collection; call it before JAX looks for devices."""
+    """Set up the console log, JAX's cache and garbage collection; call it before JAX looks for devices."""
     logs.set_up_console()
-    set_up_jax()
-    # Tracing a network creates millions of small objects, hardly any of them garbage.
-    gc.freeze()
-    gc.set_threshold(GARBAGE_THRESHOLD)
+    startup.set_up()
 
 
 def prepare(modes: Mapping[str, Mode], files: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from errors import UserError
-from experiment import ahead, smoke
+from experiment import programs, smoke
 from experiment.build import Experiment, build_experiment, map_train_steps
 from models.factory import require_score_network
 from parallel import distributed
@@ -59,7 +59,7 @@ def _analyze(compiled: jax.stages.Compiled) -> Any:
 
 def compile_training(experiment: Experiment) -> jax.stages.Compiled:
     """Compile the same training steps that a run compiles, from the shapes of their arguments."""
-    state, batch = ahead.on_devices((experiment.state_shapes, ahead.training_batch(experiment.config)))
+    state, batch = programs.on_devices((experiment.state_shapes, programs.training_batch(experiment.config)))
     return _compile(map_train_steps(experiment), experiment.keys["train"], state, batch)
 
 
@@ -69,7 +69,7 @@ def of_training(experiment: Experiment, compiled: jax.stages.Compiled) -> Footpr
     Raises:
       UserError: if JAX does not report memory on this platform.
     """
-    state, batch, analysis = experiment.state_shapes, ahead.training_batch(experiment.config), _analyze(compiled)
+    state, batch, analysis = experiment.state_shapes, programs.training_batch(experiment.config), _analyze(compiled)
     steps, images = jax.tree.leaves(batch)[0].shape[:2]
     held = {
         "parameters": _bytes(state.params),
@@ -104,7 +104,7 @@ def of_evaluation(experiment: Experiment, *, pulls_back: bool = False) -> Footpr
         value, pullback = jax.vjp(lambda x: score_fn(x, t), x)
         return value, pullback(x)  # x serves as the vector
 
-    analysis = _analyze(_compile(distributed.pmap(score), *ahead.on_devices((params, x, t))))
+    analysis = _analyze(_compile(distributed.pmap(score), *programs.on_devices((params, x, t))))
     held = {"parameters": _bytes(params), f"batch of {images} images": _bytes((x, t))}
     return Footprint(held, analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 

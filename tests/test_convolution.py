@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import convolution, initializers, parts, winograd
-from models.convolution import Conv, Window, convolve, same_padding
+from models import cpu, initializers
+from models.convolution import Conv, convolve
+from models.cpu import convolution, parts, winograd
+from models.window import Window, correlate, same_padding
 
 # window, size of the images, taps of the kernel
 CASES = {
@@ -120,7 +122,7 @@ def test_value_and_derivatives_are_exact_on_integers(name, limits, limit):
     # y is linear in x and in the kernel: <gradient, direction> is <y in that direction, cotangent>.
     assert np.vdot(gradients[0], x_direction) == np.vdot(_written_out(x_direction, kernel, window), cotangent)
     assert np.vdot(gradients[1], kernel_direction) == np.vdot(_written_out(x, kernel_direction, window), cotangent)
-    _, native_gradients, native_second = jax.jit(lambda: derivatives(convolution._native))()
+    _, native_gradients, native_second = jax.jit(lambda: derivatives(correlate))()
     jax.tree.map(np.testing.assert_array_equal, (gradients, second), (native_gradients, native_second))
 
 
@@ -154,7 +156,7 @@ def test_bfloat16_is_rounded_once(name, limits, limit):
         return y, *pullback(cotangent)
 
     found = jax.jit(functools.partial(results, convolve))(*narrow(x, kernel, cotangent))
-    for array, expected in zip(found, results(convolution._native, x, kernel, cotangent), strict=True):
+    for array, expected in zip(found, results(correlate, x, kernel, cotangent), strict=True):
         assert array.dtype == jnp.bfloat16
         np.testing.assert_array_equal(array, jnp.asarray(expected, jnp.bfloat16))
         assert (np.asarray(array, np.float32) != expected).any()  # rounded, and not by luck
@@ -167,7 +169,8 @@ def test_parts_of_a_batch_are_equal_and_fit():
 def _layouts(fn, x, kernel, window, platform):
     """Layouts of the convolutions of the value and both gradients, as they are lowered for a platform."""
     gradient = jax.jit(jax.grad(lambda *a: (fn(*a, window) ** 2).sum(), (0, 1)))
-    text = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    with cpu.for_platform(platform):
+        text = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
     found = []
     for function in text.split("func.func ")[1:]:
         name = re.search(r"@(\w+)", function)[1]
@@ -182,7 +185,7 @@ def test_gradients_are_convolutions_in_the_fast_layout_on_a_cpu_only(strides, nu
     x, kernel, window = jnp.ones((2, 6, 4, 3)), jnp.ones((3, 3, 3, 2)), Window(strides, ((1, 1), (1, 1)))
     fast = "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"
     assert _layouts(convolve, x, kernel, window, "cpu") == [fast] * (2 + num_products)
-    native = _layouts(convolution._native, x, kernel, window, "cuda")
+    native = _layouts(correlate, x, kernel, window, "cuda")
     assert len(set(native)) == 3
     for platform in ("cuda", "tpu"):
         assert _layouts(convolve, x, kernel, window, platform) == native

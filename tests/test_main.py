@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 import main
 from errors import UserError
+from experiment import startup
 from modes import command_line
 from modes.command_line import Mode
 
@@ -176,30 +177,15 @@ def test_the_compilation_cache_is_on(monkeypatch, tmp_path):
 
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    command_line.set_up_jax()
+    startup.set_up()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.delenv("SCORE_SDE_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    command_line.set_up_jax()
+    startup.set_up()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache/score_sde/xla")
     jax.config.update("jax_compilation_cache_dir", before)
     assert "tensorflow" not in sys.modules
-
-
-def test_programs_are_kept_beside_the_compilation_cache_unless_that_is_turned_off(monkeypatch, tmp_path):
-    import jax
-
-    before, kept = jax.config.jax_compilation_cache_dir, []
-    monkeypatch.setattr(command_line.stored_programs, "keep_in", kept.append)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("SCORE_SDE_KEEP_PROGRAMS", "0")
-    command_line.set_up_jax()
-    assert kept == []
-    monkeypatch.delenv("SCORE_SDE_KEEP_PROGRAMS")
-    command_line.set_up_jax()
-    assert kept == [tmp_path]
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.mark.parametrize("name", main.MODES)

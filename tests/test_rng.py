@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.cpu import dropout
 from parallel import rng
 
 DRAWS = {
@@ -62,9 +63,10 @@ def test_bernoulli_draws_what_jax_does(probability):
     shape = (3, 129, 257)
     keys = jax.random.split(jax.random.key(7), shape[0])
     expected = jax.vmap(lambda key: jax.random.bernoulli(key, probability, shape[1:]))(keys)
-    np.testing.assert_array_equal(rng.bernoulli(keys, probability, shape), expected)
+    for draw in (rng.bernoulli, dropout.bernoulli):
+        np.testing.assert_array_equal(draw(keys, probability, shape), expected)
 
 
 def test_bernoulli_leaves_other_generators_to_jax():
-    key = jax.random.key(7, impl="rbg")
-    np.testing.assert_array_equal(rng._bernoulli(key, 0.5, (100,)), jax.random.bernoulli(key, 0.5, (100,)))
+    keys = jax.random.split(jax.random.key(7, impl="rbg"), 3)
+    np.testing.assert_array_equal(dropout.bernoulli(keys, 0.5, (3, 100)), rng.bernoulli(keys, 0.5, (3, 100)))

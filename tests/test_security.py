@@ -75,7 +75,7 @@ SOURCES = sorted(
 # What would run what it reads, and where it is used in such a way that it does not.
 MODULES = {name: set() for name in ("marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "tarfile")}
 # The reader of checkpoints of PyTorch, and the cache of compiled programs, which are machine code in any case.
-MODULES["pickle"] = {"legacy/torch_file.py", "experiment/stored_programs.py"}
+MODULES["pickle"] = {"legacy/torch_file.py", "experiment/programs.py"}
 NEVER = (
     "eval",
     "exec",

@@ -29,7 +29,6 @@ from errors import UserError
 from losses import TrainState
 from parallel import distributed
 from storage import files
-from workdir.tensorstore_specs import spare_specs
 
 NUM_RESUMABLE = 2  # a damaged newest state leaves the one before it
 POLL_SECONDS = 1.0
@@ -129,7 +128,6 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, *, snapshot_freq: int, template: TrainState, read_only: bool = False):
-        spare_specs()
         root = Path(workdir).absolute()
         self.directory = root / "checkpoints"  # of the kept snapshots
         self._snapshot_freq, self._read_only = snapshot_freq, read_only

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 
 def num_parts(num_examples: int, values_per_example: int, limit: int) -> int:
-    """Returns the least number of equal parts of a batch, each with `limit` values at the most if it can."""
+    """Return the least number of equal parts of a batch, each with `limit` values at the most if it can."""
     fitting = (n for n in range(1, num_examples + 1) if num_examples % n == 0)
     return next((n for n in fitting if num_examples // n * values_per_example <= limit), num_examples)
 
@@ -21,13 +21,13 @@ def _split(num_parts: int, array: Array) -> Array:
 
 
 def _zeros(like: jax.ShapeDtypeStruct, after: Array) -> Array:
-    """Returns zeros that come into being with `after`: made of a constant, they would be there from the beginning."""
+    """Return zeros that come into being with `after`: made of a constant, they would be there from the beginning."""
     zero, _ = lax.optimization_barrier((jnp.zeros((), like.dtype), after))
     return jnp.broadcast_to(zero, like.shape)
 
 
 def map_parts(of_part: Callable[[Array], Array], num_parts: int, x: Array) -> Array:
-    """Returns of_part(x) of a function that maps each example by itself."""
+    """Return of_part(x) of a function that maps each example by itself."""
     if num_parts == 1:
         return of_part(x)
     y = _zeros(jax.eval_shape(of_part, x), x)
@@ -40,7 +40,7 @@ def map_parts(of_part: Callable[[Array], Array], num_parts: int, x: Array) -> Ar
 
 
 def sum_over_parts(of_part: Callable[[Array, Array], Array], num_parts: int, x: Array, cotangent: Array) -> Array:
-    """Returns of_part(x, cotangent) of a function that is a sum over examples."""
+    """Return of_part(x, cotangent) of a function that is a sum over examples."""
     if num_parts == 1:
         return of_part(x, cotangent)
     total = _zeros(jax.eval_shape(of_part, x, cotangent), cotangent)
