@@ -113,6 +113,7 @@ def test_a_second_evaluation_shows_in_the_program(monkeypatch):
     assert result["samplers"]["pc"]["evaluations_in_loop"] == 2
 
 
+@pytest.mark.exhaustive
 def test_a_stage_of_the_likelihood_is_one_evaluation_and_one_pullback():
     """A convolution of the forward pass has one of its own in the pullback, which stops at the image."""
     result = likelihood.measure(config_of(), num_steps=2, repetitions=1)

@@ -236,7 +236,7 @@ print((source.images(everything)[:, 0, 0, 0] == 10 * source.labels(everything)).
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed")
 def test_prepared_tfds_data_are_read_without_tensorflow(tmp_path):
     """What TFDS itself wrote, each in a process of its own: writing needs TensorFlow, reading must not."""

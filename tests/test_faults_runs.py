@@ -64,7 +64,7 @@ path.{method} = kill
 @pytest.mark.parametrize(
     ("method", "name"),
     [
-        ("finalize", "state"),
+        pytest.param("finalize", "state", marks=pytest.mark.exhaustive),
         pytest.param("create", "state", marks=pytest.mark.exhaustive),
         pytest.param("finalize", "16", marks=pytest.mark.exhaustive),
     ],

@@ -219,7 +219,7 @@ def test_pooling_before_a_convolution_equals_the_original(golden_layers):
     _assert_close(layer.apply({"params": params}, pooled), golden_layers["MeanPoolConv/out"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_block_is_differentiated_twice_and_batched():
     # What guidance and exact traces need: gradients of gradients, and many cotangents at once.
     block = _block(blocks.BigGANBlock, 4, rescale=True, fir=True, direction="down")

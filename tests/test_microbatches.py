@@ -136,7 +136,7 @@ np.savez(sys.argv[1], *jax.tree.leaves(state), losses=losses)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_microbatches_on_four_devices_train_as_the_full_batch_on_one(tmp_path):
     run = tiny.run([sys.executable, "-c", ON_DEVICES, tmp_path / "state.npz"], devices=4)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -146,7 +146,7 @@ def test_microbatches_on_four_devices_train_as_the_full_batch_on_one(tmp_path):
         assert_equal((leaves, stored["losses"]), (state, losses))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_classifier_trains_in_microbatches(monkeypatch):
     """In those of its own group of settings."""
     asked, accumulate = [], losses.accumulate

@@ -18,8 +18,8 @@ from models import create_model, factory, layers, ncsnpp, ncsnv2, normalization,
 
 
 def _quick_first(names, quick):
-    """Marks all but a few as slow; together the quick ones use every kind of layer."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    """Leave all but a few to `make test-all`; together the few use every kind of layer."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.exhaustive) for name in names]
 
 
 # The largest of their kind, made of the same layers as the smaller ones.
@@ -28,12 +28,12 @@ LARGEST = {"ncsnpp_ve_ffhq1024", "ncsnv2_256"}
 NETWORKS = _quick_first(
     sorted({path.stem for path in (GOLDEN / "models").glob("[dn]*.npz")} - LARGEST),
     {
-        "ddpm_ve_cifar10",
-        "ncsn_cifar10",
+        "ddpm_vp_cifar10",
         "ncsnv2_64_cifar10",
         "ncsnpp_opt_ddpmblock_firTrue_conv",
-        "ncsnpp_opt_outskip_residualin_noskiprescale",
-        "ncsnpp_ve_cifar10_discrete",
+        "ncsnpp_opt_nonsquare",
+        "ncsnpp_opt_outskip_inskip_cat",
+        "ncsnpp_ve_cifar10_continuous",
         "ncsnpp_vp_ddpmpp_continuous",
     },
 )
@@ -239,7 +239,7 @@ SHRUNK = {"model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size":
 SHRUNK_NF = {"ve/ffhq_ncsnpp_continuous": 16}  # 32 otherwise
 
 
-@pytest.mark.parametrize("name", _quick_first(INIT_STATS, {"ve/ncsn/cifar10", "vp/ddpm/cifar10"}))
+@pytest.mark.parametrize("name", _quick_first(INIT_STATS, {"ve/cifar10_ncsnpp_continuous", "vp/ddpm/cifar10"}))
 def test_initial_parameters_have_the_original_statistics(name):
     config, expected = _leaf_config(name), INIT_STATS[name]
     config.update_from_flattened_dict(SHRUNK | {"model.nf": SHRUNK_NF.get(name, 32)})

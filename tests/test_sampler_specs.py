@@ -68,6 +68,7 @@ def test_a_mistake_names_its_sampler(experiment, samplers, message):
         choose_samplers(experiment, samplers)
 
 
+@pytest.mark.exhaustive
 def test_the_default_leaves_out_what_is_not_defined():
     """Ancestral sampling is not defined for every SDE: then neither is "pc", and the reason is told."""
     experiment = build_experiment(tiny.make_config().lock())

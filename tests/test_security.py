@@ -106,8 +106,13 @@ def owner(node):
     return getattr(getattr(node.func, "value", None), "id", "")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(tiny.ROOT)))
-def test_the_code_runs_nothing_that_it_reads(path):
+def test_the_code_runs_nothing_that_it_reads():
+    assert len(SOURCES) > 100
+    for path in SOURCES:
+        check_that_nothing_is_run(path)
+
+
+def check_that_nothing_is_run(path):
     name = str(path.relative_to(tiny.ROOT))
     for node in ast.walk(ast.parse(path.read_text())):
         imported = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []

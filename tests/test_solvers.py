@@ -208,9 +208,10 @@ WEAK = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", WEAK)
-@pytest.mark.parametrize("name", ORDER_SDES)
+@pytest.mark.parametrize(
+    "name", [name if name == "vpsde" else pytest.param(name, marks=pytest.mark.exhaustive) for name in ORDER_SDES]
+)
 def test_weak_error_of_sde_solvers_falls_with_their_order(name, method):
     """E|x|^2 of the mixture, from its exact marginal at T; the error falls at least 2^(order - 0.4) times."""
     sde, (order, numbers) = ORDER_SDES[name], WEAK[method]

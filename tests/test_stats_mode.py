@@ -229,7 +229,7 @@ def test_digits_from_the_command_line(tmp_path):
     assert f"statistics: {path}" in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not efficientnet.is_installed(), reason=f"{efficientnet.PACKAGE} is not installed")
 def test_a_folder_of_colour_pictures_without_labels(tmp_path):
     generator, root = np.random.default_rng(0), tmp_path / "pictures"
