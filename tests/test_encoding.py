@@ -267,7 +267,10 @@ def test_a_workdir_without_checkpoints_is_named(tmp_path):
     ("settings", "message"),
     [
         ({"training__sde": "vesde", "training__continuous": False}, "its flow is a staircase in time"),
-        ({"training__continuous": False, "model__num_scales": 50}, "trained at 50 noise levels; the flow also uses times between"),
+        (
+            {"training__continuous": False, "model__num_scales": 50},
+            "trained at 50 noise levels; the flow also uses times",
+        ),
         ({}, ""),
     ],
 )
