@@ -1,7 +1,5 @@
 """The mode "compare"."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import report

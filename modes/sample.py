@@ -1,4 +1,4 @@
-"""The mode "sample": samples of a checkpoint as files, without any data set."""
+"""The mode "sample": write samples of a checkpoint; no data set is needed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 import checks
@@ -24,19 +23,16 @@ from sampling import build_labels, labels_of_samples
 from workdir import folder as workdirs
 from workdir import locks, results
 
-NUM_IMAGES = 64  # samples that are drawn if their number is not given; with labels, as many of each and no fewer
-ROUNDS = "rounds"  # sub-folder of what a killed run, and one of more samples, goes on from
+NUM_IMAGES = 64  # samples without --num_images; with labels rounded up to as many of each
+ROUNDS = "rounds"  # sub-folder of the rounds that a restarted run, or one with more samples, reuses
 SAMPLES_FILE = "samples.npz"
 PNG_FOLDER = "png"
 
-Labels = tuple[int, ...]  # that the samples have in turn; empty: none
+Labels = tuple[int, ...]  # assigned to the samples in turn; empty: none
 
 
-def default_output(config: ConfigDict, number: int) -> str:
-    """Returns the folder of samples whose folder is not given, such as "samples/ckpt_2_pc_250_labels_0..9_scale_2".
-
-    With a classifier it ends as "_classifier_2", the factor on its gradient.
-    """
+def _default_output(config: ConfigDict, number: int) -> str:
+    """Return such as "samples/ckpt_2_pc_250_labels_0..9_scale_2", or with a classifier's scale "..._classifier_2"."""
     settings = config.sampling
     name = f"samples/ckpt_{number}_{settings.method}"
     name += f"_{settings.num_steps}" if settings.num_steps else ""
@@ -46,7 +42,6 @@ def default_output(config: ConfigDict, number: int) -> str:
 
 
 def _default_number(labels: Labels) -> int:
-    """Returns how many samples are drawn if their number is not given."""
     return math.ceil(NUM_IMAGES / len(labels)) * len(labels) if labels else NUM_IMAGES
 
 
@@ -71,32 +66,6 @@ def _draw(
     return Samples.from_arrays(results.cached(folder / SAMPLES_FILE, compute, is_enough=is_complete))
 
 
-def _facts(experiment: Experiment, snapshot: Snapshot, samples: Samples, labels: Labels) -> dict[str, Any]:
-    """Returns what is to be known of the samples, for programs."""
-    return {
-        "checkpoint": {"number": snapshot.number, "step": snapshot.step, "ema": True},
-        "seed": experiment.config.seed,
-        "num_images": len(samples.levels),
-        "labels": list(labels),
-        "sampler": experiment.sampler_settings(),
-        "nfe": samples.nfe,
-        "seconds": samples.seconds,
-        "compile_seconds": samples.compile_seconds,
-        "images_per_second": samples.per_second,
-        "num_levels": experiment.scaler.num_levels,
-        "machine": distributed.describe_devices(),
-    }
-
-
-def _write_pngs(folder: Path, levels: UInt8[np.ndarray, "N H W C"], num_levels: int) -> None:
-    """Writes 00000.png, 00001.png, ...; afterwards the folder holds these and none of an earlier, larger number."""
-    for index, image in enumerate(plots.levels_to_uint8(levels, num_levels)):
-        plots.save_png(folder / f"{index:05d}.png", image)
-    for path in folder.glob("*.png"):
-        if path.stem.isdecimal() and int(path.stem) >= len(levels):
-            path.unlink()
-
-
 def sample(
     config: ConfigDict,
     workdir: str | Path,
@@ -108,7 +77,7 @@ def sample(
 ) -> Path:
     """Draw samples of a checkpoint with the configured sampler; no data set is needed.
 
-    Writes samples.npz, samples.png and settings.json. Reuses what an earlier, killed run has drawn.
+    Writes samples.npz, samples.png and settings.json. Reuses the samples of an earlier, interrupted run.
 
     Args:
       config: experiment configuration.
@@ -130,13 +99,13 @@ def sample(
     config = experiment.config
     checks.not_negative("--num_images", num_images)
     if png and config.data.num_channels > plots.MAX_PNG_CHANNELS:
-        raise UserError(f"--png with data.num_channels={config.data.num_channels}: a PNG holds 1 to 4; leave it away")
+        raise UserError(f"--png with data.num_channels={config.data.num_channels}: a PNG holds 1 to 4; drop the flag")
     classifier = classifier_guidance.load_classifier(experiment, workdir)
     labels = build_labels(config, guide_classes=classifier.num_classes if classifier else 0)
     workdirs.output_folder(workdir, output)
     drawing.warn_of_batch(config)
     restored = drawing.restore(experiment, workdir, snapshot)
-    folder = workdirs.output_folder(workdir, output or default_output(config, restored.number))
+    folder = workdirs.output_folder(workdir, output or _default_output(config, restored.number))
     with locks.hold(folder, "--output"):
         params = classifier_guidance.all_params(restored.params, classifier)
         results.open_folder(folder, config, drawing.kinds_of_samples(config), params, flag="--output")
@@ -146,8 +115,25 @@ def sample(
             num_levels = experiment.scaler.num_levels
             plots.save_png(folder / "samples.png", drawing.picture(samples.levels, labels, num_levels))
             if png:
-                _write_pngs(folder / PNG_FOLDER, samples.levels, num_levels)
-            results.record_facts(folder, _facts(experiment, restored, samples, labels))
+                for index, image in enumerate(plots.levels_to_uint8(samples.levels, num_levels)):
+                    plots.save_png(folder / PNG_FOLDER / f"{index:05d}.png", image)
+                for path in (folder / PNG_FOLDER).glob("*.png"):  # of an earlier, larger number of samples
+                    if path.stem.isdecimal() and int(path.stem) >= len(samples.levels):
+                        path.unlink()
+            facts = {
+                "checkpoint": {"number": restored.number, "step": restored.step, "ema": True},
+                "seed": config.seed,
+                "num_images": len(samples.levels),
+                "labels": list(labels),
+                "sampler": experiment.sampler_settings(),
+                "nfe": samples.nfe,
+                "seconds": samples.seconds,
+                "compile_seconds": samples.compile_seconds,
+                "images_per_second": samples.per_second,
+                "num_levels": num_levels,
+                "machine": distributed.describe_devices(),
+            }
+            results.record_facts(folder, facts)
         logging.info(
             "%d samples, %d network evaluations each, in %.1f s: %s",
             *(len(samples.levels), samples.nfe, samples.seconds, folder),

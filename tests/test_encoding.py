@@ -180,7 +180,7 @@ def test_the_newest_snapshot_is_the_default_and_results_of_the_same_settings_are
     assert {path.name for path in folder.iterdir()} == {
         *("settings.json", "encode.json", "latents.npz", "reconstruction.png", "temperature.png")
     }
-    assert "one image alone: there is nothing to interpolate to" in caplog.text
+    assert "no interpolation.png: it needs two images or more" in caplog.text
     assert "1 image(s) of the test split of digits" in caplog.text
     assert summary["metrics"][0]["stderr"] is None
     assert "dimension_stds" not in summary["latents"]
@@ -267,12 +267,15 @@ def test_a_workdir_without_checkpoints_is_named(tmp_path):
     ("settings", "message"),
     [
         ({"training__sde": "vesde", "training__continuous": False}, "its flow is a staircase in time"),
-        ({"training__continuous": False, "model__num_scales": 50}, "trained at 50 noise levels and is asked between"),
+        (
+            {"training__continuous": False, "model__num_scales": 50},
+            "trained at 50 noise levels; the flow also uses times",
+        ),
         ({}, ""),
     ],
 )
-def test_the_log_says_what_a_discretely_trained_network_makes_of_the_flow(settings, message, caplog):
-    encoding._describe_flow(build_experiment(tiny.make_config(**settings)))
+def test_a_discretely_trained_network_is_warned_of(settings, message, caplog):
+    encoding._warn_of_discrete(build_experiment(tiny.make_config(**settings)))
     assert message in caplog.text
     assert bool(message) == bool(caplog.text)
 

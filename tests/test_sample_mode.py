@@ -261,7 +261,8 @@ def test_only_the_predictor_corrector_asks_a_discrete_network_at_its_levels_alon
     asked = []
     sampler = lambda key, score_fn: (score_fn(jax.numpy.zeros((2, 8, 8, 1)), key), jax.numpy.int32(1))  # noqa: E731
     monkeypatch.setitem(sampling.METHODS, method, lambda config, sde, shape: sampler)
-    monkeypatch.setattr(Experiment, "score_fn", lambda self, params, smooth: lambda x, t: asked.append(smooth) or x)
+    score_fn = lambda self, params, smooth, class_labels: lambda x, t: asked.append(smooth) or x  # noqa: E731
+    monkeypatch.setattr(Experiment, "score_fn", score_fn)
     program = SamplingProgram(build_experiment(configure(sampling__method=method)), 2)
     program(np.zeros((1, 1), np.float32), np.arange(2))
     assert asked == [smooth]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +22,21 @@ from experiment.drawing import NUM_SHOWN, Samples, Snapshot
 from modes.compare_samplers.specs import SamplerSpec, choose_samplers
 from modes.evaluate.real_features import RealFeatures
 from parallel import distributed
-from report import CheckpointInfo, DataInfo, number_text, plots
+from report import CheckpointInfo, number_text, plots
 from report.comparison import Comparison, SamplerResult, write_comparison
 from workdir import folder as workdirs
 from workdir import locks, results
 
-PC_GRID = "uniform"  # times of the predictor-corrector sampler
-
-
-def _grid(spec: SamplerSpec, settings: Mapping[str, Any]) -> str:
-    """Returns the name of the times of a sampler's steps; empty if it chooses its own."""
-    if spec.is_adaptive:
-        return ""
-    return PC_GRID if spec.changes["method"] == "pc" else settings["sampling.time_grid"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Comparer:
-    """What the samplers of a comparison share.
-
-    Attributes:
-      snapshot: whose samples are compared.
-      folder: of the comparison.
-      num_images: samples of each sampler.
-      real: features of the real images.
-      classifiers: that guide the samples of each sampler, by its text; None for none.
-    """
+    """What the samplers of a comparison share."""
 
     snapshot: Snapshot
     folder: Path
-    num_images: int
+    num_images: int  # samples of each sampler
     real: RealFeatures
-    classifiers: Mapping[str, Classifier | None]
+    classifiers: Mapping[str, Classifier | None]  # guide the samples of each sampler, by its text
 
     @functools.cached_property
     def params(self) -> Any:
@@ -61,7 +44,7 @@ class Comparer:
         return distributed.replicate(self.snapshot.params)
 
     def draw(self, spec: SamplerSpec, experiment: Experiment) -> tuple[Samples, int]:
-        """Draws the samples of one sampler, using what is in its folder; returns them and the batch size."""
+        """Draw the samples of one sampler, reusing those in its folder; return them and the batch size."""
         folder = self.folder / spec.folder
         kinds = drawing.kinds_of_samples(experiment.config)
         classifier = self.classifiers[spec.text]
@@ -75,14 +58,15 @@ class Comparer:
         return samples, program.batch_size
 
     def measure(self, spec: SamplerSpec, experiment: Experiment) -> SamplerResult:
-        """Draws and measures the samples of one sampler."""
+        """Draw and measure the samples of one sampler."""
         samples, batch_size = self.draw(spec, experiment)
         settings = experiment.sampler_settings()
+        grid = "uniform" if spec.changes["method"] == "pc" else settings["sampling.time_grid"]
         result = SamplerResult(
             sampler=spec.text,
             family=spec.family,
             steps=None if spec.is_adaptive else settings["sampling.num_steps"],
-            grid=_grid(spec, settings),
+            grid="" if spec.is_adaptive else grid,
             settings=settings,
             nfe=samples.nfe,
             seconds=samples.seconds,
@@ -99,21 +83,6 @@ class Comparer:
         return result
 
 
-def _build_frame(experiment: Experiment, comparer: Comparer, data: DataInfo) -> Callable[..., Comparison]:
-    """Returns the comparison but for its results and for what is left out."""
-    snapshot, machine = comparer.snapshot, distributed.describe_devices()
-    return functools.partial(
-        Comparison,
-        checkpoint=CheckpointInfo(snapshot.number, snapshot.step, ema=True),
-        seed=experiment.config.seed,
-        num_images=comparer.num_images,
-        data=data,
-        features=comparer.real.feature_info,
-        reference=comparer.real.reference_info,
-        machine=machine | {"versions": workdirs.versions(), "commit": workdirs.commit()},
-    )
-
-
 def compare_samplers(
     config: ConfigDict,
     workdir: str | Path,
@@ -125,7 +94,7 @@ def compare_samplers(
 ) -> Path:
     """Measure the samples of several samplers of one checkpoint: FD and KID against network evaluations and seconds.
 
-    Writes samplers.json, samplers.md and samplers.png after each sampler. Reuses what a killed run has drawn.
+    Writes samplers.json, samplers.md and samplers.png after each sampler. Reuses the samples of an interrupted run.
 
     Args:
       config: experiment configuration.
@@ -162,12 +131,22 @@ def compare_samplers(
                 f"the test split has {len(test)} images, too few for the floor that samplers are compared with"
             )
         comparer = Comparer(restored, folder, num_images or config.eval.num_samples, real, classifiers)
-        data = results.describe_data(config, train, test)
-        frame = _build_frame(experiment, comparer, data)
-        measured: list[SamplerResult] = []
+        made_by = {"versions": workdirs.versions(), "commit": workdirs.commit()}
+        comparison = Comparison(
+            checkpoint=CheckpointInfo(restored.number, restored.step, ema=True),
+            seed=config.seed,
+            num_images=comparer.num_images,
+            data=results.describe_data(config, train, test),
+            features=real.feature_info,
+            reference=real.reference_info,
+            machine=distributed.describe_devices() | made_by,
+            results=(),
+            skipped=skipped,
+        )
         for spec, of_sampler in chosen:
-            measured.append(comparer.measure(spec, of_sampler))
+            result = comparer.measure(spec, of_sampler)
+            comparison = dataclasses.replace(comparison, results=(*comparison.results, result))
             if distributed.is_main_process():
-                write_comparison(folder, frame(results=tuple(measured), skipped=skipped))
+                write_comparison(folder, comparison)
         logging.info("table: %s", folder / "samplers.md")
     return folder

@@ -1,10 +1,10 @@
-"""The list of samplers on the command line: "pc:250,ode,ddim:10,dpmpp_2m:10:time_grid=karras"."""
+"""The value of --samplers: "pc:250,ode,ddim:10,dpmpp_2m:10:time_grid=karras"."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
@@ -15,8 +15,8 @@ from experiment.build import Experiment, check_sampling
 from solvers import ADAPTIVE
 
 FORM = "expected METHOD[:STEPS][:KEY=VALUE...]"
-# What is compared if nothing is said: what the configuration samples with at its own steps, the adaptive methods, and
-# the fast solvers at about 10, 20 and 50 network evaluations: one a step (Heun's methods two, Runge-Kutta's four) and
+# Compared without --samplers: the predictor-corrector sampler with the configured steps, the adaptive methods, and the
+# fast solvers at about 10, 20 and 50 network evaluations: one per step (Heun's methods two, Runge-Kutta's four), and
 # one that predicts the data at the end.
 DEFAULT = (
     *("pc", "ode", "adaptive_sde"),
@@ -25,31 +25,24 @@ DEFAULT = (
     *("heun:4", "heun:9", "heun:24", "rk4:4", "rk4:12"),
     *("dpmpp_sde:9", "dpmpp_sde:19", "dpmpp_sde:49", "stochastic_heun:9", "stochastic_heun:24"),
 )
-_TRUTH = {"true": True, "false": False}
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSpec:
-    """A sampler of the list.
+    """A sampler of the list."""
 
-    Attributes:
-      text: as it was given.
-      family: its text without the number of steps: samplers of one family are a line in the figure.
-      changes: {key of config.sampling: value}.
-    """
-
-    text: str
-    family: str
-    changes: Mapping[str, Any]
+    text: str  # as given
+    family: str  # the text without the number of steps: a line in the figure
+    changes: Mapping[str, Any]  # {key of config.sampling: value}
 
     @property
     def folder(self) -> str:
-        """Name of its folder of samples."""
+        """Name of the folder of its samples."""
         return re.sub(r"[^\w.=+-]", "_", self.text)
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether it chooses its steps itself."""
+        """Whether it chooses its own steps."""
         return self.changes["method"] in ADAPTIVE
 
 
@@ -58,10 +51,10 @@ def _refuse(text: str, reason: object) -> UserError:
 
 
 def _value(text: str, key: str, value: str, present: Any) -> Any:
-    """Turns a value's text into the type that the key's present value has."""
+    """Convert the text of a value to the type of the key's present value."""
     try:
         if isinstance(present, bool):
-            return _TRUTH[value.lower()]
+            return {"true": True, "false": False}[value.lower()]
         if isinstance(present, (int, float, str)):
             return type(present)(value)
     except (KeyError, ValueError):
@@ -70,96 +63,67 @@ def _value(text: str, key: str, value: str, present: Any) -> Any:
     raise _refuse(text, f"{key}={value} is not {kind}")
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
-    """Splits a sampler's text into (key of config.sampling, text of its value)."""
+def parse_sampler(text: str, sampling: ConfigDict) -> SamplerSpec:
+    """Parse METHOD[:STEPS][:KEY=VALUE...]; the keys and types are those of `sampling`, config.sampling.
+
+    Raises:
+      UserError: naming the sampler and what is wrong with it.
+    """
     method, *parts = text.split(":")
     if not method or "=" in method:
         raise _refuse(text, FORM)
-    pairs = [("method", method)]
+    pairs, family = [("method", method)], [method]
     for place, part in enumerate(parts):
         key, equals, value = part.partition("=")
         if not equals and place > 0:
             raise _refuse(text, f"{part!r} is no KEY=VALUE; {FORM}")
         pairs.append((key, value) if equals else ("num_steps", part))
-    return pairs
-
-
-def parse_sampler(text: str, sampling: ConfigDict) -> SamplerSpec:
-    """Parses the text of one sampler.
-
-    Args:
-      text: METHOD[:STEPS][:KEY=VALUE...], keys of config.sampling.
-      sampling: config.sampling, whose keys and types are the ones allowed.
-
-    Raises:
-      UserError: naming the sampler and what is wrong with it.
-    """
+        family += [part] if equals and key != "num_steps" else []
     changes: dict[str, Any] = {}
-    for key, value in _pairs(text):
+    for key, value in pairs:
         if key not in sampling:
             raise _refuse(text, f"config.sampling has no key {key!r}; known: {', '.join(sorted(sampling))}")
         if key in changes:
             raise _refuse(text, f"sampling.{key} is given twice")
         changes[key] = _value(text, f"sampling.{key}", value, sampling[key])
-    if changes["method"] in ADAPTIVE and "num_steps" in changes:
-        raise _refuse(text, f"{changes['method']} chooses its steps itself; leave them out")
-    parts = [part for part in text.split(":")[1:] if "=" in part and not part.startswith("num_steps=")]
-    return SamplerSpec(text, " ".join([changes["method"], *parts]), changes)
-
-
-def apply_sampler(experiment: Experiment, spec: SamplerSpec) -> Experiment:
-    """Returns the experiment with this sampler, which is built once so that it is checked; nothing is compiled.
-
-    Raises:
-      UserError: naming the sampler, if its settings are wrong or it is not defined for the SDE.
-    """
-    config = ConfigDict(experiment.config.to_dict())
-    config.sampling.update(spec.changes)
-    try:
-        check_sampling(config, experiment.sde)
-    except UserError as error:
-        raise _refuse(spec.text, error) from error
-    return dataclasses.replace(experiment, config=config.lock())
-
-
-def _parse(experiment: Experiment, texts: Iterable[str]) -> list[tuple[SamplerSpec, Experiment]]:
-    specs = [parse_sampler(text, experiment.config.sampling) for text in texts]
-    return [(spec, apply_sampler(experiment, spec)) for spec in specs]
-
-
-def _check_distinct(chosen: Sequence[tuple[SamplerSpec, Experiment]]) -> None:
-    seen: dict[str, str] = {}
-    for spec, experiment in chosen:
-        settings = str(sorted(experiment.sampler_settings().items()))
-        if settings in seen:
-            raise _refuse(spec.text, f"the same sampler as {seen[settings]!r}; leave one of them out")
-        seen[settings] = spec.text
+    if method in ADAPTIVE and "num_steps" in changes:
+        raise _refuse(text, f"{method} chooses its steps itself; leave them out")
+    return SamplerSpec(text, " ".join(family), changes)
 
 
 def choose_samplers(
     experiment: Experiment, samplers: str = ""
 ) -> tuple[list[tuple[SamplerSpec, Experiment]], dict[str, str]]:
-    """Parses a list of samplers and builds each, so that every mistake comes to light before anything is compiled.
+    """Parse a list of samplers and check each, so that every mistake shows before anything is compiled.
 
     Args:
       experiment: with the settings of config.sampling that a sampler does not change.
       samplers: separated by commas; empty: `DEFAULT`, without those that are not defined for this SDE.
 
     Returns:
-      The samplers, each with the experiment that has it; and of the default ones that are left out {text: reason}.
+      Each sampler with its experiment; and {text: reason} of the default ones that are left out.
 
     Raises:
-      UserError: naming the first sampler that is wrong, not defined, or there twice.
+      UserError: naming the first sampler that is wrong, not defined, or listed twice.
     """
-    if samplers:
-        chosen = _parse(experiment, [text.strip() for text in samplers.split(",")])
-        _check_distinct(chosen)
-        return chosen, {}
-    chosen, skipped = [], {}
-    for text in DEFAULT:
+    chosen: list[tuple[SamplerSpec, Experiment]] = []
+    skipped: dict[str, str] = {}
+    seen: dict[str, str] = {}
+    texts = samplers.split(",") if samplers else DEFAULT
+    for spec in [parse_sampler(text.strip(), experiment.config.sampling) for text in texts]:
+        config = ConfigDict(experiment.config.to_dict())
+        config.sampling.update(spec.changes)
         try:
-            chosen += _parse(experiment, [text])
+            check_sampling(config, experiment.sde)
         except UserError as error:
-            skipped[text] = str(error).partition(": ")[2].partition(": ")[2]
-            logging.warning("left out: %s", str(error).partition(": ")[2])
+            if samplers:
+                raise _refuse(spec.text, error) from error
+            logging.warning("left out: %r: %s", spec.text, error)
+            skipped[spec.text] = str(error)
+            continue
+        chosen.append((spec, dataclasses.replace(experiment, config=config.lock())))
+        settings = str(sorted(chosen[-1][1].sampler_settings().items()))
+        if samplers and settings in seen:
+            raise _refuse(spec.text, f"the same sampler as {seen[settings]!r}; leave one of them out")
+        seen[settings] = spec.text
     return chosen, skipped

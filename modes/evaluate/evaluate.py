@@ -1,8 +1,7 @@
-"""Evaluation of checkpoints: losses, samples and bits/dim, in files that a killed run picks up again; the report."""
+"""Evaluate checkpoints: losses, samples and bits/dim, in files that a restarted evaluation reuses; write the report."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -25,18 +24,8 @@ from losses import TrainState
 from metrics.metric import Metric, mean_metric
 from modes.evaluate.real_features import RealFeatures, every_image
 from parallel import distributed
-from report import (
-    CheckpointInfo,
-    DataInfo,
-    Report,
-    SamplerInfo,
-    metric_text,
-    plots,
-    read_reports,
-    report_path,
-    save_report,
-    write_report,
-)
+from report import CheckpointInfo, DataInfo, Report, SamplerInfo, metric_text, plots, write_report
+from report.data import read_reports, report_path, save_report
 from sampling import build_labels
 from solvers import ode
 from workdir import locks, results
@@ -45,17 +34,13 @@ from workdir.folder import WorkdirError
 from workdir.progress import track
 
 KINDS = ("samples", "loss", "likelihood")  # of results in a folder, see `configs.settings`
-# A Gaussian is fitted to the training images if there are at least so many for each value of an image, and if an image
-# has no more than so many values: beyond, its covariance takes minutes and gigabytes.
+# A Gaussian needs this many training images per value of an image, and an image of at most this many values: the
+# covariance of more takes minutes and gigabytes.
 GAUSSIAN_IMAGES, GAUSSIAN_VALUES = 2, 12_288
 
 
 def check_evaluation(config: ConfigDict) -> None:
-    """Checks the settings of an evaluation.
-
-    Raises:
-      UserError: naming the one that is wrong.
-    """
+    """Check the settings of an evaluation, or raise a UserError."""
     if config.eval.begin_ckpt > config.eval.end_ckpt:
         raise UserError(
             f"eval.begin_ckpt={config.eval.begin_ckpt} is after eval.end_ckpt={config.eval.end_ckpt}; swap them"
@@ -63,49 +48,24 @@ def check_evaluation(config: ConfigDict) -> None:
     distributed.check_batch_size("eval.batch_size", config.eval.batch_size)
 
 
-@dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """What is shared by the checkpoints of a sweep; each program compiles at its first call.
+    """What the checkpoints of a sweep share; programs are built at their first use."""
 
-    Attributes:
-      experiment: that the workdir holds.
-      classifier: that guides the samples; None for none.
-    """
-
-    experiment: Experiment
-    classifier: Classifier | None = None
-
-    @property
-    def config(self) -> ConfigDict:
-        """Experiment configuration."""
-        return self.experiment.config
-
-    @functools.cached_property
-    def train(self) -> datasets.Source:
-        """Training split."""
-        return datasets.build_source(self.config, "train")
-
-    @functools.cached_property
-    def test(self) -> datasets.Source:
-        """Test split."""
-        return datasets.build_source(self.config, "test")
-
-    @property
-    def bpd_split(self) -> datasets.Source:
-        """Split that bits/dim are measured on."""
-        return self.test if self.config.eval.bpd_dataset == "test" else self.train
+    def __init__(self, experiment: Experiment, classifier: Classifier | None = None):
+        self.experiment, self.config = experiment, experiment.config
+        self.classifier = classifier  # guides the samples
+        self.train, self.test = (datasets.build_source(self.config, split) for split in ("train", "test"))
+        self.bpd_split = self.test if self.config.eval.bpd_dataset == "test" else self.train
 
     @functools.cached_property
     def data(self) -> DataInfo:
-        """Says in a report which images there are."""
+        """Data set as the report describes it."""
         return results.describe_data(self.config, self.train, self.test)
 
     @property
     def contents(self) -> dict[str, str]:
-        """Hashes of what losses and bits/dim depend on besides the settings; samples do not."""
-        if not (self.config.eval.enable_loss or self.config.eval.enable_bpd):
-            return {}
-        return {"data": self.data.hash}
+        """Hashes of what losses and bits/dim depend on besides the settings; samples depend on none."""
+        return {"data": self.data.hash} if self.config.eval.enable_loss or self.config.eval.enable_bpd else {}
 
     @functools.cached_property
     def no_gaussian(self) -> str:
@@ -120,31 +80,28 @@ class Evaluator:
 
     @functools.cached_property
     def gaussian(self) -> Metric:
-        """bits/dim of the best Gaussian on the same split, which no checkpoint changes."""
+        """bits/dim of the best Gaussian on the same split, equal for all checkpoints."""
         num_levels = self.experiment.scaler.num_levels
         return gaussian_bits_per_dim(every_image(self.train), every_image(self.bpd_split), num_levels)
 
     @functools.cached_property
     def loss(self) -> Callable[..., np.ndarray]:
-        """Program of the loss."""
+        """Compiled loss."""
         return build_loss_program(self.experiment)
 
     @functools.cached_property
     def draw(self) -> SamplingProgram:
-        """Program of the sampler."""
+        """Compiled sampler."""
         return SamplingProgram(self.experiment, self.config.eval.batch_size, guide=self.classifier)
 
     @functools.cached_property
     def bpd(self) -> Callable[..., dict[str, np.ndarray]]:
-        """Program of bits/dim."""
+        """Compiled bits/dim."""
         return build_bpd_program(self.experiment)
 
 
-# --- measurements ----------------------------------------------------------------------------------------------------
-
-
 def measure_loss(evaluator: Evaluator, params: Any, folder: Path) -> np.ndarray:
-    """Measures the loss of every test image, float32[N]."""
+    """Return the loss of every test image, float32[N]."""
 
     def compute() -> dict[str, np.ndarray]:
         batches = list(results.batches(evaluator.test, evaluator.config.eval.batch_size))
@@ -158,18 +115,10 @@ def measure_loss(evaluator: Evaluator, params: Any, folder: Path) -> np.ndarray:
 
 
 def measure_bpd(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, np.ndarray]:
-    """Measures bits/dim of every image of the split, the last partial batch included.
-
-    Returns:
-      The arrays of `build_bpd_program`, float[draws, N] each.
-    """
-    config = evaluator.config
-    source = evaluator.bpd_split
-    rounds = [
-        (draw, *batch)
-        for draw in range(config.eval.bpd_num_draws)
-        for batch in results.batches(source, config.eval.batch_size)
-    ]
+    """Return the arrays of `build_bpd_program` for every image of the split, float[draws, N] each."""
+    config, source = evaluator.config, evaluator.bpd_split
+    batches = list(results.batches(source, config.eval.batch_size))
+    rounds = [(draw, *batch) for draw in range(config.eval.bpd_num_draws) for batch in batches]
 
     def compute(draw: int, indices: np.ndarray, count: int) -> dict[str, np.ndarray]:
         result = evaluator.bpd(params, source.images(indices), indices, draw)
@@ -184,56 +133,46 @@ def measure_bpd(evaluator: Evaluator, params: Any, folder: Path) -> dict[str, np
     return {name: array.reshape(config.eval.bpd_num_draws, len(source)) for name, array in joined.items()}
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------
-
-
 def _sampling_part(evaluator: Evaluator, params: Any, real: RealFeatures, folder: Path) -> dict[str, Any]:
-    """Draws samples and measures them; returns the report's fields about them."""
+    """Draw and measure samples; return the report's fields about them."""
     drawn = draw_samples(evaluator.draw, params, folder, evaluator.config.eval.num_samples)
-    levels = drawn.levels
-    num_levels = evaluator.experiment.scaler.num_levels
-    shown = levels[:NUM_SHOWN], evaluator.train.images(evenly_chosen(len(evaluator.train), NUM_SHOWN))
+    levels, scaler = drawn.levels, evaluator.experiment.scaler
     if distributed.is_main_process():
-        plots.save_png(folder / "samples.png", plots.grid_of_levels(shown[0], num_levels))
-        plots.save_png(folder / "samples_beside_real.png", plots.samples_beside_real(*shown, num_levels))
+        shown = levels[:NUM_SHOWN], evaluator.train.images(evenly_chosen(len(evaluator.train), NUM_SHOWN))
+        plots.save_png(folder / "samples.png", plots.grid_of_levels(shown[0], scaler.num_levels))
+        plots.save_png(folder / "samples_beside_real.png", plots.samples_beside_real(*shown, scaler.num_levels))
+    settings = evaluator.experiment.sampler_settings()
     return {
         "metrics": real.measure(levels),
-        "sampler": SamplerInfo(
-            evaluator.experiment.sampler_settings(),
-            drawn.nfe,
-            drawn.seconds,
-            num_samples=len(levels),
-            rounding=evaluator.experiment.scaler.rounding,
-        ),
+        "sampler": SamplerInfo(settings, drawn.nfe, drawn.seconds, num_samples=len(levels), rounding=scaler.rounding),
         "features": real.feature_info,
         "reference": real.reference_info,
         "files": {"grid": f"{folder.name}/samples.png", "real": f"{folder.name}/samples_beside_real.png"},
     }
 
 
-def _mean_over_draws(name: str, values: np.ndarray, stderr: np.ndarray, *, note: str, probes: str) -> Metric:
-    """Returns the data-set mean of bits/dim float[draws, N], and says in the note how well each image's is known.
-
-    Every draw has noise and probes of its own: the spread of an image over its draws contains that over its probes.
-    One draw shows only the latter, `stderr`. Likewise the spread over the images contains all of theirs. `probes` names
-    in the note what the estimate of one draw is made of.
-    """
-    draws = len(values)
-    own = values.std(axis=0, ddof=1) / math.sqrt(draws) if draws > 1 else stderr[0]
-    if np.isfinite(own).all() and own.any():
-        over = f"draws and {probes}" if draws > 1 else f"{probes} alone"
-        note += f"; an image's own standard error over its {over} is {own.mean():.2g} on average"
-    return mean_metric(name, values.mean(axis=0), unit="bits/dim", note=note)
-
-
 def _bpd_metrics(evaluator: Evaluator, params: Any, folder: Path) -> tuple[Metric, ...]:
     config, measured = evaluator.config, measure_bpd(evaluator, params, folder)
-    settings, protocol = config.likelihood, config.likelihood.dequantization
+    settings, protocol, draws = config.likelihood, config.likelihood.dequantization, config.eval.bpd_num_draws
     is_bound = PROTOCOLS[protocol].is_bound
-    noise = f"{config.eval.bpd_num_draws} draw(s) of dequantization {protocol}" + (
+    noise = f"{draws} draw(s) of dequantization {protocol}" + (
         "" if is_bound else ", which adds no noise: this is no bound on the bits/dim of the levels"
     )
     end = "the standard error is over images, and with them over their draws and {}"
+
+    def bits(name: str, values: np.ndarray, stderr: np.ndarray, note: str, probes: str) -> Metric:
+        # The draws of an image have independent noise and probes: their spread contains the spread over the probes,
+        # `stderr`, which is all that one draw shows. The spread over the images contains both.
+        own = values.std(axis=0, ddof=1) / math.sqrt(draws) if draws > 1 else stderr[0]
+        if np.isfinite(own).all() and own.any():
+            over = f"draws and {probes}" if draws > 1 else f"{probes} alone"
+            note += f"; an image's own standard error over its {over} is {own.mean():.2g} on average"
+        return mean_metric(name, values.mean(axis=0), unit="bits/dim", note=note)
+
+    def nats(name: str, values: np.ndarray) -> Metric:
+        note = "of an image: a density in the network's range, of the dequantized values; otherwise as in bits/dim"
+        return mean_metric(name, values.mean(axis=0), unit="nats", note=note)
+
     by_ode = (
         f"{config.eval.bpd_dataset} split, {noise}; probability-flow ODE, trace {settings.trace} with "
         f"{settings.num_probes} probe(s), rtol {settings.rtol:g}, atol {settings.atol:g}, "
@@ -242,26 +181,29 @@ def _bpd_metrics(evaluator: Evaluator, params: Any, folder: Path) -> tuple[Metri
     if is_bound and evaluator.no_gaussian:
         logging.info("no bits/dim of a Gaussian to compare with: %s", evaluator.no_gaussian)
         by_ode += f"; no Gaussian to compare with: {evaluator.no_gaussian}"
-    in_nats = "of an image: a density in the network's range, of the dequantized values; otherwise as in bits/dim"
-    nats = lambda name, values: mean_metric(name, values.mean(axis=0), unit="nats", note=in_nats)  # noqa: E731
-    metrics = [_mean_over_draws("bits_per_dim", measured["bpd"], measured["stderr"], note=by_ode, probes="probes")]
-    metrics.append(nats("log_likelihood", measured["nats"]))
+    metrics = [
+        bits("bits_per_dim", measured["bpd"], measured["stderr"], by_ode, "probes"),
+        nats("log_likelihood", measured["nats"]),
+    ]
     if "bound" in measured:
-        probes, values = "times", (measured["bound"], measured["bound_stderr"])
         by_sde = (
             f"the same dequantized images, {noise}; variational bound of the reverse-time SDE with "
-            f"{settings.bound_num_times} network evaluations, each at a time and noise of its own; {end.format(probes)}"
+            f"{settings.bound_num_times} network evaluations, each at a time and noise of its own; "
+            + end.format("times")
         )
-        metrics.append(_mean_over_draws("bits_per_dim_bound", *values, note=by_sde, probes=probes))
-        metrics.append(nats("log_likelihood_bound", measured["bound_nats"]))
-    # A Gaussian's bits/dim are a bound: they stand beside no number that is none.
-    return (*metrics, evaluator.gaussian) if is_bound and not evaluator.no_gaussian else tuple(metrics)
+        metrics += [
+            bits("bits_per_dim_bound", measured["bound"], measured["bound_stderr"], by_sde, "times"),
+            nats("log_likelihood_bound", measured["bound_nats"]),
+        ]
+    if is_bound and not evaluator.no_gaussian:  # the bits/dim of a Gaussian are a bound: compare them only with bounds
+        metrics.append(evaluator.gaussian)
+    return tuple(metrics)
 
 
 def evaluate_checkpoint(
     evaluator: Evaluator, state: TrainState, number: int, real: RealFeatures | None, folder: Path
 ) -> Report:
-    """Measures what the configuration enables of one checkpoint, using what is on disk already."""
+    """Measure what the configuration enables of one checkpoint, or read it from the folder."""
     config, of_checkpoint = evaluator.config, folder / f"ckpt_{number}"
     of_samples = classifier_guidance.all_params(state.params_ema, evaluator.classifier)
     contents = evaluator.contents
@@ -277,12 +219,12 @@ def evaluate_checkpoint(
 
 
 def other_reports(folder: Path, numbers: range, real: RealFeatures) -> list[Path]:
-    """Returns the reports of these checkpoints that another extractor or reference gave, and that must be made anew.
+    """Return the reports that used another extractor or reference, and must be recomputed: one page cannot mix them.
 
-    Numbers of different ones would stand side by side on one page. Samples stay: they do not depend on either.
+    Samples depend on neither and are kept.
 
     Raises:
-      WorkdirError: if there is such a report of a checkpoint that is not evaluated now.
+      WorkdirError: if such a report is of a checkpoint outside this sweep.
     """
     if not list(folder.glob("report_*.json")):
         return []
@@ -298,18 +240,24 @@ def other_reports(folder: Path, numbers: range, real: RealFeatures) -> list[Path
 
 
 def _write(folder: Path, workdir: Path, report: Report, others: list[str]) -> None:
-    """Writes the report of a checkpoint and, without the others, the page."""
+    """Write and log the report of a checkpoint, delete the others, and write the page."""
     save_report(folder, report)
     for path in others:
-        logging.info("%s was of another feature extractor or reference and is made anew", path)
-        if Path(path) != report_path(folder, report.checkpoint.number):  # which is made anew already
+        logging.info("recompute %s: it used another feature extractor or reference", path)
+        if Path(path) != report_path(folder, report.checkpoint.number):
             Path(path).unlink()
     write_report(folder, losses=workdir / plots.LOSSES_FILE)
-    log_report(report, folder)
+    logging.info("checkpoint %d (step %d):", report.checkpoint.number, report.checkpoint.step)
+    width = max((len(metric.title) for metric in report.metrics), default=0)
+    for metric in report.metrics:
+        logging.info("  %-*s  %s", width, metric.title, metric_text(metric))
+    if "grid" in report.files:
+        logging.info("samples: %s", folder / report.files["grid"])
+    logging.info("report:  %s", folder / "report.md")
 
 
 def _load_classifier(experiment: Experiment, workdir: Path) -> Classifier | None:
-    """Loads what guides the samples, if any are drawn, and checks their labels."""
+    """Load the classifier that guides the samples, if any are drawn, and check their labels."""
     if not experiment.config.eval.enable_sampling:
         return None
     classifier = classifier_guidance.load_classifier(experiment, workdir)
@@ -320,7 +268,7 @@ def _load_classifier(experiment: Experiment, workdir: Path) -> Classifier | None
 def evaluate(config: ConfigDict, workdir: str | Path, eval_folder: str = "eval") -> None:
     """Evaluate the checkpoints eval.begin_ckpt .. eval.end_ckpt, and write the report after each.
 
-    Reuses what an earlier, killed evaluation has written.
+    Reuses the results of an earlier, interrupted evaluation.
 
     Args:
       config: experiment configuration.
@@ -333,42 +281,24 @@ def evaluate(config: ConfigDict, workdir: str | Path, eval_folder: str = "eval")
       CheckpointError: if a checkpoint is missing or damaged.
     """
     experiment, workdir = open_experiment(config, workdir), Path(workdir)
-    check_evaluation(experiment.config)
-    folder = workdir / eval_folder
-    with locks.hold(folder, "--eval_folder"):
-        _evaluate_checkpoints(experiment, workdir, folder)
-
-
-def _evaluate_checkpoints(experiment: Experiment, workdir: Path, folder: Path) -> None:
-    config = experiment.config
-    evaluator = Evaluator(experiment, _load_classifier(experiment, workdir))
+    config, folder = experiment.config, workdir / eval_folder
+    check_evaluation(config)
+    classifier = _load_classifier(experiment, workdir)
     numbers = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
-    template = experiment.state_template()
-    with Checkpoints(
-        workdir, snapshot_freq=config.training.snapshot_freq, template=template, read_only=True
-    ) as checkpoints:
+    snapshot_freq, template = config.training.snapshot_freq, experiment.state_template()
+    with (
+        locks.hold(folder, "--eval_folder"),
+        Checkpoints(workdir, snapshot_freq=snapshot_freq, template=template, read_only=True) as checkpoints,
+    ):
         if not config.eval.wait_seconds:
             checkpoints.require(numbers)
-        real = (
-            RealFeatures.compute(config, evaluator.train, evaluator.test, workdir)
-            if config.eval.enable_sampling
-            else None
-        )
-        others = distributed.once(lambda: list(map(str, other_reports(folder, numbers, real)))) if real else []
+        evaluator, real, others = Evaluator(experiment, classifier), None, []
+        if config.eval.enable_sampling:
+            real = RealFeatures.compute(config, evaluator.train, evaluator.test, workdir)
+            others = distributed.once(lambda: list(map(str, other_reports(folder, numbers, real))))
         for number in numbers:
             state = checkpoints.restore_snapshot(number, wait_seconds=config.eval.wait_seconds)
             report = evaluate_checkpoint(evaluator, state, number, real, folder)
             if distributed.is_main_process():
                 _write(folder, workdir, report, others)
-            others = []  # only once a checkpoint could be evaluated: a refusal must not cost a report
-
-
-def log_report(report: Report, folder: Path) -> None:
-    """Logs the numbers of a checkpoint and where its pictures and the report are."""
-    logging.info("checkpoint %d (step %d):", report.checkpoint.number, report.checkpoint.step)
-    width = max((len(metric.title) for metric in report.metrics), default=0)
-    for metric in report.metrics:
-        logging.info("  %-*s  %s", width, metric.title, metric_text(metric))
-    if "grid" in report.files:
-        logging.info("samples: %s", folder / report.files["grid"])
-    logging.info("report:  %s", folder / "report.md")
+            others = []  # delete them only after a checkpoint was evaluated: a refusal must not cost a report
