@@ -109,7 +109,7 @@ def find_packages() -> Iterator[Finding]:
 
 
 def find_devices() -> Iterator[Finding]:
-    """Examine what JAX computes on; if it is not available, the CPU serves for everything that follows."""
+    """Examine what JAX computes on; if it is not available, use the CPU from here on."""
     finding = functools.partial(Finding, "devices")
     try:
         check_platform()
@@ -135,20 +135,21 @@ def find_devices() -> Iterator[Finding]:
     yield finding("processes", OK, text)
 
 
-def _find_folder(name: str, folder: Path, remedy: str) -> Finding:
-    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return Finding("folders", name, BROKEN, f"{folder} cannot be written", remedy)
-    free = shutil.disk_usage(existing).free
-    text = f"{folder}{'' if folder.exists() else ' (not created yet)'}, {free / GIB:.1f} GiB free"
-    return Finding("folders", name, WARNING, text, remedy) if free < LITTLE_DISK else Finding("folders", name, OK, text)
-
-
 def find_folders() -> Iterator[Finding]:
     """Examine the folders of the caches."""
-    yield _find_folder("cache", cache_folder("data").parent, "export SCORE_SDE_CACHE=FOLDER, on another disk")
     compiled = Path(getattr(jax.config, "jax_compilation_cache_dir", None) or cache_folder("xla"))
-    yield _find_folder("compiled programs", compiled, "export JAX_COMPILATION_CACHE_DIR=FOLDER, on another disk")
+    for name, folder, variable in (
+        ("cache", cache_folder("data").parent, "SCORE_SDE_CACHE"),
+        ("compiled programs", compiled, "JAX_COMPILATION_CACHE_DIR"),
+    ):
+        existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        free = shutil.disk_usage(existing).free
+        state, text = OK, f"{folder}{'' if folder.exists() else ' (not created yet)'}, {free / GIB:.1f} GiB free"
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            state, text = BROKEN, f"{folder} cannot be written"
+        elif free < LITTLE_DISK:
+            state = WARNING
+        yield Finding("folders", name, state, text, "" if state == OK else f"export {variable}=FOLDER, on another disk")
 
 
 def find_weights() -> Iterator[Finding]:
@@ -276,11 +277,8 @@ def find_configured(config: ConfigDict) -> Iterator[Finding]:
 
 def take_inventory(config: ConfigDict | UserError | None = None) -> Iterator[Finding]:
     """Yield what is there and what is missing; `config`: see `doctor.doctor`."""
-    yield from find_packages()
-    yield from find_devices()
-    yield from find_folders()
-    yield from find_weights()
-    yield from find_statistics()
+    for find in (find_packages, find_devices, find_folders, find_weights, find_statistics):
+        yield from find()
     if config is None or isinstance(config, UserError):
         yield from find_data()
         if config is not None:

@@ -39,34 +39,26 @@ class Inputs:
         return files.content_hash(array)
 
 
-def _check_settings(settings: ConfigDict, operator: Operator) -> None:
-    if settings.input == "image":
-        return
-    if not settings.images:
-        raise UserError("restore.input='measurement' needs restore.images, the file or folder of the measurements")
-    if operator.picture_shape is None:
-        raise UserError(
-            f"restore.operator={settings.operator!r}: a measurement is no picture, so none can be read; set "
-            "restore.input='image' to simulate it"
-        )
-    if settings.resize != "none":
-        raise UserError(
-            f"restore.resize={settings.resize!r} would change what was measured; with restore.input='measurement' "
-            "leave it at 'none' and give files of the right size"
-        )
-
-
 def load_inputs(config: ConfigDict, operator: Operator, limit: int) -> Inputs:
     """Load at most `limit` of the images or measurements that `config.restore` names.
 
     A limit of 0 means all of restore.images, or `NUM_IMAGES` of the test split.
-
-    Raises:
-      UserError: if a setting is wrong, the path is missing, or it has no usable image.
     """
     checks.not_negative("--num_images", limit)
     settings, data = config.restore, config.data
-    _check_settings(settings, operator)
+    is_image = settings.input == "image"
+    if not is_image and not settings.images:
+        raise UserError("restore.input='measurement' needs restore.images, the file or folder of the measurements")
+    if not is_image and operator.picture_shape is None:
+        raise UserError(
+            f"restore.operator={settings.operator!r}: a measurement is no picture, so none can be read; set "
+            "restore.input='image' to simulate it"
+        )
+    if not is_image and settings.resize != "none":
+        raise UserError(
+            f"restore.resize={settings.resize!r} would change what was measured; with restore.input='measurement' "
+            "leave it at 'none' and give files of the right size"
+        )
     if not settings.images:
         source = datasets.build_source(config, "test")
         count = limit or min(NUM_IMAGES, len(source))
@@ -77,7 +69,6 @@ def load_inputs(config: ConfigDict, operator: Operator, limit: int) -> Inputs:
             )
         names = tuple(f"test_{index}" for index in range(count))
         return Inputs(names, f"the test split of {data.dataset}", source.images(np.arange(count)), None, {})
-    is_image = settings.input == "image"
     shape = datasets.image_shape(config) if is_image else operator.picture_shape
     assert shape is not None  # checked above
     fit = Fit(shape, settings.resize, settings.convert_channels)

@@ -20,20 +20,10 @@ from experiment import drawing
 from experiment.build import open_experiment
 from metrics.fidelity import psnr, ssim, ssim_window
 from modes.restore.inputs import Inputs, brightness, build_measuring, load_inputs
-from modes.restore.rounds import RestorationProgram, Rounds, mode_key
+from modes.restore.rounds import RestorationProgram, build_draws, mode_key
 from parallel import distributed
-from report import CheckpointInfo, number_text, plots
-from report.restorations import (
-    COMPARISON,
-    NAME,
-    Restorations,
-    RestoredImage,
-    Views,
-    draw_comparison,
-    summarize,
-    write_pictures,
-    write_summary,
-)
+from report import CheckpointInfo, number_text, plots, restorations
+from report.restorations import RestoredImage, Views
 from storage import files
 from workdir import folder as workdirs
 from workdir import locks, results
@@ -125,7 +115,7 @@ def restore(
 
     Writes a folder for each image, with its measurement, its restorations, their mean and standard deviation, and the
     summary of all, restore.md and restore.json. Reuses what an earlier, killed run has drawn; names and skips files
-    that cannot be read.
+    that cannot be read. Returns the folder of the results.
 
     Args:
       config: experiment configuration.
@@ -133,9 +123,6 @@ def restore(
       output: folder of the results, inside the workdir; empty: "restore/ckpt_<number>_<operator>_<method>".
       snapshot: number of the checkpoint; 0: the newest.
       num_images: largest number of images; 0: all of restore.images, or 8 of the test split.
-
-    Returns:
-      The folder of the results.
 
     Raises:
       UserError: if a setting is wrong, or there is no usable image.
@@ -161,7 +148,7 @@ def restore(
         results.open_folder(folder, config, kinds, restored.params, flag="--output", contents=contents)
         judge = Judge(operator, scaler, noise)
         measurement = build_measuring(inputs, operator, scaler, key=mode_key(experiment), noise=noise)
-        rounds = Rounds(
+        draws_of = build_draws(
             RestorationProgram(experiment, operator, drawing.batch_size(config, count * num_draws)),
             distributed.replicate(restored.params),
             folder / ROUNDS,
@@ -175,7 +162,7 @@ def restore(
             levels, y = None if inputs.levels is None else inputs.levels[i], measurement(i)
 
             def compute() -> dict[str, Any]:
-                drawn = rounds.draws(i)
+                drawn = draws_of(i)
                 drawn |= {"restorations": np.asarray(scaler.to_levels(jnp.asarray(drawn["x"]))), "measurement": y}
                 return drawn if levels is None else drawn | {"truth": levels}
 
@@ -183,7 +170,7 @@ def restore(
             views = judge.views(arrays["x"], y, levels)
             qualities = judge.qualities(arrays["x"], y, views)
             if distributed.is_main_process():
-                write_pictures(folder / name, views, judge.measurement_as_file(y))
+                restorations.write_pictures(folder / name, views, judge.measurement_as_file(y))
             costs = int(arrays["nfe"]), float(arrays["seconds"])
             return RestoredImage(inputs.names[i], name, qualities, *costs), views, float(arrays["compile_seconds"])
 
@@ -194,7 +181,7 @@ def restore(
             shown += [views] if i < NUM_SHOWN else []
             compile_seconds = max(compile_seconds, seconds)
         machine = {"versions": workdirs.versions(), "commit": workdirs.commit()}
-        summary = Restorations(
+        summary = restorations.Restorations(
             checkpoint=CheckpointInfo(restored.number, restored.step, ema=True),
             seed=config.seed,
             source=inputs.source,
@@ -209,21 +196,21 @@ def restore(
             images=images,
         )
         if distributed.is_main_process():
-            plots.save_png(folder / COMPARISON, draw_comparison(shown))
-            write_summary(folder, summary)
+            plots.save_png(folder / restorations.COMPARISON, restorations.draw_comparison(shown))
+            restorations.write_summary(folder, summary)
             values = summary.to_dict()
             results.record_facts(folder, {name: values[name] for name in _FACTS} | {"num_images": count})
         _log(summary, folder)
     return folder
 
 
-def _log(restored: Restorations, folder: Path) -> None:
+def _log(restored: restorations.Restorations, folder: Path) -> None:
     logging.info(
         "restored %d image(s) of %s, %d draws each, %d network evaluations a draw, in %.1f s",
         *(len(restored.images), restored.source, restored.num_draws, restored.nfe, restored.seconds),
     )
-    for metric in summarize(restored.images):
+    for metric in restorations.summarize(restored.images):
         logging.info("  %-18s %s %s", metric.name, number_text(metric.value, metric.stderr), metric.unit)
     if restored.skipped:
         logging.warning("%d file(s) were left out: %s", len(restored.skipped), ", ".join(restored.skipped))
-    logging.info("pictures and %s.md are in %s", NAME, folder)
+    logging.info("pictures and %s.md are in %s", restorations.NAME, folder)

@@ -87,34 +87,45 @@ def require_finite(x: Float[np.ndarray, "P H W C"], pairs: Int[np.ndarray, "P"],
         )
 
 
-class Rounds:
-    """All (image, draw) pairs, ordered by image and split into rounds that are drawn on demand.
+def build_draws(
+    program: RestorationProgram,
+    params: Any,
+    folder: Path,
+    *,
+    measurement: Callable[[int], np.ndarray],
+    num_images: int,
+    num_draws: int,
+) -> Callable[[int], dict[str, Any]]:
+    """Return the function that gives the restorations of an image, x float32[num_draws, H, W, C], and their cost.
 
-    A round's file is named after its first pair. It is reused if it holds as many pairs as needed from there, so a
-    killed run resumes with any batch size and number of devices. `params` are replicated.
+    All (image, draw) pairs, ordered by image, are split into rounds, one call of the program each, on demand. A round's
+    file is named after its first pair. It is reused if it holds as many pairs as needed from there, so a killed run
+    resumes with any batch size and number of devices. `params` are replicated.
     """
+    size, num_pairs = program.batch_size, num_images * num_draws
 
-    def __init__(
-        self,
-        program: RestorationProgram,
-        params: Any,
-        folder: Path,
-        *,
-        measurement: Callable[[int], np.ndarray],
-        num_images: int,
-        num_draws: int,
-    ):
-        self._program, self._params, self._folder = program, params, folder
-        self._measurement, self._num_draws = measurement, num_draws
-        self._num_pairs = num_images * num_draws
-        self._round = functools.lru_cache(maxsize=2)(self._read_or_draw)  # an image may straddle two of them
+    @functools.lru_cache(maxsize=2)  # an image may straddle two rounds
+    def round_from(first: int) -> dict[str, np.ndarray]:
+        wanted = min(size, num_pairs - first)
 
-    def draws(self, image: int) -> dict[str, Any]:
-        """Return the restorations of an image, x float32[num_draws, H, W, C], and their cost; draw what is missing."""
-        size = self._program.batch_size
-        pairs = range(image * self._num_draws, (image + 1) * self._num_draws)
+        def draw() -> dict[str, Any]:
+            pairs = np.minimum(np.arange(first, first + size), num_pairs - 1)  # the last pair pads the last round
+            images, draws = np.divmod(pairs, num_draws)
+            y = np.stack([measurement(int(image)) for image in images])
+            x, nfe, seconds = program(params, y, images, draws)
+            require_finite(x, pairs, num_draws)
+            return {"x": x[:wanted], "nfe": nfe, "seconds": seconds, "compile_seconds": program.compile_seconds}
+
+        return results.cached(
+            folder / f"restorations_from_{first}.npz",
+            draw,
+            is_enough=lambda stored: len(stored["x"]) == wanted,
+        )
+
+    def draws_of(image: int) -> dict[str, Any]:
+        pairs = range(image * num_draws, (image + 1) * num_draws)
         starts = [pair // size * size for pair in pairs]
-        rounds = {start: self._round(start) for start in starts}
+        rounds = {start: round_from(start) for start in starts}
         return {
             "x": np.stack([rounds[start]["x"][pair - start] for pair, start in zip(pairs, starts, strict=True)]),
             "nfe": max(int(each["nfe"]) for each in rounds.values()),
@@ -122,20 +133,4 @@ class Rounds:
             "compile_seconds": max(float(each["compile_seconds"]) for each in rounds.values()),
         }
 
-    def _read_or_draw(self, first: int) -> dict[str, np.ndarray]:
-        wanted = min(self._program.batch_size, self._num_pairs - first)
-
-        def draw() -> dict[str, Any]:
-            # The last pair pads the last round.
-            pairs = np.minimum(np.arange(first, first + self._program.batch_size), self._num_pairs - 1)
-            images, draws = np.divmod(pairs, self._num_draws)
-            y = np.stack([self._measurement(int(image)) for image in images])
-            x, nfe, seconds = self._program(self._params, y, images, draws)
-            require_finite(x, pairs, self._num_draws)
-            return {"x": x[:wanted], "nfe": nfe, "seconds": seconds, "compile_seconds": self._program.compile_seconds}
-
-        return results.cached(
-            self._folder / f"restorations_from_{first}.npz",
-            draw,
-            is_enough=lambda stored: len(stored["x"]) == wanted,
-        )
+    return draws_of
