@@ -21,6 +21,7 @@ from experiment import startup
 from modes import command_line
 from modes.command_line import Mode
 from parallel.membership import START_SECONDS
+from workdir import logs
 
 # The parameters of a mode's function are its flags, by the same names.
 MODES = {
@@ -77,7 +78,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the mode; returns the exit code."""
     startup.begin(startup.process_start())
     startup.mark("imports")
-    command_line.set_up_python()
+    logs.set_up_console()
+    startup.set_up()  # before JAX looks for devices
     try:
         arguments = command_line.prepare(MODES, argv[1:])
         succeeded = MODES[FLAGS.mode].run(**arguments) is not False

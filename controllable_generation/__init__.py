@@ -1,9 +1,8 @@
-"""Inverse problems: images behind measurements y = A x + noise, by an unconditional network (Song et al. 2021, Sec. 5).
+"""Inverse problems: images given measurements y = A x + noise, by an unconditional network (Song et al. 2021, Sec. 5).
 
 The measurement enters as a transform of a sampling step (`sampling.StepTransform`) or as a change of the score; the
-sampling loop is that of `sampling` and `solvers`. The 2021 code had three near-copies of the loop instead, two of which
-returned the noisy state of the unknown part where they meant the denoised one. `build_operator` and `build_restoration`
-make both from `config.restore`. From Python, with any score:
+sampling loop is that of `sampling` and `solvers`. `build_operator` and `build_restoration` make both from
+`config.restore`. From Python, with any score:
 
 >>> import jax, jax.numpy as jnp, numpy as np
 >>> import sampling

@@ -1,12 +1,11 @@
 """Restoration by guidance: the score of p_t(x | y) = the score of p_t(x) + the gradient of log p_t(y | x).
 
-For y = A x0 + noise the second term needs the law of the clean image x0 given x. Each method here takes it to be a
-Gaussian around the network's own prediction E[x0 | x], and they differ in its covariance. The gradient goes through the
-network: an evaluation costs about as much as two. A guided score is a score like any other, for any sampler.
+For y = A x0 + noise the second term needs the distribution of the clean image x0 given x. Each method here assumes a
+Gaussian around the network's prediction E[x0 | x]; they differ in its covariance. The gradient goes through the
+network, which doubles the cost of an evaluation. Any sampler can use a guided score.
 
-A score is a prediction of x0 and the other way round (Tweedie's formula). Where the noise is strong, a small error of
-the network's score is a large one of its prediction, far outside the range of any image, and guidance makes more of it:
-so diverged PiGDM with networks of the digits. Therefore predictions are clipped to the range of the data.
+Under strong noise a small error of the score is a large error of the prediction (Tweedie's formula), and guidance
+amplifies it: PiGDM diverged with networks of the digits. Predictions are therefore clipped to the range of the data.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ def guide(
 ) -> ScoreFn:
     """Return the score with the guidance of measurements y added.
 
-    `weight` maps the residual to the cotangent for the vjp of the denoiser. Predictions are clipped to the data's range
-    `bounds`, without and with the guidance; None: not at all.
+    `weight` maps the residual to the cotangent for the vjp of the denoiser. Predictions, without and with the guidance,
+    are clipped to the data's range `bounds`, if given.
     """
     clip = lambda x0: x0 if bounds is None else jnp.clip(x0, *bounds)  # noqa: E731
 
@@ -54,7 +53,7 @@ def guide(
         residual = y - operator.apply(clip(x0))
         guidance = pullback(operator.transpose(weight(residual, pullback, t)))
         step = variance / m * guidance
-        # What clipping changes is 0 where it does nothing, to the last digit.
+        # Exactly 0, to the last digit, where nothing is clipped.
         return score + guidance + m / variance * (clip(clip(x0) + step) - (x0 + step))
 
     return guided
@@ -63,10 +62,10 @@ def guide(
 def dps_weighting(sde: SDE, *, scale: float, num_steps: int) -> Weighting:
     """Diffusion posterior sampling (Chung et al. 2023, arXiv 2209.14687, Algorithm 1): x0 is the prediction itself.
 
-    A step of their sampler with N steps takes off scale * gradient of |y - A E[x0 | x]|, which is their step size
-    zeta_i = scale / (2 |y - A E[x0 | x]|). Here that is a term of the score, divided by what a step multiplies the
-    score with, g(t)^2 T / N, N being `num_steps`: any sampler with any number of steps so takes off as much over the
-    whole run. The scale is in units of the network's range.
+    A step of their sampler with N steps subtracts scale * gradient of |y - A E[x0 | x]|, from their step size
+    zeta_i = scale / (2 |y - A E[x0 | x]|). Here this is a term of the score, divided by the factor of the score in a
+    step, g(t)^2 T / N with N = `num_steps`. A whole run then subtracts the same with any sampler and number of steps.
+    The scale is in units of the network's range.
     """
 
     def weight(residual: Array, pullback: Pullback, t: Scalars) -> Array:
@@ -80,9 +79,9 @@ def dps_weighting(sde: SDE, *, scale: float, num_steps: int) -> Weighting:
 def pigdm_weighting(operator: Operator, sde: SDE, *, noise: float, scale: float, data_std: float) -> Weighting:
     """Pseudo-inverse guided diffusion (Song et al. 2023, "Pseudoinverse-Guided Diffusion Models"): one variance r^2.
 
-    r^2 = data_std^2 std^2 / (m^2 data_std^2 + std^2), what it is for independent normal values of that standard
-    deviation, for which the guidance is exact; the paper has data_std = 1. `noise` is the standard deviation of a
-    measurement's noise, as `data_std` in the network's range; `scale` multiplies the guidance, 1 is Bayes' rule.
+    r^2 = data_std^2 std^2 / (m^2 data_std^2 + std^2), which is exact for independent normal data of this standard
+    deviation; the paper has data_std = 1. `noise` is the standard deviation of the measurement's noise; it and
+    `data_std` are in the network's range. `scale` multiplies the guidance; 1 is Bayes' rule.
     """
 
     def weight(residual: Array, pullback: Pullback, t: Scalars) -> Array:
@@ -96,9 +95,9 @@ def pigdm_weighting(operator: Operator, sde: SDE, *, noise: float, scale: float,
 def mmps_weighting(operator: Operator, sde: SDE, *, noise: float, scale: float, num_steps: int) -> Weighting:
     """Moment matching posterior sampling (Rozet et al. 2024, arXiv 2405.13712): the network's own covariance.
 
-    Cov[x0 | x] = std^2 / m times the Jacobian of E[x0 | x], so that the guidance is exact for any Gaussian data. The
-    Jacobian enters through products with it, one in each of `num_steps` steps of conjugate gradients. `noise` and
-    `scale` as in `pigdm_weighting`.
+    Cov[x0 | x] = std^2 / m times the Jacobian of E[x0 | x], which makes the guidance exact for any Gaussian data. Each
+    of `num_steps` steps of conjugate gradients takes one product with the Jacobian. `noise` and `scale` as in
+    `pigdm_weighting`.
     """
 
     def weight(residual: Array, pullback: Pullback, t: Scalars) -> Array:

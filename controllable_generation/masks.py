@@ -1,4 +1,4 @@
-"""Masks of in-painting, as a setting names them: half of the image, a box, pixels at random, or a picture."""
+"""Masks for in-painting: half of the image, a box, random pixels, or a picture."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jaxtyping import Float
 from errors import UserError
 from storage import guards
 
-_THRESHOLD = 128  # of 8 bits, from which a pixel of a picture counts as white
+_THRESHOLD = 128  # of 8 bits: pixels of a picture from this value on count as white
 
-# The half that is to be drawn, by its name: (rows, columns) of an image of H x W pixels.
+# The half to be drawn: (rows, columns) of an image of H x W pixels.
 HALVES: dict[str, Callable[[int, int], tuple[slice, slice]]] = {
     "top": lambda H, W: (slice(H // 2), slice(W)),
     "bottom": lambda H, W: (slice(H - H // 2, H), slice(W)),
@@ -21,13 +21,12 @@ HALVES: dict[str, Callable[[int, int], tuple[slice, slice]]] = {
     "right": lambda H, W: (slice(H), slice(W - W // 2, W)),
 }
 _FORMS = (
-    f"a half ({', '.join(HALVES)}), box:TOP,LEFT,HEIGHT,WIDTH in pixels, random:SHARE, or the path of a picture, white "
-    "where pixels are to be drawn"
+    f"a half ({', '.join(HALVES)}), box:TOP,LEFT,HEIGHT,WIDTH in pixels, random:FRACTION, or the path of a picture, "
+    "white where pixels are to be drawn"
 )
 
 
 def _box(numbers: str, H: int, W: int) -> tuple[slice, slice]:
-    """Return the rows and columns of a box."""
     parts = numbers.split(",")
     if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
         raise UserError(f"restore.mask='box:{numbers}': expected box:TOP,LEFT,HEIGHT,WIDTH, four whole numbers")
@@ -37,21 +36,19 @@ def _box(numbers: str, H: int, W: int) -> tuple[slice, slice]:
     return slice(top, top + height), slice(left, left + width)
 
 
-def _random(share: str, H: int, W: int, seed: int) -> Float[np.ndarray, "H W"]:
-    """Hide a share of the pixels; which ones follows from the seed."""
+def _random(fraction: str, H: int, W: int, seed: int) -> Float[np.ndarray, "H W"]:
     try:
-        hidden = float(share)
+        hidden = float(fraction)
     except ValueError:
         hidden = -1.0
     if not 0 < hidden < 1:
-        raise UserError(f"restore.mask='random:{share}': expected the share of pixels to be drawn, between 0 and 1")
+        raise UserError(f"restore.mask='random:{fraction}': expected the fraction of pixels to be drawn, in (0, 1)")
     num_hidden = min(max(round(hidden * H * W), 1), H * W - 1)
     order = np.random.Generator(np.random.Philox(seed)).permutation(H * W)
     return (order >= num_hidden).astype(np.float64).reshape(H, W)
 
 
 def _picture(path: str, H: int, W: int) -> Float[np.ndarray, "H W"]:
-    """Read a picture: what is white is to be drawn."""
     if not Path(path).is_file():
         raise UserError(f"restore.mask={path!r}: no such file; expected {_FORMS}")
     try:
@@ -66,19 +63,10 @@ def _picture(path: str, H: int, W: int) -> Float[np.ndarray, "H W"]:
 
 
 def read_mask(setting: str, image_shape: tuple[int, int, int], seed: int) -> Float[np.ndarray, "H W C"]:
-    """Make the mask that `restore.mask` names.
+    """Return the mask that `restore.mask` describes: 1 where pixels are known, 0 where they are to be drawn.
 
-    Args:
-      setting: a half ("top", "bottom", "left", "right"), "box:TOP,LEFT,HEIGHT,WIDTH", "random:SHARE", or a path; each
-        says which pixels are to be drawn.
-      image_shape: (H, W, C).
-      seed: of the pixels that are chosen at random.
-
-    Returns:
-      1 where pixels are known, 0 where they are to be drawn.
-
-    Raises:
-      UserError: if the setting is malformed, or hides nothing or everything, or if there is no such picture.
+    The setting names the pixels to be drawn: a half ("top", "bottom", "left", "right"), "box:TOP,LEFT,HEIGHT,WIDTH",
+    "random:FRACTION" (chosen by `seed`), or the path of a picture.
     """
     H, W, _ = image_shape
     kind, _, rest = setting.partition(":")

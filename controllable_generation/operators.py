@@ -1,8 +1,7 @@
-"""Linear measurements y = A x of images: what is hidden, averaged, blurred or left out.
+"""Linear measurements y = A x of images: masking, averaging, blurring, sampled frequencies.
 
-An `Operator` is A, its transpose, and the solution of (a A A^T + b I) u = v, which is all that the methods of
-restoration ask of it. Each kind below solves that in the basis in which A A^T is diagonal; an operator given as a pair
-of functions is solved by conjugate gradients.
+An `Operator` has A, its transpose, and the solution of (a A A^T + b I) u = v, which is all that restoration needs. Each
+kind below solves this in the basis in which A A^T is diagonal; operators of two functions use conjugate gradients.
 """
 
 from __future__ import annotations
@@ -32,27 +31,17 @@ CG_STEPS = 50  # of an operator given as a pair of functions
 
 @dataclass(frozen=True)
 class Operator:
-    """A linear map A of images to measurements; every function takes a batch.
+    """A linear map A of images to measurements; every function takes a batch."""
 
-    Attributes:
-      apply: x [B, *image_shape] -> A x [B, *measurement_shape].
-      transpose: y -> A^T y.
-      solve: (v, a, b) -> u with (a A A^T + b I) u = v, on the range of A where b is 0; a and b are numbers or [B].
-      image_shape: of an image, (H, W, C).
-      measurement_shape: of its measurement.
-      measured: 1 where an entry of a measurement is measured and 0 where it is always 0; broadcasts against it.
-      is_orthogonal: A A^T is a multiple of the identity on what is measured, so that white noise stays white.
-      picture_shape: (H, W, C) of a picture that is a measurement; None if it is no picture.
-    """
-
-    apply: Linear
-    transpose: Linear
+    apply: Linear  # x [B, *image_shape] -> A x [B, *measurement_shape]
+    transpose: Linear  # y -> A^T y
+    # (v, a, b) -> u with (a A A^T + b I) u = v, on the range of A where b is 0; a and b are numbers or [B]
     solve: Callable[[Array, Coefficient, Coefficient], Array]
-    image_shape: ImageShape
+    image_shape: ImageShape  # (H, W, C)
     measurement_shape: Shape
-    measured: np.ndarray
-    is_orthogonal: bool
-    picture_shape: ImageShape | None = None
+    measured: np.ndarray  # 1 where an entry is measured, 0 where it is always 0; broadcasts against a measurement
+    is_orthogonal: bool  # A A^T is a multiple of the identity on the measured entries: white noise stays white
+    picture_shape: ImageShape | None = None  # (H, W, C) of a measurement as a picture; None if it is no picture
 
     def pseudo_inverse(self, y: State) -> Images:
         """Return A^+ y, the smallest image that has this measurement."""
@@ -60,7 +49,7 @@ class Operator:
 
     @property
     def num_measured(self) -> int:
-        """Numbers that a measurement holds."""
+        """Number of measured values."""
         return int(np.broadcast_to(self.measured, self.measurement_shape).sum())
 
 
@@ -69,21 +58,18 @@ def _coefficient(value: Coefficient, like: Array) -> Array | float:
 
 
 def _divide(numerator: Array, divisor: Array) -> Array:
-    """Divide by what is above 0; elsewhere the result is 0, as of a pseudo-inverse."""
+    """Divide where the divisor is positive; return 0 elsewhere, as a pseudo-inverse does."""
     return jnp.where(divisor > 0, numerator / jnp.where(divisor > 0, divisor, 1.0), 0.0)
 
 
 def _solve_diagonal(
     v: Array, a: Coefficient, b: Coefficient, *, eigenvalues: np.ndarray, to_basis: Linear, from_basis: Linear
 ) -> Array:
-    """Divide by a times the eigenvalues of A A^T plus b; where both are 0 the solution is 0."""
+    """Divide by a * eigenvalues of A A^T + b in the eigenbasis; where both are 0 the solution is 0."""
     values = jnp.asarray(np.where(eigenvalues > _NULL * eigenvalues.max(), eigenvalues, 0.0), v.dtype)
     coefficients = to_basis(v)
     divisor = _coefficient(a, coefficients) * values[None] + _coefficient(b, coefficients)
     return from_basis(_divide(coefficients, divisor))
-
-
-# --- kinds -----------------------------------------------------------------------------------------------------------
 
 
 def inpainting(mask: Float[np.ndarray, "H W C"]) -> Operator:
@@ -96,42 +82,32 @@ def inpainting(mask: Float[np.ndarray, "H W C"]) -> Operator:
 def grayscale(image_shape: ImageShape) -> Operator:
     """Take the mean of the channels, the grey value of Song et al. 2021, Appendix I.3."""
     H, W, C = image_shape
-    solve = functools.partial(
-        _solve_diagonal, eigenvalues=np.full((1, 1, 1), 1 / C), to_basis=lambda v: v, from_basis=lambda c: c
-    )
-    return Operator(
-        apply=lambda x: x.mean(axis=-1, keepdims=True),
-        transpose=lambda y: jnp.repeat(y / C, C, axis=-1),
-        solve=solve,
-        image_shape=image_shape,
-        measurement_shape=(H, W, 1),
-        measured=np.ones((1, 1, 1)),
-        is_orthogonal=True,
-        picture_shape=(H, W, 1),
-    )
+    apply = lambda x: x.mean(axis=-1, keepdims=True)  # noqa: E731
+    transpose = lambda y: jnp.repeat(y / C, C, axis=-1)  # noqa: E731
+    eigenvalues, shape = np.full((1, 1, 1), 1 / C), (H, W, 1)
+    solve = functools.partial(_solve_diagonal, eigenvalues=eigenvalues, to_basis=lambda v: v, from_basis=lambda c: c)
+    return Operator(apply, transpose, solve, image_shape, shape, np.ones((1, 1, 1)), True, picture_shape=shape)
 
 
 def _along_axes(rows: np.ndarray, columns: np.ndarray) -> Linear:
     """Return x -> rows x columns^T for every channel."""
-
-    def multiply(x: Array) -> Array:
-        P, Q = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
-        return jnp.einsum("ph,bhwc,qw->bpqc", P, x, Q, precision="highest")
-
-    return multiply
+    return lambda x: jnp.einsum(
+        "ph,bhwc,qw->bpqc", jnp.asarray(rows, x.dtype), x, jnp.asarray(columns, x.dtype), precision="highest"
+    )
 
 
 def separable(rows: Float[np.ndarray, "P H"], columns: Float[np.ndarray, "Q W"], num_channels: int) -> Operator:
     """Multiply the rows and the columns of every channel by a matrix each: resizing, separable blur."""
     (U, S, _), (V, T, _) = (np.linalg.svd(matrix.astype(np.float64)) for matrix in (rows, columns))
     eigenvalues = np.multiply.outer(S**2, T**2)[..., None]
+    solve = functools.partial(
+        _solve_diagonal, eigenvalues=eigenvalues, to_basis=_along_axes(U.T, V.T), from_basis=_along_axes(U, V)
+    )
     shape = (len(rows), len(columns), num_channels)
     return Operator(
         apply=_along_axes(rows, columns),
         transpose=_along_axes(rows.T, columns.T),
-        solve=functools.partial(
-            _solve_diagonal, eigenvalues=eigenvalues, to_basis=_along_axes(U.T, V.T), from_basis=_along_axes(U, V)
-        ),
+        solve=solve,
         image_shape=(rows.shape[1], columns.shape[1], num_channels),
         measurement_shape=shape,
         measured=np.ones((1, 1, 1)),
@@ -179,7 +155,7 @@ def _motion_kernel(length: float, angle: float) -> Float[np.ndarray, "K K"]:
 
 
 def circular(image_shape: ImageShape, kernel: Float[np.ndarray, "K L"]) -> Operator:
-    """Convolve every channel with a kernel of odd sides; the image is continued by itself beyond its border."""
+    """Convolve every channel with a kernel of odd sides; the image repeats periodically."""
     H, W, _ = image_shape
     padded = np.zeros((H, W))
     for i, j in np.ndindex(*kernel.shape):  # wraps a kernel that is larger than the image
@@ -190,21 +166,14 @@ def circular(image_shape: ImageShape, kernel: Float[np.ndarray, "K L"]) -> Opera
         spectrum = jnp.fft.fft2(x, axes=(1, 2))
         return jnp.fft.ifft2(spectrum * jnp.asarray(factor, spectrum.dtype)[None], axes=(1, 2)).real.astype(x.dtype)
 
-    return Operator(
-        apply=lambda x: filtered(x, transfer),
-        transpose=lambda y: filtered(y, transfer.conj()),
-        solve=functools.partial(
-            _solve_diagonal,
-            eigenvalues=np.abs(transfer) ** 2,
-            to_basis=lambda v: jnp.fft.fft2(v, axes=(1, 2)),
-            from_basis=lambda c: jnp.fft.ifft2(c, axes=(1, 2)).real,
-        ),
-        image_shape=image_shape,
-        measurement_shape=image_shape,
-        measured=np.ones((1, 1, 1)),
-        is_orthogonal=False,
-        picture_shape=image_shape,
+    apply, transpose = (functools.partial(filtered, factor=factor) for factor in (transfer, transfer.conj()))
+    solve = functools.partial(
+        _solve_diagonal,
+        eigenvalues=np.abs(transfer) ** 2,
+        to_basis=lambda v: jnp.fft.fft2(v, axes=(1, 2)),
+        from_basis=lambda c: jnp.fft.ifft2(c, axes=(1, 2)).real,
     )
+    return Operator(apply, transpose, solve, image_shape, image_shape, np.ones((1, 1, 1)), False, image_shape)
 
 
 def motion_blur(image_shape: ImageShape, length: float, angle: float) -> Operator:
@@ -212,16 +181,11 @@ def motion_blur(image_shape: ImageShape, length: float, angle: float) -> Operato
     return circular(image_shape, _motion_kernel(length, angle))
 
 
-def _mirrored(spectrum: Array) -> Array:
-    """Return the complex conjugate at the opposite frequency, to which a real image's spectrum is equal."""
-    return jnp.conj(jnp.roll(jnp.flip(spectrum, (1, 2)), 1, (1, 2)))
-
-
 def fourier(image_shape: ImageShape, sampled: Float[np.ndarray, "H W"]) -> Operator:
-    """Take some coefficients of the orthonormal two-dimensional Fourier transform of every channel, as MRI does.
+    """Take coefficients of the orthonormal 2-D Fourier transform of every channel where `sampled` is 1, as MRI does.
 
-    Those where `sampled` is 1. The measurement holds their real and imaginary parts, [2, H, W, C], frequency 0 in the
-    corner. Of two opposite frequencies of a real image both may be measured, and then count twice.
+    The measurement holds their real and imaginary parts, [2, H, W, C], frequency 0 in the corner. Two opposite
+    frequencies of a real image count twice if both are measured.
     """
     H, W, C = image_shape
     mask = sampled[..., None]
@@ -239,7 +203,8 @@ def fourier(image_shape: ImageShape, sampled: Float[np.ndarray, "H W"]) -> Opera
     def solve(v: Array, a: Coefficient, b: Coefficient) -> Array:
         # A A^T is 1 on what a pair of opposites agree in, 0 on what they differ in, 1/2 on a single frequency.
         spectrum, pairs = join(v), jnp.asarray(partner, v.dtype)[None]
-        agreed = (spectrum + _mirrored(spectrum)) / 2 * pairs
+        mirrored = jnp.conj(jnp.roll(jnp.flip(spectrum, (1, 2)), 1, (1, 2)))  # equals a real image's spectrum
+        agreed = (spectrum + mirrored) / 2 * pairs
         parts = (agreed, 1.0), (spectrum * pairs - agreed, 0.0), (spectrum * (jnp.asarray(mask)[None] - pairs), 0.5)
         total = jnp.zeros_like(spectrum)
         for coefficients, eigenvalue in parts:
@@ -247,12 +212,7 @@ def fourier(image_shape: ImageShape, sampled: Float[np.ndarray, "H W"]) -> Opera
             total += _divide(coefficients, divisor)
         return part(total).astype(v.dtype)
 
-    shape = (2, H, W, C)
-    is_orthogonal = bool((partner == mask).all())
-    return Operator(apply, transpose, solve, image_shape, shape, mask[None], is_orthogonal=is_orthogonal)
-
-
-# --- any other -------------------------------------------------------------------------------------------------------
+    return Operator(apply, transpose, solve, image_shape, (2, H, W, C), mask[None], bool((partner == mask).all()))
 
 
 def _dot(x: Array, y: Array) -> Scalars:
@@ -282,14 +242,10 @@ def from_functions(
     num_steps: int = CG_STEPS,
     picture_shape: ImageShape | None = None,
 ) -> Operator:
-    """Make an operator of a pair of functions of a batch.
+    """Make an operator from two functions of a batch, A and its transpose, in which examples must not interact.
 
-    Args:
-      apply: x [B, *image_shape] -> A x [B, ...]; examples must not interact.
-      transpose: y -> A^T y.
-      image_shape: (H, W, C).
-      num_steps: of conjugate gradients, which solve with A A^T.
-      picture_shape: of a picture that is a measurement; None if it is no picture.
+    It solves with `num_steps` of conjugate gradients. `picture_shape` is (H, W, C) of a measurement as a picture; None
+    if it is no picture.
 
     Raises:
       UserError: if the functions are not linear, or not the transposes of each other.

@@ -1,8 +1,8 @@
 """Restoration by putting the noised measurement into the state after each step of a sampler.
 
-Song et al. 2021, Appendix I.2 and I.3, replace known pixels and grey values; Song et al. 2022 (arXiv 2111.08005) do so
-for other linear measurements. What is drawn around the measurement sees it only through the state, so the result is not
-quite the posterior: docs/controllable.md has the bias, measured.
+Song et al. 2021, Appendix I.2 and I.3, replace known pixels and grey values; Song et al. 2022 (arXiv 2111.08005)
+generalize this to linear measurements. The network sees the measurement only through the state, so the result is not
+exactly the posterior; docs/controllable.md measures the bias.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from sde_lib import SDE, Images, Scalars, State, expand
 
 
 def put_in(operator: Operator, x: Images, y: State, *, ratio: Scalars | float = 0.0, strength: float = 1.0) -> Images:
-    """Move x towards the images whose measurement is y, by no more than that takes.
+    """Move x by the fraction `strength` of the way to the minimizer u of |u - x|^2 + |A u - y|^2 / ratio.
 
-    At `strength` 1, the minimizer u of |u - x|^2 + |A u - y|^2 / ratio, and at `ratio` 0 the nearest u with A u = y;
-    otherwise that fraction of the way to it. `ratio` is the variance of the noise of y over that of x.
+    `ratio` is the variance of the noise of y over that of x; at 0, u is the nearest image with A u = y.
     """
     return x + strength * operator.transpose(operator.solve(y - operator.apply(x), 1.0, ratio))
 
@@ -30,9 +29,9 @@ def put_in(operator: Operator, x: Images, y: State, *, ratio: Scalars | float = 
 def put_in_each_step(operator: Operator, y: State, sde: SDE, *, noise: float, strength: float) -> StepTransform:
     """Return the step transform that puts the measurement, noised to the step's time, into the state.
 
-    The measurement's mean goes into the step's mean, and what is not measured keeps its own, so that removing the last
+    The measurement's mean goes into the step's mean, and the unmeasured part keeps its own, so that removing the last
     step's noise denoises both. y are measurements of clean images, with noise of std `noise` in the network's range;
-    they pull the less the smaller the noise of the state is beside it. `strength` is lambda of Song et al. 2022.
+    their weight falls as the noise of the state becomes small beside it. `strength` is lambda of Song et al. 2022.
     """
 
     def transform(key: PRNGKeyArray, x: Images, x_mean: Images, t: Scalars) -> StepResult:

@@ -1,4 +1,4 @@
-"""What `config.restore` describes: a measurement of images, and the method that draws the images behind it."""
+"""Build from `config.restore` a measurement of images, and the method that draws images given a measurement."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from solvers import ADAPTIVE
 
 
 class Conditional(NamedTuple):
-    """What a sampler takes to draw images behind measurements."""
+    """Arguments of a sampler that draws images given measurements."""
 
     score_fn: ScoreFn
     transform: StepTransform | None
@@ -36,18 +36,9 @@ class Conditional(NamedTuple):
 Restoration = Callable[[ScoreFn, State], Conditional]
 
 
-# --- operators -------------------------------------------------------------------------------------------------------
-
-
-def _inpaint(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
-    return operators.inpainting(read_mask(settings.mask, image_shape, seed))
-
-
 def _colorize(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
     if image_shape[2] < 2:
-        raise UserError(
-            f"restore.operator='colorize': images have {image_shape[2]} channel; a grey image says all of them"
-        )
+        raise UserError(f"restore.operator='colorize': images have {image_shape[2]} channel and are grey already")
     return operators.grayscale(image_shape)
 
 
@@ -58,14 +49,6 @@ def _super_resolution(settings: ConfigDict, image_shape: ImageShape, seed: int) 
             f"{image_shape[1]}, the height and width of the images"
         )
     return operators.super_resolution(image_shape, settings.factor, settings.downsampling)
-
-
-def _gaussian_blur(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
-    return operators.gaussian_blur(image_shape, settings.blur_std)
-
-
-def _motion_blur(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
-    return operators.motion_blur(image_shape, settings.blur_length, settings.blur_angle)
 
 
 def _fourier(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
@@ -83,11 +66,13 @@ def _fourier(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operat
 
 # Kinds of measurement by the name that `restore.operator` gives them: (settings, image shape, seed) -> Operator.
 OPERATORS: dict[str, Callable[[ConfigDict, ImageShape, int], Operator]] = {
-    "inpaint": _inpaint,
+    "inpaint": lambda settings, shape, seed: operators.inpainting(read_mask(settings.mask, shape, seed)),
     "colorize": _colorize,
     "super_resolution": _super_resolution,
-    "gaussian_blur": _gaussian_blur,
-    "motion_blur": _motion_blur,
+    "gaussian_blur": lambda settings, shape, seed: operators.gaussian_blur(shape, settings.blur_std),
+    "motion_blur": lambda settings, shape, seed: operators.motion_blur(
+        shape, settings.blur_length, settings.blur_angle
+    ),
     "fourier": _fourier,
 }
 
@@ -112,24 +97,16 @@ def _load_operator(setting: str, image_shape: ImageShape) -> Operator:
 
 
 def build_operator(config: ConfigDict, image_shape: ImageShape) -> Operator:
-    """Build the measurement that `config.restore` describes.
-
-    Args:
-      config: read here: `restore`, `seed` (what is chosen at random).
-      image_shape: (H, W, C) of the images.
+    """Build the measurement that `config.restore` describes, for images of shape (H, W, C).
 
     Raises:
-      UserError: if a setting is unknown, out of range, or does not go with the images,
-        or if a file that it names is missing.
+      UserError: if a setting is unknown, out of range, or does not fit the images, or a file that it names is missing.
     """
     check(config, "restore")
     name = config.restore.operator
     if ".py:" in name:
         return _load_operator(name, image_shape)
     return OPERATORS[name](config.restore, image_shape, config.seed)
-
-
-# --- methods ---------------------------------------------------------------------------------------------------------
 
 
 def noise_in_range(config: ConfigDict) -> float:
@@ -192,20 +169,14 @@ METHODS: dict[str, Callable[[ConfigDict, SDE, Operator], Restoration]] = {
 
 
 def build_restoration(config: ConfigDict, sde: SDE, operator: Operator) -> Restoration:
-    """Build f(score_fn, y) -> Conditional, what a sampler takes to draw images behind the measurements y.
+    """Build f(score_fn, y) -> Conditional: arguments of a sampler that draws images given measurements y.
 
     "replacement" and "projection" put the noised measurement into the state after each step (Song et al. 2021,
     Appendix I.2, I.3; Song et al. 2022); "dps", "pigdm" and "mmps" add the gradient of log p_t(y | x) to the score (see
     `guidance`).
 
-    Args:
-      config: read here: `restore`, `sampling.method`, `model.num_scales`, `data.centered` (the range of the data).
-      sde: forward SDE.
-      operator: A, from `build_operator`.
-
     Raises:
-      UserError: if the method is unknown, a number out of range, or the method not defined for the operator, the
-        noise or the sampler.
+      UserError: if a setting is wrong, or the method is not defined for the operator, the noise or the sampler.
     """
     check(config, "restore")
     return METHODS[config.restore.method](config, sde, operator)

@@ -1,9 +1,9 @@
-"""Checkpoints of score_sde and score_sde_pytorch as one thing: tensors by original path, steps and rates."""
+"""Read checkpoints of score_sde and score_sde_pytorch, and write those of score_sde."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,71 +27,54 @@ _UNTRAINED = "GaussianFourierProjection_0/W"  # PyTorch neither averages nor opt
 
 
 class Tensor(NamedTuple):
-    """One tensor of a file: where it stands there, its shape there, and its value with axes in our order."""
+    """One tensor of a file."""
 
-    source: str
-    shape: tuple[int, ...]
-    value: np.ndarray
+    source: str  # place in the file
+    shape: tuple[int, ...]  # in the file
+    value: np.ndarray  # with axes in our order
 
 
 class Row(NamedTuple):
-    """One tensor, from where to where; `note` says what is wrong, if anything."""
+    """One tensor in a file and its place here."""
 
     source: str
     source_shape: str
     destination: str
     shape: str
-    note: str = ""
+    note: str = ""  # what is wrong
 
 
 @dataclasses.dataclass(frozen=True)
 class LegacyCheckpoint:
-    """What a checkpoint of another program holds.
+    """Content of a checkpoint of another program."""
 
-    Attributes:
-      tensors: of each of GROUPS by original path; only "params" if the file has nothing else.
-      unused: tensors that have no place here.
-      step: training steps taken.
-      optimizer_step: updates that Adam counts, for the correction of its moments.
-      lr: learning rate after the warm-up, if the file says.
-      ema_rate: decay of the average, if the file says.
-    """
-
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    unused: tuple[Tensor, ...] = ()
-    step: int = 0
-    optimizer_step: int = 0
-    lr: float | None = None
-    ema_rate: float | None = None
-
-    @property
-    def is_bare(self) -> bool:
-        """Says whether there are parameters only, without averages and moments."""
-        return len(self.tensors) == 1
+    tensors: Mapping[str, Mapping[str, Tensor]]  # of each of GROUPS, by original path; a bare file has only "params"
+    unused: tuple[Tensor, ...] = ()  # without a place here
+    step: int = 0  # training steps taken
+    optimizer_step: int = 0  # updates counted by Adam, for the bias correction of its moments
+    lr: float | None = None  # learning rate after the warm-up, if the file has it
+    ema_rate: float | None = None  # decay of the average, if the file has it
 
     def compare(self, leaves: Iterable[Leaf]) -> list[Row]:
-        """Lists every tensor with its place in the network whose parameters are `leaves`, and every empty place."""
+        """List every tensor with its place among the network's parameters `leaves`, and every empty place."""
+        left_over = lambda tensor: Row(tensor.source, str(tensor.shape), "-", "-", "left over")  # noqa: E731
         leaves, rows = list(leaves), []
+        known = {leaf.original for leaf in leaves}
         for group, tensors in self.tensors.items():
             rows += [_row(group, leaf, tensors.get(leaf.original)) for leaf in leaves]
-            known = {leaf.original for leaf in leaves}
-            rows += [_left_over(tensor) for path, tensor in tensors.items() if path not in known]
-        return rows + [_left_over(tensor) for tensor in self.unused]
+            rows += [left_over(tensor) for path, tensor in tensors.items() if path not in known]
+        return rows + [left_over(tensor) for tensor in self.unused]
 
     def trees(self, leaves: Iterable[Leaf]) -> dict[str, dict[str, Any]]:
-        """Returns the tree of the network's parameters in each group; `compare` has found nothing wrong."""
+        """Return the parameter tree of each group; requires that `compare` found nothing wrong."""
         leaves = list(leaves)
         return {
             group: unflatten_dict(
-                # Copies: some of these are views of a file's content, which could not be written to.
+                # Copies: some are read-only views of a file's content.
                 {leaf.path: np.array(tensors[leaf.original].value).reshape(leaf.shape) for leaf in leaves}
             )
             for group, tensors in self.tensors.items()
         }
-
-
-def _left_over(tensor: Tensor) -> Row:
-    return Row(tensor.source, str(tensor.shape), "-", "-", "left over")
 
 
 def _row(group: str, leaf: Leaf, tensor: Tensor | None) -> Row:
@@ -109,19 +92,19 @@ def _row(group: str, leaf: Leaf, tensor: Tensor | None) -> Row:
 
 
 def _number(value: Any, name: str, kind: type) -> Any:
-    """Returns a number that a file holds as such or as an array without axes."""
+    """Return a number, which a file may hold as an array without axes."""
     if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0:
         value = value.item()
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not whole):
-        raise UserError(f"{name} is {type(value).__name__}, no number")
+        raise UserError(f"{name} is {type(value).__name__}, not a number")
     if kind is int and not 0 <= value <= MAX_STEP:
-        raise UserError(f"{name}={value} is no number of steps")
+        raise UserError(f"{name}={value} is not a number of steps")
     return kind(value)
 
 
 def _map(tree: Any, name: str) -> Mapping[Any, Any]:
-    """Returns the map at a slash-joined path."""
+    """Return the map at a slash-joined path."""
     for part in name.split("/"):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     if not isinstance(tree, Mapping):
@@ -129,14 +112,11 @@ def _map(tree: Any, name: str) -> Mapping[Any, Any]:
     return tree
 
 
-# --- files of score_sde ----------------------------------------------------------------------------------------------
-
-
 def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     flat = {}
     for path, value in flatten_dict(dict(tree), sep="/").items():
         if not isinstance(value, np.ndarray):
-            raise UserError(f"{prefix}{path} is {type(value).__name__}, no array")
+            raise UserError(f"{prefix}{path} is {type(value).__name__}, not an array")
         flat[path] = Tensor(f"{prefix}{path}", value.shape, value)
     return flat
 
@@ -164,6 +144,11 @@ def _from_msgpack(tree: dict[str, Any]) -> LegacyCheckpoint:
     )
 
 
+def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Split paths at their slashes, in alphabetical order, as Flax does."""
+    return unflatten_dict({tuple(path): flat["/".join(path)] for path in sorted(path.split("/") for path in flat)})
+
+
 def write_score_sde(
     path: str | Path,
     leaves: Iterable[Leaf],
@@ -174,16 +159,10 @@ def write_score_sde(
     lr: float,
     ema_rate: float,
 ) -> None:
-    """Writes a file that the 2021 code restores, atomically; its random key is zero.
+    """Write a file that the 2021 code restores, atomically; its random key is zero.
 
-    Args:
-      path: of the file.
-      leaves: the network's parameters, see `match_parameters`.
-      groups: a tree of them for each of GROUPS.
-      step: training steps taken.
-      optimizer_step: updates that Adam counts.
-      lr: learning rate after the warm-up.
-      ema_rate: decay of the average.
+    `groups` has a tree of the network's parameters `leaves` for each of GROUPS. The numbers are those of
+    `LegacyCheckpoint`.
     """
     leaves, flat = list(leaves), {}
     for group in GROUPS:
@@ -205,100 +184,62 @@ def write_score_sde(
     )
 
 
-def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Splits paths at their slashes, in alphabetical order, as Flax left them."""
-    return unflatten_dict({tuple(path): flat["/".join(path)] for path in sorted(path.split("/") for path in flat)})
+def _torch_moments(
+    optimizer: Mapping[Any, Any], model: Mapping[str, np.ndarray], tensor: Callable[..., tuple[str, Tensor]]
+) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """Return Adam's moments, zero for parameters without state, and the number of its updates."""
+    groups, states = optimizer.get("param_groups"), optimizer.get("state")
+    if not isinstance(groups, list) or len(groups) != 1 or not isinstance(states, Mapping):
+        raise UserError("optimizer is not the state of Adam on one group of parameters")
+    numbers = groups[0].get("params") if isinstance(groups[0], Mapping) else None
+    if not isinstance(numbers, list) or len(numbers) != len(model) or any(type(n) is not int for n in numbers):
+        raise UserError(f"optimizer.param_groups does not list the {len(model)} parameters of the model")
+    tensors: dict[str, dict[str, Tensor]] = {group: {} for group in _TORCH_MOMENTS}
+    steps = set()
+    for number, (name, value) in zip(numbers, model.items(), strict=True):
+        place, state = f"optimizer.state[{number}]", states.get(number)
+        if isinstance(state, Mapping):
+            steps.add(_number(state.get("step"), f"{place}.step", int))
+        for group, moment in _TORCH_MOMENTS.items():
+            if number not in states:
+                found = tensor(name, "(zeros: no state)", np.zeros_like(value))
+            else:
+                found = tensor(name, f"{place}.{moment}", state.get(moment) if isinstance(state, Mapping) else None)
+            tensors[group].update([found])
+    if len(steps) > 1:
+        raise UserError(f"optimizer.state counts different steps: {sorted(steps)}")
+    return tensors, steps.pop() if steps else 0
 
 
-# --- files of score_sde_pytorch --------------------------------------------------------------------------------------
+def _from_torch(content: Mapping[Any, Any], leaves: list[TorchLeaf]) -> LegacyCheckpoint:
+    """Read a file of score_sde_pytorch, whose average and optimizer list tensors in the order of the parameters."""
+    named, leaf_of = _map(content, "model") if "model" in content else content, {leaf.name: leaf for leaf in leaves}
+    if not all(isinstance(name, str) and isinstance(value, np.ndarray) for name, value in named.items()):
+        raise UserError("its model is not a dictionary of tensors")
+    model = {name: value for key, value in named.items() if (name := plain_name(key)) not in _TORCH_BUFFERS}
 
-
-@dataclasses.dataclass(frozen=True)
-class _TorchReader:
-    """Reads the parts of a file of score_sde_pytorch.
-
-    Its average and its optimizer list tensors without names, in the order of the model's parameters.
-
-    Attributes:
-      model: the model's tensors by name, in that order, without buffers.
-      leaves: the network's parameters, by name.
-    """
-
-    model: Mapping[str, np.ndarray]
-    leaves: Mapping[str, TorchLeaf]
-
-    def _tensor(self, name: str, source: str, value: Any) -> tuple[str, Tensor]:
-        """Returns the original path of a parameter, or its name if it is unknown, and one of its tensors."""
+    def tensor(name: str, source: str, value: Any) -> tuple[str, Tensor]:
+        """Return one tensor of a parameter, and the parameter's original path, or its name if it is unknown."""
         if not isinstance(value, np.ndarray):
-            raise UserError(f"{source} is {type(value).__name__}, no tensor")
-        leaf = self.leaves.get(name)
+            raise UserError(f"{source} is {type(value).__name__}, not a tensor")
+        leaf = leaf_of.get(name)
         if leaf is None:
             return name, Tensor(source, value.shape, value)
         return leaf.original, Tensor(source, value.shape, leaf.from_torch(value))
 
-    def _untrained(self, name: str) -> bool:
-        return name in self.leaves and self.leaves[name].original == _UNTRAINED
-
-    def params(self) -> dict[str, Tensor]:
-        """Returns the parameters."""
-        return dict(self._tensor(name, f"model.{name}", value) for name, value in self.model.items())
-
-    def params_ema(self, shadow: Any) -> dict[str, Tensor]:
-        """Returns the averaged parameters; those that are not trained are their own average."""
-        names = [name for name in self.model if not self._untrained(name)]
-        if not isinstance(shadow, list) or len(shadow) not in (len(names), len(self.model)):
-            raise UserError(f"ema.shadow_params does not have a tensor for each of the {len(names)} parameters")
-        names = list(self.model) if len(shadow) == len(self.model) else names
-        averaged = [
-            self._tensor(name, f"ema.shadow_params[{i}]", value)
-            for i, (name, value) in enumerate(zip(names, shadow, strict=True))
-        ]
-        averages = set(names)
-        kept = [self._tensor(name, f"model.{name}", self.model[name]) for name in self.model if name not in averages]
-        return dict(averaged + kept)
-
-    def moments(self, optimizer: Mapping[Any, Any]) -> tuple[dict[str, dict[str, Tensor]], int]:
-        """Returns Adam's moments, zero where there are none, and the number of its updates."""
-        groups, states = optimizer.get("param_groups"), optimizer.get("state")
-        if not isinstance(groups, list) or len(groups) != 1 or not isinstance(states, Mapping):
-            raise UserError("optimizer is not the state of Adam on one group of parameters")
-        numbers = groups[0].get("params") if isinstance(groups[0], Mapping) else None
-        if not isinstance(numbers, list) or len(numbers) != len(self.model) or any(type(n) is not int for n in numbers):
-            raise UserError(f"optimizer.param_groups does not list the {len(self.model)} parameters of the model")
-        tensors: dict[str, dict[str, Tensor]] = {group: {} for group in _TORCH_MOMENTS}
-        steps = set()
-        for number, (name, value) in zip(numbers, self.model.items(), strict=True):
-            state = states.get(number)
-            if isinstance(state, Mapping):
-                steps.add(_number(state.get("step"), f"optimizer.state[{number}].step", int))
-            for group, moment in _TORCH_MOMENTS.items():
-                source = f"optimizer.state[{number}].{moment}" if number in states else "(zeros: no state)"
-                found = (
-                    np.zeros_like(value)
-                    if number not in states
-                    else state.get(moment)
-                    if isinstance(state, Mapping)
-                    else None
-                )
-                tensors[group].update([self._tensor(name, source, found)])
-        if len(steps) > 1:
-            raise UserError(f"optimizer.state counts different steps: {sorted(steps)}")
-        return tensors, steps.pop() if steps else 0
-
-
-def _from_torch(content: Mapping[Any, Any], leaves: list[TorchLeaf]) -> LegacyCheckpoint:
-    model = _map(content, "model") if "model" in content else content
-    if not all(isinstance(name, str) and isinstance(value, np.ndarray) for name, value in model.items()):
-        raise UserError("its model is not a dictionary of tensors")
-    named = {plain_name(name): value for name, value in model.items()}
-    named = {name: value for name, value in named.items() if name not in _TORCH_BUFFERS}
-    reader = _TorchReader(named, {leaf.name: leaf for leaf in leaves})
+    params = {name: tensor(name, f"model.{name}", value) for name, value in model.items()}
     if "model" not in content:
-        return LegacyCheckpoint({"params": reader.params()})
+        return LegacyCheckpoint({"params": dict(params.values())})
     ema = _map(content, "ema")
-    moments, optimizer_step = reader.moments(_map(content, "optimizer"))
+    names, shadow = [name for name in model if params[name][0] != _UNTRAINED], ema.get("shadow_params")
+    if not isinstance(shadow, list) or len(shadow) not in (len(names), len(model)):
+        raise UserError(f"ema.shadow_params does not have a tensor for each of the {len(names)} parameters")
+    names = list(model) if len(shadow) == len(model) else names
+    averaged = {name: tensor(name, f"ema.shadow_params[{i}]", shadow[i]) for i, name in enumerate(names)}
+    moments, optimizer_step = _torch_moments(_map(content, "optimizer"), model, tensor)
     return LegacyCheckpoint(
-        {"params": reader.params(), "params_ema": reader.params_ema(ema.get("shadow_params")), **moments},
+        # Parameters that are not averaged are their own average.
+        {"params": dict(params.values()), "params_ema": dict((params | averaged).values()), **moments},
         step=_number(content.get("step"), "step", int),
         optimizer_step=optimizer_step,
         ema_rate=_number(ema.get("decay"), "ema.decay", float),
@@ -306,15 +247,10 @@ def _from_torch(content: Mapping[Any, Any], leaves: list[TorchLeaf]) -> LegacyCh
 
 
 def read_checkpoint(path: str | Path, config: ConfigDict, leaves: list[Leaf]) -> LegacyCheckpoint:
-    """Reads a checkpoint of score_sde or score_sde_pytorch; which of them, its first bytes tell.
+    """Read a checkpoint of score_sde or score_sde_pytorch; its first bytes show which.
 
-    Args:
-      path: of the file.
-      config: describes the network; a PyTorch file's names follow from it.
-      leaves: the network's parameters, see `match_parameters`.
-
-    Raises:
-      UserError: naming the file, if it cannot be opened, is neither or damaged.
+    `leaves` are the network's parameters, see `match_parameters`. Names in a PyTorch file follow from `config`. Every
+    error is a UserError that names the file.
     """
     try:
         with open(path, "rb") as file:

@@ -20,15 +20,7 @@ _FORMAT_ERRORS = (
 
 
 def read_msgpack(path: str | Path) -> dict[str, Any]:
-    """Read a file that `flax.serialization.to_bytes` wrote.
-
-    Returns:
-      Nested dictionaries with numpy arrays, or whatever else stood there, as leaves.
-
-    Raises:
-      UserError: naming the file, if it is cut short or no such file.
-      UserError: if there is none.
-    """
+    """Read a file of `flax.serialization.to_bytes`: nested dictionaries with numpy arrays or other values as leaves."""
     try:
         with open(path, "rb") as file:
             # Memory for a list is allocated before its entries are read: check first that all of them are there.

@@ -1,8 +1,8 @@
 """Parameters of the 2021 score_sde code, in its names and in ours.
 
-The original let Flax name its layers: `Conv_0`, `Conv_1`, ... in the order in which a module calls them. So the
-translation needs no table of names: it runs one of our networks abstractly, notes which layer calls which, and counts
-the layers of each class as Flax did. What is written down here is what each class was called.
+The original let Flax name its layers: `Conv_0`, `Conv_1`, ... in the order in which a module calls them. The
+translation therefore traces one of our networks abstractly, records which layer calls which, and counts the layers of
+each class as Flax did. It only needs a table of class names.
 """
 
 from __future__ import annotations
@@ -28,26 +28,17 @@ Path = tuple[str, ...]
 
 
 class _Original(NamedTuple):
-    """What the original called a class.
-
-    Attributes:
-      name: of the class; the layers of a class are counted.
-      params: those of its parameters that have another name now.
-      inside: its name in a network of the given class, if that is another.
-      conditional: its name if it is conditioned on the label.
-      children: layers of it that the original named itself, so that they are not counted: {our name: its name}.
-      is_image_shaped: its parameters had the rank of an image, (1, 1, 1, C).
-    """
+    """A class in the original."""
 
     name: str
-    params: Mapping[str, str] = {}
-    inside: Mapping[type[nn.Module], str] = {}
-    conditional: str = ""
-    children: Mapping[str, str] = {}
-    is_image_shaped: bool = False
+    params: Mapping[str, str] = {}  # {our name: its name} of parameters whose names differ
+    inside: Mapping[type[nn.Module], str] = {}  # another class name in networks of this class
+    conditional: str = ""  # class name if conditioned on the label
+    children: Mapping[str, str] = {}  # {our name: its name} of layers with explicit names, which are not counted
+    is_image_shaped: bool = False  # its parameters have shape (1, 1, 1, C)
 
 
-# Classes that are missing own no parameters and call no layers.
+# Classes that are not listed own no parameters and call no layers.
 _CLASSES: dict[type[nn.Module], _Original] = {
     Conv: _Original("Conv"),
     layers.Dense: _Original("Dense"),
@@ -82,25 +73,16 @@ _CLASSES: dict[type[nn.Module], _Original] = {
 
 
 class Leaf(NamedTuple):
-    """One parameter: its path in our tree, its original path, and its shapes in both."""
+    """One parameter."""
 
-    path: Path
-    original: str
+    path: Path  # in our tree
+    original: str  # slash-joined path in the original
     shape: tuple[int, ...]
     original_shape: tuple[int, ...]
 
 
-def trace_layers(model: nn.Module, *inputs: Any) -> tuple[dict[Path, nn.Module], dict[str, Any]]:
-    """Runs a network or layer abstractly; nothing is computed.
-
-    Args:
-      model: any module.
-      inputs: what it is called with; arrays or `jax.ShapeDtypeStruct`s.
-
-    Returns:
-      Every layer by its path, the module itself first, in the order in which they are called; and the shapes of the
-      parameters, a tree.
-    """
+def _trace_layers(model: nn.Module, *inputs: Any) -> tuple[dict[Path, nn.Module], dict[str, Any]]:
+    """Return every layer by path in the order of calls, the module itself first, and the tree of parameter shapes."""
     calls: dict[Path, nn.Module] = {}
 
     def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -113,83 +95,66 @@ def trace_layers(model: nn.Module, *inputs: Any) -> tuple[dict[Path, nn.Module],
     return calls, shapes
 
 
-def trace_network(config: ConfigDict) -> tuple[dict[Path, nn.Module], dict[str, Any]]:
-    """Runs the network that a configuration describes abstractly; see `trace_layers`."""
-    return trace_layers(create_model(config), *_network_inputs(config))
-
-
 def _network_inputs(config: ConfigDict) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     shape = (1, *image_size(config), config.data.num_channels)
     return jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
 
 
-def match_layers(model: nn.Module, *inputs: Any) -> list[Leaf]:
-    """Lists the parameters of a network or layer, without computing anything.
+def trace_network(config: ConfigDict) -> tuple[dict[Path, nn.Module], dict[str, Any]]:
+    """Return the layers of the configured network by path, in the order of calls, and the tree of parameter shapes."""
+    return _trace_layers(create_model(config), *_network_inputs(config))
 
-    Args:
-      model: a module whose layers have a twin in the original code.
-      inputs: what it is called with; arrays or `jax.ShapeDtypeStruct`s.
+
+def match_layers(model: nn.Module, *inputs: Any) -> list[Leaf]:
+    """List the parameters of a network or layer with a twin in the original code, without computing anything.
+
+    `inputs` are its arguments, arrays or `jax.ShapeDtypeStruct`s.
     """
-    calls, shapes = trace_layers(model, *inputs)
+    calls, shapes = _trace_layers(model, *inputs)
     prefixes: dict[Path, str] = {(): ""}
     counts = Counter[str]()
     for path, module in list(calls.items())[1:]:
         if type(module) not in _CLASSES:
             continue
-        parent, own = path[:-1], path[-1]
+        parent, own, original = path[:-1], path[-1], _CLASSES[type(module)]
         given = _CLASSES[type(calls[parent])].children if type(calls[parent]) in _CLASSES else {}
         if own in given:
             prefixes[path] = f"{prefixes[parent]}{given[own]}/"
             continue
-        name = f"{prefixes[parent]}{_class_name(module, model)}"
+        is_conditional = original.conditional and module.options.is_conditional
+        class_name = original.conditional if is_conditional else original.inside.get(type(model), original.name)
+        name = f"{prefixes[parent]}{class_name}"
         prefixes[path] = f"{name}_{counts[name]}/"
         counts[name] += 1
-    return [
-        _leaf(path, prefixes[path[:-1]], type(calls[path[:-1]]), value.shape)
-        for path, value in flatten_dict(shapes).items()
-    ]
-
-
-def _class_name(module: nn.Module, network: nn.Module) -> str:
-    original = _CLASSES[type(module)]
-    if original.conditional and module.options.is_conditional:
-        return original.conditional
-    return original.inside.get(type(network), original.name)
-
-
-def _leaf(path: Path, prefix: str, cls: type[nn.Module], shape: tuple[int, ...]) -> Leaf:
-    original = _CLASSES[cls]
-    original_shape = (1, 1, 1, *shape) if original.is_image_shaped else shape
-    return Leaf(path, prefix + original.params.get(path[-1], path[-1]), shape, original_shape)
+    leaves = []
+    for path, value in flatten_dict(shapes).items():
+        owner = _CLASSES[type(calls[path[:-1]])]
+        name = prefixes[path[:-1]] + owner.params.get(path[-1], path[-1])
+        leaves.append(Leaf(path, name, value.shape, (1, 1, 1, *value.shape) if owner.is_image_shaped else value.shape))
+    return leaves
 
 
 def match_parameters(config: ConfigDict) -> list[Leaf]:
-    """Lists the parameters of the network that a configuration describes.
+    """List the parameters of the configured network.
 
     Raises:
-      UserError: if it is told classes, which no network of the original is.
+      UserError: if it is conditioned on classes, which no network of the original is.
     """
     if num_classes_of(config):
         raise UserError(
-            f"model.num_classes={config.model.num_classes}: score_sde has no networks that are told classes, so there "
+            f"model.num_classes={config.model.num_classes}: score_sde has no class-conditional networks, so there "
             "is nothing to import or export; set model.num_classes=0"
         )
     return match_layers(create_model(config), *_network_inputs(config))
 
 
 def params_from_score_sde(config: ConfigDict, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates parameters of the 2021 code to parameters of `create_model(config)`.
+    """Translate parameters of the 2021 code, {slash-joined path: array}, to parameters of `create_model(config)`.
 
-    Args:
-      config: describes the network that the parameters are of.
-      flat: the original's parameters, {slash-joined path: array}; arrays that `jax.eval_shape` or `jax.jit` traces, and
-        `jax.ShapeDtypeStruct`s, will do.
-
-    Returns:
-      The tree of parameters, numpy arrays in their original precision, or what they were if they are abstract.
+    Returns a tree of numpy arrays in their original precision. Traced arrays and `jax.ShapeDtypeStruct`s stay abstract.
 
     Raises:
-      UserError: if parameters are missing, left over, or of another shape, naming them.
+      UserError: naming parameters that are missing, left over, or of another shape.
     """
     leaves = match_parameters(config)
     _check_names({leaf.original for leaf in leaves}, set(flat))
@@ -206,10 +171,7 @@ def params_from_score_sde(config: ConfigDict, flat: Mapping[str, Any]) -> dict[s
 
 
 def params_to_score_sde(config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates parameters of `create_model(config)` to those of the 2021 code; undoes `params_from_score_sde`.
-
-    Returns:
-      {slash-joined path: array}, numpy arrays, or what they were if they are abstract.
+    """Translate parameters of `create_model(config)` to the 2021 code's; the inverse of `params_from_score_sde`.
 
     Raises:
       UserError: if `params` is not the tree of this network.

@@ -1,7 +1,7 @@
 """Read files of `torch.save` without PyTorch and without running what is in them.
 
-A pickle may name any function. This reader knows the names that tensors and optimizers need, each with a stand-in of
-its own, and stops at any other name.
+A pickle may name any function. This reader knows the names that tensors and optimizers need, replaces each by a
+function of its own, and refuses all others.
 """
 
 from __future__ import annotations
@@ -34,11 +34,8 @@ _ERRORS = (
     *(AttributeError, LookupError, OverflowError, TypeError, ValueError),
 )
 
-# --- stand-ins for what a pickle names -------------------------------------------------------------------------------
-
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any) -> np.ndarray:
-    """Return a view of the storage, after checking that it stays inside."""
     if not isinstance(storage, np.ndarray) or storage.ndim != 1:
         raise UserError("a tensor has no values")
     if not isinstance(size, tuple) or not isinstance(stride, tuple) or len(size) != len(stride):
@@ -90,8 +87,6 @@ _STORAGES = {
     "BoolStorage": "?",
 }
 
-# --- pickles ---------------------------------------------------------------------------------------------------------
-
 LoadStorage = Callable[[str, np.dtype, int], np.ndarray]  # values by key, type and size
 
 
@@ -122,7 +117,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check_pickle(data: bytes) -> int:
-    """Return the length of the pickle at the start of `data`, after checking what could take memory or time.
+    """Return the length of the pickle at the start of `data`; refuse instructions that could exhaust memory or time.
 
     The unpickler allocates what an instruction announces, and the memo up to its largest index.
     """
@@ -145,12 +140,8 @@ def _check_pickle(data: bytes) -> int:
 
 
 def _unpickle(data: bytes, load_storage: LoadStorage) -> tuple[Any, int]:
-    """Return the value of the pickle at the start of `data`, and the pickle's length."""
     length = _check_pickle(data)
     return _Unpickler(data[:length], load_storage).load(), length
-
-
-# --- the two layouts -------------------------------------------------------------------------------------------------
 
 
 def _read_zip(file: BinaryIO) -> Any:
@@ -222,12 +213,7 @@ def is_torch_file(start: bytes) -> bool:
 
 
 def read_torch(path: str | Path) -> dict[Any, Any]:
-    """Read a file of `torch.save` that holds a dictionary: lists, Python's numbers, and tensors as numpy arrays.
-
-    Raises:
-      UserError: naming the file, if it is damaged, no such file, or asks for anything else.
-      UserError: if there is none.
-    """
+    """Read a dictionary from a file of `torch.save`: lists, Python's numbers, and tensors as numpy arrays."""
     assert sys.byteorder == "little"
     with open(path, "rb") as file:
         is_zip = file.read(len(ZIP_START)) == ZIP_START

@@ -8,7 +8,7 @@ import re
 import select
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from configs.settings import flatten
 from errors import UserError
-from experiment import startup
 from parallel import distributed
 from parallel.backend import check_platform
 from storage import files as storage
@@ -35,31 +34,19 @@ PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id", "start_se
 class Mode:
     """A value of --mode.
 
-    Attributes:
-      run: its function, called with `config` and `workdir` if it uses them, its flags by name, and `files`, the
-        positional arguments, if it takes some. Returns False if it failed and has printed why.
-      flags: flags it takes besides --config and --workdir.
-      needed: flags among them that must be given.
-      ignored: flags accepted but ignored.
-      config: whether --config must be given; "optional": it may be.
-      workdir: what --workdir must be: "trained", "writable", "unmade" (the mode creates it), or "none", not given.
-      files: name of its positional arguments, such as "A.json B.json"; empty: it takes none.
-      shared: whether several processes can run it together.
-      preemptible: whether it saves its state on SIGTERM.
+    `run` is called with `config` and `workdir` if it uses them, its flags by name, and `files`, the positional
+    arguments, if it takes some. It returns False if it failed and has printed why.
     """
 
     run: Callable[..., Any]
-    flags: tuple[str, ...] = ()
-    needed: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-    config: bool | str = True
-    workdir: str = "trained"
-    files: str = ""
-    shared: bool = False
-    preemptible: bool = False
-
-
-# --- flags -----------------------------------------------------------------------------------------------------------
+    flags: tuple[str, ...] = ()  # besides --config and --workdir
+    needed: tuple[str, ...] = ()  # flags that must be given
+    ignored: tuple[str, ...] = ()  # flags accepted but ignored
+    config: bool | str = True  # whether --config must be given; "optional": it may be
+    workdir: str = "trained"  # requirement on --workdir: "trained", "writable", "unmade" (created by the mode), "none"
+    files: str = ""  # positional arguments, such as "A.json B.json"; empty: none
+    shared: bool = False  # whether several processes can run it together
+    preemptible: bool = False  # whether it saves its state on SIGTERM
 
 
 def _split_config(argv: Sequence[str]) -> tuple[list[str], str]:
@@ -79,13 +66,6 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], str]:
     return others, file.partition(":")[0]
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that caused it, the first cause last."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _text(error: BaseException) -> str:
     """Return the message of an error on one line, without the errors that ml_collections wraps around it."""
     while error.args and isinstance(error.args[0], BaseException):
@@ -101,7 +81,10 @@ def _explain_config(error: Exception, file: str) -> str:
     path = Path(file).resolve()
     if not path.is_file():
         return f"--config {file} is not a file"
-    for cause in reversed([*_chain(error)]):
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for cause in reversed(chain):
         if isinstance(cause, SyntaxError) and Path(cause.filename or "").resolve() == path:
             return f"--config {file}, line {cause.lineno}: {cause.msg}"
         frames = traceback.extract_tb(cause.__traceback__)
@@ -110,9 +93,9 @@ def _explain_config(error: Exception, file: str) -> str:
             return f"--config {file}, line {lines[-1]}: {kind}{_text(cause)}"
         if isinstance(cause, AttributeError) and cause.name == "get_config":
             return f"--config {file} defines no function get_config()"
-    if isinstance(cause, OSError):  # of a file that the config reads
-        return f"--config {file} cannot be loaded: {_text(cause).rpartition(file)[2].strip('. ')}"
-    return str(cause) if isinstance(cause, UserError) else ""
+    if isinstance(error, OSError):  # of a file that the config reads
+        return f"--config {file} cannot be loaded: {_text(error).rpartition(file)[2].strip('. ')}"
+    return str(error) if isinstance(error, UserError) else ""
 
 
 def _parse(argv: Sequence[str], file: str) -> list[str]:
@@ -159,11 +142,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def check_flags(name: str, modes: Mapping[str, Mode], files: Sequence[str] = ()) -> None:
-    """Check that the flags and the positional arguments fit the mode.
-
-    Raises:
-      UserError: naming a flag that the mode does not take, or one that it needs.
-    """
+    """Check that the flags and the positional arguments `files` fit the mode."""
     mode = modes[name]
     for flag in PROCESS_FLAGS:
         if FLAGS[flag].present and not mode.shared:
@@ -183,32 +162,14 @@ def check_flags(name: str, modes: Mapping[str, Mode], files: Sequence[str] = ())
             raise UserError(f"--mode {name} needs --{flag} FILE")
 
 
-# --- set-up ----------------------------------------------------------------------------------------------------------
-
-
-def set_up_python() -> None:
-    """Set up the console log, JAX's cache and garbage collection; call it before JAX looks for devices."""
-    logs.set_up_console()
-    startup.set_up()
-
-
 def prepare(modes: Mapping[str, Mode], files: Sequence[str]) -> dict[str, Any]:
-    """Check the flags, join the other processes, check platform and workdir, and start the log file of the workdir.
-
-    Returns:
-      The arguments of the mode's function.
-    """
+    """Check flags, platform and workdir, join the other processes, start the log file; return the mode's arguments."""
     mode = modes[FLAGS.mode]
     check_flags(FLAGS.mode, modes, files)
     arguments = {flag: FLAGS[flag].value for flag in mode.flags}
     if mode.shared:
-        distributed.initialize(
-            FLAGS.coordinator_address,
-            FLAGS.num_processes,
-            FLAGS.process_id,
-            start_seconds=FLAGS.start_seconds,
-            preemptible=mode.preemptible,
-        )
+        place = (FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
+        distributed.initialize(*place, start_seconds=FLAGS.start_seconds, preemptible=mode.preemptible)
         given = {f"--{name}": value for name, value in arguments.items()}
         given |= {"--mode": FLAGS.mode, "--workdir": FLAGS.workdir}
         config = {f"--config.{key}": value for key, value in flatten(FLAGS.config).items()}
@@ -229,16 +190,6 @@ def prepare(modes: Mapping[str, Mode], files: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-def _stdout_is_closed() -> bool:
-    """Return whether the reader of standard output, such as `head`, has gone."""
-    poll = select.poll()
-    poll.register(1, select.POLLOUT)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
 def fail(error: BaseException) -> NoReturn:
     """End the program, and all other processes of the run, because of an error.
 
@@ -246,9 +197,12 @@ def fail(error: BaseException) -> NoReturn:
     workdir gets the traceback of both.
     """
     error = distributed.explain(error)
-    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes standard output once more
-        distributed.stop("standard output is closed", EXIT_PIPE)
+    if isinstance(error, BrokenPipeError):
+        poll = select.poll()
+        poll.register(1, select.POLLOUT)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):  # the reader, such as `head`, has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes standard output once more
+            distributed.stop("standard output is closed", EXIT_PIPE)
     code, is_bug, sentence = EXIT_FAILED, False, str(error)
     if isinstance(error, KeyboardInterrupt):
         code, sentence = EXIT_INTERRUPTED, "interrupted by Ctrl-C"

@@ -1,4 +1,4 @@
-"""Checkpoints of score_sde and score_sde_pytorch into a workdir, and out of it again."""
+"""The modes "import" and "export": checkpoints of score_sde and score_sde_pytorch to snapshots, and back."""
 
 from __future__ import annotations
 
@@ -22,42 +22,32 @@ from workdir import folder as workdirs
 from workdir import locks
 from workdir.checkpoints import CheckpointError, Checkpoints
 
-NUM_NAMED = 3  # tensors that a sentence names
-
-
-def _replace_states(opt_state: Any, adam: optax.ScaleByAdamState, count: Any) -> Any:
-    """Puts Adam's moments, and the count that the warm-up goes by, in their places of the optimizer's state."""
-    replaced = []
-    for part in opt_state:
-        if isinstance(part, optax.ScaleByAdamState):
-            part = adam
-        elif isinstance(part, optax.ScaleByScheduleState):
-            part = optax.ScaleByScheduleState(count=count)
-        replaced.append(part)
-    return type(opt_state)(replaced)
+NUM_NAMED = 3  # tensors named in a message
 
 
 def _build_state(experiment: Experiment, trees: Mapping[str, Any], source: legacy.LegacyCheckpoint) -> TrainState:
-    """Builds the state from which training goes on as the original's would, numpy arrays on the host."""
+    """Build the state from which training resumes as the original's would, numpy arrays on the host."""
     template = experiment.state_template()
     zeros = template.params
     step, count = np.asarray(source.step, np.int32), np.asarray(source.optimizer_step, np.int32)
-    adam = optax.ScaleByAdamState(count=count, mu=trees.get("mu", zeros), nu=trees.get("nu", zeros))
+    opt_state = []
+    for part in template.opt_state:
+        if isinstance(part, optax.ScaleByAdamState):
+            part = optax.ScaleByAdamState(count=count, mu=trees.get("mu", zeros), nu=trees.get("nu", zeros))
+        elif isinstance(part, optax.ScaleByScheduleState):
+            part = optax.ScaleByScheduleState(count=step)  # of the warm-up
+        opt_state.append(part)
     state = template.replace(  # type: ignore[attr-defined]
         step=step,
         params=trees["params"],
         params_ema=trees.get("params_ema", trees["params"]),
-        opt_state=_replace_states(template.opt_state, adam, step),
+        opt_state=type(template.opt_state)(opt_state),
     )
     assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, template)
     return state
 
 
-# --- what fits -------------------------------------------------------------------------------------------------------
-
-
-def print_table(rows: Sequence[legacy.Row]) -> None:
-    """Prints every tensor of the file, its place here, both shapes, and what is wrong."""
+def _print_table(rows: Sequence[legacy.Row]) -> None:
     table = [legacy.Row("tensor of the file", "shape", "place here", "shape", ""), *rows]
     widths = [max(len(row[column]) for row in table) for column in range(4)]
     for row in table:
@@ -66,7 +56,7 @@ def print_table(rows: Sequence[legacy.Row]) -> None:
 
 
 def _mismatch(rows: Sequence[legacy.Row]) -> str:
-    """Says in a few words what does not fit; nothing if all does."""
+    """Describe what does not fit; empty if all does."""
     wrong: dict[str, list[str]] = {}
     for row in rows:
         if row.note:
@@ -78,27 +68,14 @@ def _mismatch(rows: Sequence[legacy.Row]) -> str:
     return ", ".join(parts)
 
 
-def _check_place(config: ConfigDict, workdir: Path, number: int) -> None:
-    """Checks that a workdir may take snapshot `number` of this experiment.
-
-    Raises:
-      WorkdirError: if it holds another experiment.
-      CheckpointError: if it has that snapshot.
-    """
-    workdirs.check_same_experiment(workdir, config)
-    taken = workdir / "checkpoints" / str(number)
-    if taken.exists():
-        raise CheckpointError(f"{taken} exists; nothing was overwritten: choose a new --workdir")
-
-
 def _warn_of_differences(config: ConfigDict, source: legacy.LegacyCheckpoint) -> None:
-    """Tells which settings of the original's training, as far as the file has them, are not those given."""
+    """Warn of settings that differ from those of the original's training, as far as the file has them."""
     for key, value in (("optim.lr", source.lr), ("model.ema_rate", source.ema_rate)):
         group, name = key.split(".")
         if value is not None and not math.isclose(value, config[group][name], rel_tol=1e-6):
             logging.warning(
-                "the original trained with %s=%.6g, this configuration has %s; training goes on with the latter: pass "
-                "--config.%s=%.6g to go on as the original would",
+                "the original trained with %s=%.6g, this configuration has %s; training resumes with the latter: pass "
+                "--config.%s=%.6g to resume as the original would",
                 *(key, value, config[group][name], key, value),
             )
     try:
@@ -107,24 +84,18 @@ def _warn_of_differences(config: ConfigDict, source: legacy.LegacyCheckpoint) ->
         logging.warning("to train further: %s", error)
 
 
-# --- in and out ------------------------------------------------------------------------------------------------------
-
-
 def import_checkpoint(
     config: ConfigDict, checkpoint: str | Path, workdir: str | Path, *, dry_run: bool = False
 ) -> bool:
-    """Makes a checkpoint of another program a snapshot of a workdir, from which training and evaluation go on.
+    """Import a checkpoint of another program as a snapshot of a workdir, for training and evaluation.
 
     Its number is the original's, step // training.snapshot_freq. Everything is checked before anything is written.
 
     Args:
       config: experiment configuration.
       checkpoint: file of score_sde (msgpack) or of score_sde_pytorch (.pth).
-      workdir: folder of the run; made if need be.
-      dry_run: print where each tensor would go and write nothing.
-
-    Returns:
-      Whether the file fits, which is false only in a dry run.
+      workdir: folder of the run; created if missing.
+      dry_run: print where each tensor would go, write nothing, and return whether the file fits.
 
     Raises:
       UserError: if a setting is wrong, or the file is damaged or does not fit.
@@ -137,27 +108,24 @@ def import_checkpoint(
     rows = source.compare(leaves)
     mismatch = _mismatch(rows)
     if dry_run:
-        print_table(rows)
-    if mismatch and dry_run:
-        print(f"{checkpoint} does not fit this configuration: {mismatch}")
-        return False
+        _print_table(rows)
     if mismatch:
+        message = f"{checkpoint} does not fit this configuration: {mismatch}"
+        if dry_run:
+            print(message)
+            return False
         raise UserError(
-            f"{checkpoint} does not fit this configuration: {mismatch}; --dry_run lists every tensor; check "
-            "config.model and config.data against the checkpoint's"
+            f"{message}; --dry_run lists every tensor; check config.model and config.data against the checkpoint's"
         )
     state, number = _build_state(experiment, source.trees(leaves), source), source.step // config.training.snapshot_freq
-    _check_place(config, workdir, number)
+    workdirs.check_same_experiment(workdir, config)
+    taken = workdir / "checkpoints" / str(number)
+    if taken.exists():
+        raise CheckpointError(f"{taken} exists; nothing was overwritten: choose a new --workdir")
     _warn_of_differences(config, source)
     if dry_run:
         print(f"{checkpoint} fits: {len(rows)} tensors, step {source.step}, would become checkpoint {number}")
         return True
-    _write(config, workdir, number, state)
-    logging.info("imported %s, step %d, as checkpoint %d of %s", checkpoint, source.step, number, workdir)
-    return True
-
-
-def _write(config: ConfigDict, workdir: Path, number: int, state: TrainState) -> None:
     workdirs.check_writable(workdir)
     with (
         locks.hold(workdir),  # opening the checkpoints removes unfinished ones, which may be those of a training run
@@ -166,15 +134,12 @@ def _write(config: ConfigDict, workdir: Path, number: int, state: TrainState) ->
         workdirs.record_config(workdir, config)
         checkpoints.save_snapshot(number, state)
         checkpoints.wait()
+    logging.info("imported %s, step %d, as checkpoint %d of %s", checkpoint, source.step, number, workdir)
+    return True
 
 
 def export_checkpoint(config: ConfigDict, workdir: str | Path, checkpoint: str | Path) -> None:
-    """Writes snapshot eval.begin_ckpt of a workdir as a file that the 2021 code restores.
-
-    Args:
-      config: experiment configuration.
-      workdir: folder of a training run.
-      checkpoint: file to write, atomically.
+    """Export snapshot eval.begin_ckpt of a workdir to a new file that the 2021 code restores, atomically.
 
     Raises:
       UserError: if a setting is wrong, or the file exists or cannot be written.

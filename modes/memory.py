@@ -24,17 +24,11 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-    """Bytes on one device while a program runs.
+    """Bytes on one device while a program runs."""
 
-    Attributes:
-      held: inputs, by name.
-      temporaries: peak of all other arrays, as XLA planned it.
-      gradients: the part of `temporaries` that the gradients of the parameters take; 0: none.
-    """
-
-    held: dict[str, int]
-    temporaries: int
-    gradients: int = 0
+    held: dict[str, int]  # inputs, by name
+    temporaries: int  # peak of all other arrays, as XLA planned it
+    gradients: int = 0  # part of `temporaries` for the gradients of the parameters
 
     @property
     def total(self) -> int:
@@ -58,17 +52,13 @@ def _analyze(compiled: jax.stages.Compiled) -> Any:
 
 
 def compile_training(experiment: Experiment) -> jax.stages.Compiled:
-    """Compile the same training steps that a run compiles, from the shapes of their arguments."""
+    """Compile the training steps of a run from the shapes of their arguments."""
     state, batch = programs.on_devices((experiment.state_shapes, programs.training_batch(experiment.config)))
     return _compile(map_train_steps(experiment), experiment.keys["train"], state, batch)
 
 
 def of_training(experiment: Experiment, compiled: jax.stages.Compiled) -> Footprint:
-    """Return the memory of compiled training steps.
-
-    Raises:
-      UserError: if JAX does not report memory on this platform.
-    """
+    """Return the memory of compiled training steps."""
     state, batch, analysis = experiment.state_shapes, programs.training_batch(experiment.config), _analyze(compiled)
     steps, images = jax.tree.leaves(batch)[0].shape[:2]
     held = {
@@ -85,12 +75,7 @@ def of_training(experiment: Experiment, compiled: jax.stages.Compiled) -> Footpr
 def of_evaluation(experiment: Experiment, *, pulls_back: bool = False) -> Footprint:
     """Compile one evaluation of the score for a batch of `eval.batch_size`, and return its memory.
 
-    Args:
-      experiment: what is evaluated.
-      pulls_back: with a vector-Jacobian product in the images, which bits/dim need.
-
-    Raises:
-      UserError: if JAX does not report memory on this platform.
+    With `pulls_back` it includes a vector-Jacobian product in the images, as bits/dim need.
     """
     images = distributed.round_up(experiment.config.eval.batch_size) // distributed.device_count()
     params = experiment.state_shapes.params
@@ -102,27 +87,20 @@ def of_evaluation(experiment: Experiment, *, pulls_back: bool = False) -> Footpr
         if not pulls_back:
             return score_fn(x, t)
         value, pullback = jax.vjp(lambda x: score_fn(x, t), x)
-        return value, pullback(x)  # x serves as the vector
+        return value, pullback(x)  # with x as the vector
 
     analysis = _analyze(_compile(distributed.pmap(score), *programs.on_devices((params, x, t))))
     held = {"parameters": _bytes(params), f"batch of {images} images": _bytes((x, t))}
     return Footprint(held, analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
 
-# --- report ----------------------------------------------------------------------------------------------------------
-
-
-def _row(name: str, size: int) -> str:
-    return f"  {name:<44}{size / MIB:>12,.2f} MiB {size:>18,} bytes"
-
-
 def _rows(title: str, footprint: Footprint) -> Iterator[str]:
     yield f"\n{title}"
-    yield from (_row(name, size) for name, size in footprint.held.items())
-    yield _row("temporary arrays, most at one time", footprint.temporaries)
+    sizes = footprint.held | {"temporary arrays, most at one time": footprint.temporaries}
     if footprint.gradients:
-        yield _row("  gradients of the parameters among them", footprint.gradients)
-    yield _row("all", footprint.total)
+        sizes["  gradients of the parameters among them"] = footprint.gradients
+    for name, size in (sizes | {"all": footprint.total}).items():
+        yield f"  {name:<44}{size / MIB:>12,.2f} MiB {size:>18,} bytes"
 
 
 def _hints(experiment: Experiment) -> Iterator[str]:
@@ -159,14 +137,7 @@ def report(experiment: Experiment) -> Iterator[str]:
 
 
 def memory(config: ConfigDict) -> None:
-    """Print the memory that training and evaluation need on each device; compiles both and runs neither.
-
-    Args:
-      config: experiment configuration.
-
-    Raises:
-      UserError: if a setting is wrong, or JAX does not report memory on this platform.
-    """
+    """Print the memory that training and evaluation need on each device; compiles both and runs neither."""
     config = smoke.resolve(config)
     require_score_network(config)
     check_schedule(config)

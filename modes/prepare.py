@@ -16,7 +16,6 @@ from sources.tfrecord import TfrecordSource
 
 
 def _place(source: Source) -> str:
-    """Describe where the images of a source are read from."""
     if isinstance(source, Selection):
         return _place(source.source)
     if isinstance(source, TfrecordSource):
@@ -32,10 +31,7 @@ def prepare(config: ConfigDict) -> None:
     """Prepare the configured data set once, so that training and evaluation start at once and need no TensorFlow.
 
     Downloads a TFDS data set and writes it as ArrayRecord files, in a process of its own. Decodes pictures into the
-    cache, up to data.cache_gib. Leaves alone what is prepared already.
-
-    Args:
-      config: experiment configuration; reads only `config.data`.
+    cache, up to data.cache_gib. Skips what is already prepared.
 
     Raises:
       UserError: if a setting is wrong, or files, the network or TensorFlow are missing.

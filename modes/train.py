@@ -21,11 +21,7 @@ from workdir import locks
 def train(config: ConfigDict, workdir: str | Path) -> None:
     """Train a score network, or resume from the newest checkpoint of the workdir.
 
-    Writes checkpoints, sample grids, the loss curve and config.json into the workdir.
-
-    Args:
-      config: experiment configuration.
-      workdir: folder of the run; created if missing.
+    Writes checkpoints, sample grids, the loss curve and config.json into the workdir, which is created if missing.
 
     Raises:
       UserError: if a setting is wrong, or does not fit the step to resume from.
@@ -53,11 +49,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path) -> None:
     """Train, or resume, a classifier of the experiment's noisy images for guidance, and measure its accuracy.
 
     Writes into the sub-folder "classifier" of the workdir: checkpoints, config.json, the loss curve and the accuracy
-    at each noise level. Needs no trained score network.
-
-    Args:
-      config: experiment configuration of the score network.
-      workdir: folder of its run; created if missing.
+    at each noise level. Needs no trained score network, but takes its configuration.
 
     Raises:
       UserError: if a setting is wrong or does not fit the step to resume from, or the data have no labels.

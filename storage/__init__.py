@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, and read within bounds when they are somebody else's."""
+"""Write files atomically, and read files of others safely."""

@@ -1,4 +1,4 @@
-"""Atomic writes, checked reads of .npz files, content hashes, and what system errors mean for the user."""
+"""Atomic writes, checked reads of .npz files, content hashes, and explanations of system errors."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from errors import UserError
 from storage import guards
 
 CACHE = "~/.cache/score_sde"  # $SCORE_SDE_CACHE replaces it
-# What a user can do about an error of the machine, by errno.
-_WAYS_OUT = {
+_PERMISSIONS = "check its owner and permissions, or choose another folder"
+_MOUNT = "check that the network file system is mounted"
+# Fixes of errors of the machine, by errno.
+_FIXES = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of your quota there",
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "close files of other programs: the whole machine has too many open",
     errno.EROFS: "mount it for writing, or choose another folder",
-    errno.EACCES: "check its owner and permissions, or choose another folder",
-    errno.EPERM: "check its owner and permissions, or choose another folder",
     errno.EIO: "check the disk and the connection to it",
-    errno.ESTALE: "check that the network file system is mounted",
-    errno.ENOTCONN: "check that the network file system is mounted",
-    errno.ETIMEDOUT: "check that the network file system is mounted",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _PERMISSIONS),
+    **dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT), _MOUNT),
 }
 
 
@@ -53,7 +52,7 @@ def disk_of(path: str | Path) -> Path:
 
 def is_of_machine(error: OSError) -> bool:
     """Return whether an error is the machine's (disk full, no permission, file system gone), not a bug of ours."""
-    return error.errno in _WAYS_OUT
+    return error.errno in _FIXES
 
 
 def explain(error: OSError) -> str:
@@ -64,8 +63,8 @@ def explain(error: OSError) -> str:
     if isinstance(error.filename, str | bytes | os.PathLike):
         path = os.fsdecode(error.filename)
         refused = f"{path} (on the disk {disk_of(path)}): {refused}"
-    way_out = _WAYS_OUT.get(error.errno, "fix this")
-    return f"{refused}; {way_out}, then rerun the same command: it resumes from the completed work"
+    fix = _FIXES.get(error.errno, "fix this")
+    return f"{refused}; {fix}, then rerun the same command: it resumes from the completed work"
 
 
 @contextlib.contextmanager
@@ -79,34 +78,23 @@ def naming(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
-def _is_running(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OSError):  # such as another user's
-        return True
-    return True
-
-
 def remove_leftovers(folder: str | Path) -> None:
     """Remove, in a folder and its sub-folders, the temporary files of killed processes of this host."""
     host = socket.gethostname()
     for path in Path(folder).rglob(f".*.{glob.escape(host)}-*.*"):
         process = path.name.rpartition(f".{host}-")[2].partition(".")[0]
-        if not _is_running(process):
+        try:
+            os.kill(int(process), 0)  # sends nothing
+        except ProcessLookupError:
             path.unlink(missing_ok=True)
+        except (ValueError, OSError):  # no number, or another user's process
+            continue
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file under a temporary name and rename it: it appears complete, or the old one stays.
 
-    Args:
-      path: of the file; its folder is created if missing.
-      write: called with the open binary file.
-
-    Raises:
-      OSError: naming the file, if it cannot be written.
+    `write` is called with the open binary file. The folder is created if missing. An OSError names the file.
     """
     path = Path(path)
     with naming(path):
@@ -121,7 +109,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
             os.chmod(temporary, 0o644)  # mkstemp's own mode hides the file from everyone else
             os.replace(temporary, path)
         except BaseException:
-            with contextlib.suppress(OSError):  # a folder that has vanished took the file along
+            with contextlib.suppress(OSError):  # it is gone if its folder is
                 os.unlink(temporary)
             raise
 
@@ -140,10 +128,8 @@ def write_json(path: str | Path, value: Any) -> None:
 class Appender:
     """A growing file, such as the loss curve, that training can do without.
 
-    While the disk is full it warns once, keeps new content in memory, and writes it when there is space again.
-
-    Args:
-      path: of the file; its folder is created if missing.
+    While the disk is full it warns once, keeps new content in memory, and writes it when there is space again. The
+    file's folder is created if missing.
     """
 
     def __init__(self, path: str | Path):
@@ -153,12 +139,12 @@ class Appender:
         self._file = self._path.open("ab", buffering=0)
 
     def append(self, content: bytes) -> None:
-        """Append to the file, after what could not be written so far."""
+        """Append to the file, after content that could not be written so far."""
         self._pending += content
         try:
             with naming(self._path):
                 while self._pending:
-                    # A full disk may take a part of it, which must not be written twice.
+                    # A full disk may accept a part, which must not be written twice.
                     self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
             if not self._warned:
@@ -168,7 +154,7 @@ class Appender:
             self._warned = False
 
     def close(self) -> None:
-        """Close the file, after a last attempt to write what is missing."""
+        """Close the file, after a last attempt to write missing content."""
         self.append(b"")
         self._file.close()
 
@@ -187,11 +173,7 @@ def content_hash(*arrays: np.ndarray | str) -> str:
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """Read all arrays of an .npz file and verify their checksums.
-
-    Raises:
-      UserError: if the file is missing, damaged or no .npz, or announces more memory than `guards` allows.
-    """
+    """Read all arrays of an .npz file within the limits of `guards` and verify their checksums."""
     if not Path(path).is_file():
         raise UserError(f"{path} is not a file")
     try:

@@ -1,10 +1,12 @@
 """Read files of other programs: run nothing in them, and check announced sizes before allocating memory.
 
-docs/security.md states the limits. Every error is a UserError that says what the file announced and how to fix it.
+docs/security.md states the limits. Unless stated otherwise, every error is a UserError that says what the file
+announced and how to fix it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -54,11 +56,17 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.2f} GiB"
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _explaining(*errors: type[BaseException], what: str = "") -> Iterator[None]:
+    """Raise these errors as UserErrors."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{what}{str(error) or type(error).__name__}") from error
 
 
 def _webp_size(start: bytes) -> tuple[int, int]:
-    """Return width and height from the first chunk of a WebP file, 0 if it states none.
+    """Return width and height from the first chunk of a WebP file, 0 if there are none.
 
     Pillow knows them only after libwebp has allocated the canvas.
     """
@@ -80,32 +88,22 @@ def _check_pixels(width: int, height: int) -> None:
         )
 
 
-def read_content(path: str | Path) -> bytes:
-    """Read the file of a picture.
-
-    Raises:
-      UserError: if it is larger than any picture that can be decoded.
-      OSError: if it cannot be read.
-    """
-    with open(path, "rb") as file:
-        _check_bytes(os.fstat(file.fileno()).st_size)
-        return file.read()
-
-
 def _check_bytes(num_bytes: int) -> None:
     if num_bytes > MAX_PICTURE_BYTES:
         raise UserError(f"it has {num_bytes:,} bytes, more than {MAX_PICTURE_BYTES:,}; make it smaller")
 
 
+def read_content(path: str | Path) -> bytes:
+    """Read the file of a picture, unless it is larger than any that can be decoded; OSErrors are not converted."""
+    with open(path, "rb") as file:
+        _check_bytes(os.fstat(file.fileno()).st_size)
+        return file.read()
+
+
 def read_picture(data: bytes, convert: Callable[[Image.Image], Result]) -> Result:
-    """Open a picture of a known format, check its size before decoding, and convert it.
+    """Open a picture of a known format, check its size before decoding, and convert it with `convert`.
 
-    Args:
-      data: content of the file. (From an open file Pillow would read as many bytes as a PNG chunk announces.)
-      convert: called with the picture, which decodes lazily.
-
-    Raises:
-      UserError: saying why it cannot be read.
+    `data` is the content of its file. (From an open file Pillow would read as many bytes as a PNG chunk announces.)
     """
     try:
         _check_pixels(*_webp_size(data[:30]))
@@ -118,32 +116,14 @@ def read_picture(data: bytes, convert: Callable[[Image.Image], Result]) -> Resul
         raise UserError(str(error) or type(error).__name__) from error
 
 
-# --- arrays ----------------------------------------------------------------------------------------------------------
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(file)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise UserError(f"version {version} of numpy's format is of structures, which are not read")
-    shape, _, dtype = readers[version](file)
-    return shape, dtype
-
-
 def check_array(file: IO[bytes], num_bytes: int) -> None:
-    """Check that an .npy file holds the numbers or text its header announces; rewinds it.
-
-    Args:
-      file: open at its beginning.
-      num_bytes: size of the whole file.
-
-    Raises:
-      UserError: if it does not, or is no .npy file.
-    """
-    try:
-        shape, dtype = _read_header(file)
-    except HEADER_ERRORS as error:
-        raise UserError(f"it is not an array in numpy's format: {str(error) or type(error).__name__}") from error
+    """Check that an .npy file of `num_bytes`, open at its beginning, holds what its header announces; rewind it."""
+    with _explaining(*HEADER_ERRORS, what="it is not an array in numpy's format: "):
+        version = np.lib.format.read_magic(file)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            raise UserError(f"version {version} of numpy's format is of structures, which are not read")
+        shape, _, dtype = readers[version](file)
     if dtype.hasobject:
         raise UserError("Object arrays cannot be loaded: they are pickles, which may run code; save numbers or text")
     if dtype.kind not in ARRAY_KINDS or dtype.itemsize == 0:
@@ -155,15 +135,10 @@ def check_array(file: IO[bytes], num_bytes: int) -> None:
 
 
 def read_array(file: IO[bytes], num_bytes: int) -> np.ndarray:
-    """Read an .npy file after `check_array`; same arguments and errors."""
+    """Read an .npy file after `check_array`."""
     check_array(file, num_bytes)
-    try:
+    with _explaining(ValueError):  # its data end early
         return np.lib.format.read_array(file, allow_pickle=False)
-    except ValueError as error:  # its data end early
-        raise UserError(str(error)) from error
-
-
-# --- archives --------------------------------------------------------------------------------------------------------
 
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:
@@ -182,9 +157,6 @@ def open_zip(path: str | Path) -> zipfile.ZipFile:
     """Open an archive whose entries together are no larger than the file and expand within the limits.
 
     Entries are read by name, never unpacked to where their names point.
-
-    Raises:
-      UserError: if the file is missing or damaged, or an entry announces too much.
     """
     try:
         size = os.stat(path).st_size
@@ -206,11 +178,7 @@ def open_zip(path: str | Path) -> zipfile.ZipFile:
 
 
 def check_total(entries: Sequence[zipfile.ZipInfo]) -> None:
-    """Check the total size of entries that will be in memory together.
-
-    Raises:
-      UserError: if they would take too much.
-    """
+    """Check the total size of entries that will be in memory together."""
     packed, expanded = sum(each.compress_size for each in entries), sum(each.file_size for each in entries)
     if expanded > max(FREE_EXPANSION, MAX_RATIO * packed):
         raise UserError(
@@ -226,61 +194,36 @@ def read_picture_entry(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo | str) -> bytes:
-    """Read an entry of an archive opened by `open_zip` and verify its checksum.
-
-    Raises:
-      UserError: saying why it cannot be read.
-    """
-    try:
+    """Read an entry of an archive opened by `open_zip` and verify its checksum."""
+    with _explaining(*ZIP_ERRORS, KeyError):
         return archive.read(entry)
-    except (*ZIP_ERRORS, KeyError) as error:
-        raise UserError(str(error) or type(error).__name__) from error
 
 
 def read_array_entry(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Read the array `name`, the entry NAME.npy of an archive opened by `open_zip`.
-
-    Raises:
-      UserError: saying why it cannot be read.
-    """
-    try:
+    """Read the array `name`, the entry NAME.npy of an archive opened by `open_zip`."""
+    with _explaining(*ZIP_ERRORS, KeyError, what=f"array {name!r}: "):
         entry = archive.getinfo(f"{name}.npy")
         with archive.open(entry) as file:
             return read_array(file, entry.file_size)
-    except (*ZIP_ERRORS, KeyError) as error:
-        raise UserError(f"array {name!r}: {str(error) or type(error).__name__}") from error
 
 
 def array_chunks(archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
-    """Yield the content of NAME.npy in chunks of 1 MiB, after `check_array`.
-
-    Raises:
-      UserError: saying why it cannot be read.
-    """
-    try:
+    """Yield the content of NAME.npy in chunks of 1 MiB, after `check_array`."""
+    with _explaining(*ZIP_ERRORS, KeyError, what=f"array {name!r}: "):
         entry = archive.getinfo(f"{name}.npy")
         with archive.open(entry) as file:
             check_array(file, entry.file_size)
             while chunk := file.read(2**20):
                 yield chunk
-    except (*ZIP_ERRORS, KeyError) as error:
-        raise UserError(f"array {name!r}: {str(error) or type(error).__name__}") from error
 
 
 def array_names(archive: zipfile.ZipFile) -> list[str]:
-    """Return the names of the arrays of an .npz file.
-
-    Raises:
-      UserError: if an entry is not an array.
-    """
+    """Return the names of the arrays of an .npz file."""
     names = archive.namelist()
     others = [name for name in names if not name.endswith(".npy")]
     if others:
         raise UserError(f"its entry {others[0]!r} is not an array")
     return [name.removesuffix(".npy") for name in names]
-
-
-# --- JSON ------------------------------------------------------------------------------------------------------------
 
 
 def _finite(text: str) -> float:
@@ -290,42 +233,30 @@ def _finite(text: str) -> float:
     return value
 
 
-def _parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, kind: type = dict) -> Any:
+    """Parse JSON that must be a value of this kind with finite numbers."""
+    if len(text) > MAX_JSON_BYTES:
+        raise UserError(f"it has {len(text):,} bytes, more than {MAX_JSON_BYTES:,}, the limit for JSON")
     try:
-        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError as error:
         raise UserError("it is nested too deeply") from error
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def parse_json(text: str | bytes, kind: type = dict) -> Any:
-    """Parse JSON that must be a value of this kind with finite numbers.
-
-    Raises:
-      UserError: saying why it cannot be parsed, or what it holds.
-    """
-    if len(text) > MAX_JSON_BYTES:
-        raise UserError(f"it has {len(text):,} bytes, more than {MAX_JSON_BYTES:,}, the limit for JSON")
-    value = _parse_json(text)
     if not isinstance(value, kind):
         raise UserError(f"it holds a value of type {type(value).__name__}; expected {kind.__name__}")
     return value
 
 
 def read_json(path: str | Path, kind: type = dict) -> Any:
-    """Read a JSON file that must hold a value of this kind with finite numbers.
-
-    Raises:
-      UserError: naming the file, if it is missing, damaged, too large, or holds something else.
-    """
+    """Read a JSON file that must hold a value of this kind with finite numbers; errors name the file."""
     try:
         with open(path, "rb") as file:
             return parse_json(file.read(MAX_JSON_BYTES + 1), kind)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"{path} is not a file") from error
     except UserError as error:
-        raise UserError(f"{path} is damaged or none of ours: {error}") from error
+        raise UserError(f"{path} is damaged or not written by this program: {error}") from error
 
 
 def _convert(value: Any, hint: Any, what: str) -> Any:
@@ -352,19 +283,11 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
 def build(kind: Callable[..., Result], values: Any, what: str = "it") -> Result:
     """Build a dataclass, and those nested in it, from the JSON form of `dataclasses.asdict`.
 
-    Args:
-      kind: the dataclass; its fields are numbers, text, dataclasses, mappings or tuples of these, or None.
-      values: field values by name.
-      what: name of the value, for messages.
-
-    Raises:
-      UserError: naming a field that is missing, unknown, or of another type.
+    Fields are numbers, text, dataclasses, mappings or tuples of these, or None; `what` names the value in messages.
     """
     if not isinstance(values, dict):
         raise UserError(f"{what} is {reprlib.repr(values)}; expected a map")
     hints = typing.get_type_hints(kind)
     converted = {key: _convert(each, hints[key], key) if key in hints else each for key, each in values.items()}
-    try:
+    with _explaining(TypeError):
         return kind(**converted)
-    except TypeError as error:
-        raise UserError(str(error)) from error

@@ -78,7 +78,7 @@ def test_the_label_is_added_to_the_embedding_of_the_noise_level():
 
 def test_the_original_has_no_such_networks():
     config = config_of({"model.num_classes": 3})
-    with pytest.raises(ValueError, match=r"model.num_classes=3: score_sde has no networks that are told classes"):
+    with pytest.raises(ValueError, match=r"model.num_classes=3: score_sde has no class-conditional networks"):
         legacy.match_parameters(config)
 
 

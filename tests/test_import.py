@@ -188,10 +188,10 @@ def change(tree, path, value):
         ("params_ema/Conv_0/bias", np.zeros(8), r"1 float64, expected float32 \(params_ema/input/bias\)"),
         ("params_ema/Conv_0/bias", np.full(8, np.nan, np.float32), r"1 holds NaN or infinity \(params_ema/inp"),
         ("model_state/x", np.zeros(2, np.float32), r"1 left over \(model_state/x\)"),
-        ("params_ema/Conv_0/bias", 3, r"params_ema/Conv_0/bias is int, no array"),
-        ("step", np.array(-1, np.int32), r"step=-1 is no number of steps"),
-        ("step", np.zeros(2, np.int32), r"step is ndarray, no number"),
-        ("lr", None, r"lr is NoneType, no number"),
+        ("params_ema/Conv_0/bias", 3, r"params_ema/Conv_0/bias is int, not an array"),
+        ("step", np.array(-1, np.int32), r"step=-1 is not a number of steps"),
+        ("step", np.zeros(2, np.int32), r"step is ndarray, not a number"),
+        ("lr", None, r"lr is NoneType, not a number"),
         ("optimizer", np.zeros(2, np.int32), r"it has no map optimizer/state/param_states"),
     ],
 )
@@ -369,7 +369,7 @@ def test_pytorch_weights_give_what_its_layers_gave():
         (("optimizer", "state", 0, "step"), 5, r"optimizer.state counts different steps: \[5, 36\]"),
         (("optimizer", "param_groups"), [], "optimizer is not the state of Adam on one group of parameters"),
         (("model", "module.all_modules.0.bias"), "text", "its model is not a dictionary of tensors"),
-        (("step",), "text", "step is str, no number"),
+        (("step",), "text", "step is str, not a number"),
         (("ema",), None, "it has no map ema"),
     ],
 )

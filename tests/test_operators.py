@@ -185,7 +185,7 @@ def test_masks(tmp_path):
         ({"mask": "box:1,2,3"}, ValueError, "expected box:TOP,LEFT,HEIGHT,WIDTH, four whole numbers"),
         ({"mask": "box:5,0,2,2"}, ValueError, "is empty or not inside the image of 6x4 pixels"),
         ({"mask": "box:0,0,6,4"}, ValueError, "hides everything; expected a part"),
-        ({"mask": "random:1.5"}, ValueError, "expected the share of pixels to be drawn, between 0 and 1"),
+        ({"mask": "random:1.5"}, ValueError, r"expected the fraction of pixels to be drawn, in \(0, 1\)"),
         ({"mask": "middle"}, UserError, "restore.mask='middle': no such file; expected a half"),
         ({"operator": "super_resolution", "factor": 4}, ValueError, "restore.factor=4: expected a divisor"),
         (
@@ -214,5 +214,5 @@ def test_bad_masks_and_grey_images_are_refused(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken.png' is not a picture that can be read"):
         build(mask=str(tmp_path / "broken.png"))
-    with pytest.raises(ValueError, match="images have 1 channel; a grey image says all of them"):
+    with pytest.raises(ValueError, match="images have 1 channel and are grey already"):
         build((6, 4, 1), operator="colorize")

@@ -37,27 +37,19 @@ def lines(findings: Iterable[Finding]) -> Iterator[str]:
             yield f"{INDENT}-> {each.remedy}"  # on one line, to be copied
 
 
-def _test() -> Iterator[Finding]:
-    for name in self_test.CHECKS:
-        outcome = self_test.run_check(name)
-        yield Finding("self-test", name, OK if outcome.passed else BROKEN, outcome.text)
-
-
 def doctor(config: ConfigDict | UserError | None = None) -> bool:
     """Print what is installed, present or missing and how to get it, and run a self-test of about ten seconds.
 
-    Args:
-      config: experiment configuration whose settings and data set are examined, too; None: none. An error, if it could
-        not be loaded, is one of the findings.
-
-    Returns:
-      Whether nothing is broken; what is missing but optional does not count.
+    Also examines the settings and the data set of `config`; an error from loading it is one of the findings. Returns
+    whether nothing is broken; what is missing but optional does not count.
     """
     counts, logger = dict.fromkeys(MEANINGS, 0), logging.get_absl_logger()
     level = logger.level
 
     def counted() -> Iterator[Finding]:
-        for finding in itertools.chain(take_inventory(config), _test()):
+        outcomes = ((name, self_test.run_check(name)) for name in self_test.CHECKS)
+        tests = (Finding("self-test", name, OK if passed else BROKEN, text) for name, (passed, text) in outcomes)
+        for finding in itertools.chain(take_inventory(config), tests):
             counts[finding.state] += 1
             yield finding
 

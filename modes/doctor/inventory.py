@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -45,30 +46,18 @@ INSTALL = "python -m pip install -r"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One line of the report.
+    """One line of the report."""
 
-    Attributes:
-      group: heading, such as "packages".
-      name: what was examined.
-      state: OK; MISSING if optional; WARNING if it may not work; BROKEN if nothing works with it.
-      text: what was found.
-      remedy: command or setting that fixes it; empty if there is nothing to fix.
-    """
-
-    group: str
-    name: str
-    state: str
+    group: str  # heading, such as "packages"
+    name: str  # of what was examined
+    state: str  # OK; MISSING if optional; WARNING if it may not work; BROKEN if nothing works with it
     text: str
-    remedy: str = ""
+    remedy: str = ""  # command or setting that fixes it
 
 
 def _named(names: list[str]) -> str:
-    """Name the first few and count the others."""
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return ", ".join(names[:NUM_NAMED]) + more
-
-
-# --- packages and devices --------------------------------------------------------------------------------------------
 
 
 def version_of(package: str) -> str:
@@ -86,24 +75,23 @@ def requirements(file: str) -> list[Requirement]:
 
 
 def _check_packages(file: str, name: str, purpose: str, state_of_missing: str) -> Iterator[Finding]:
-    """Compare what is installed with a requirements file; its own packages, not those of files that it includes."""
+    """Compare the installed packages with those that the requirements file itself names."""
+    finding, fix = functools.partial(Finding, "packages"), f"{INSTALL} {file}"
     here = {"python_version": python_version()}
     wanted = [each for each in requirements(file) if each.marker is None or each.marker.evaluate(here)]
     if not wanted:
         reason, fix = why_no_tensorflow()
-        yield Finding("packages", name, MISSING, f"{purpose}; {reason}", fix)
+        yield finding(name, MISSING, f"{purpose}; {reason}", fix)
         return
     found = {each.name: version_of(each.name) for each in wanted}
     for each in wanted:
         if found[each.name] and not each.specifier.contains(found[each.name], prereleases=True):
-            text = f"{found[each.name]} is installed; tested with {each.specifier}"
-            yield Finding("packages", each.name, WARNING, text, f"{INSTALL} {file}")
+            yield finding(each.name, WARNING, f"{found[each.name]} is installed; tested with {each.specifier}", fix)
     if missing := [package for package, version in found.items() if not version]:
-        text = f"{purpose}; not installed: {', '.join(missing)}"
-        yield Finding("packages", name, state_of_missing, text, f"{INSTALL} {file}")
+        yield finding(name, state_of_missing, f"{purpose}; not installed: {', '.join(missing)}", fix)
     else:
         versions = ", ".join(f"{package} {version}" for package, version in found.items())
-        yield Finding("packages", name, OK, f"{purpose}; {versions}")
+        yield finding(name, OK, f"{purpose}; {versions}")
 
 
 def find_packages() -> Iterator[Finding]:
@@ -121,75 +109,74 @@ def find_packages() -> Iterator[Finding]:
 
 
 def find_devices() -> Iterator[Finding]:
-    """Examine what JAX computes on; if it is not available, the CPU serves for everything that follows."""
+    """Examine what JAX computes on; if it is not available, use the CPU from here on."""
+    finding = functools.partial(Finding, "devices")
     try:
         check_platform()
     except UserError as error:
-        yield Finding("devices", "platform", BROKEN, f"{error}; the rest is examined on the CPU")
+        yield finding("platform", BROKEN, f"{error}; the rest is examined on the CPU")
         jax.config.update("jax_platforms", "cpu")
     found = distributed.describe_devices()
     text = f"{found['devices']} x {found['device_kind']}, {found['cpus']} CPUs, {found['processes']} process(es)"
-    yield Finding("devices", found["platform"], OK, text)
+    yield finding(found["platform"], OK, text)
     if found["platform"] == "cpu" and shutil.which("nvidia-smi"):
         text = "this machine has an NVIDIA driver, but JAX computes on the CPU"
-        yield Finding("devices", "gpu", WARNING, text, 'python -m pip install --upgrade "jax[cuda12]"')
+        yield finding("gpu", WARNING, text, 'python -m pip install --upgrade "jax[cuda12]"')
     try:
         place = find_place(os.environ)
     except UserError as error:
-        yield Finding("devices", "processes", WARNING, str(error))
+        yield finding("processes", WARNING, str(error))
         return
     text = "only this one; neither SLURM nor Open MPI started others"
     if place:
         text = f"{place} (by {place.found_by})"
     elif is_tpu_worker(os.environ):
         text = "JAX looks for the other workers of a TPU pod"
-    yield Finding("devices", "processes", OK, text)
-
-
-# --- folders, weights, statistics ------------------------------------------------------------------------------------
-
-
-def _find_folder(name: str, folder: Path, remedy: str) -> Finding:
-    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return Finding("folders", name, BROKEN, f"{folder} cannot be written", remedy)
-    free = shutil.disk_usage(existing).free
-    text = f"{folder}{'' if folder.exists() else ' (not created yet)'}, {free / GIB:.1f} GiB free"
-    return Finding("folders", name, WARNING, text, remedy) if free < LITTLE_DISK else Finding("folders", name, OK, text)
+    yield finding("processes", OK, text)
 
 
 def find_folders() -> Iterator[Finding]:
     """Examine the folders of the caches."""
-    yield _find_folder("cache", cache_folder("data").parent, "export SCORE_SDE_CACHE=FOLDER, on another disk")
     compiled = Path(getattr(jax.config, "jax_compilation_cache_dir", None) or cache_folder("xla"))
-    yield _find_folder("compiled programs", compiled, "export JAX_COMPILATION_CACHE_DIR=FOLDER, on another disk")
+    for name, folder, variable in (
+        ("cache", cache_folder("data").parent, "SCORE_SDE_CACHE"),
+        ("compiled programs", compiled, "JAX_COMPILATION_CACHE_DIR"),
+    ):
+        existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        free = shutil.disk_usage(existing).free
+        state, text = OK, f"{folder}{'' if folder.exists() else ' (not created yet)'}, {free / GIB:.1f} GiB free"
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            state, text = BROKEN, f"{folder} cannot be written"
+        elif free < LITTLE_DISK:
+            state = WARNING
+        yield Finding("folders", name, state, text, "" if state == OK else f"export {variable}=FOLDER, on another disk")
 
 
 def find_weights() -> Iterator[Finding]:
     """Look for the weights of the feature extractors."""
-    path = inception.weights_path()
+    finding, path = functools.partial(Finding, "weights"), inception.weights_path()
     get = inception.how_to_get_weights(path)
     if not path.exists():
-        yield Finding("weights", "inception", MISSING, f"FID's network; {path} is not there", get)
+        yield finding("inception", MISSING, f"FID's network; {path} is not there", get)
     elif not zipfile.is_zipfile(path):
-        yield Finding("weights", "inception", BROKEN, f"{path} is damaged", get)
+        yield finding("inception", BROKEN, f"{path} is damaged", get)
     else:
-        yield Finding("weights", "inception", OK, f"{path}, {path.stat().st_size / 2**20:.0f} MiB")
+        yield finding("inception", OK, f"{path}, {path.stat().st_size / 2**20:.0f} MiB")
     if efficientnet.is_installed():
-        yield Finding("weights", "efficientnet_lite0", OK, f"in the package {efficientnet.PACKAGE}")
+        yield finding("efficientnet_lite0", OK, f"in the package {efficientnet.PACKAGE}")
     else:
         text = "ImageNet features where there is no Inception; not installed"
-        yield Finding("weights", "efficientnet_lite0", MISSING, text, efficientnet.HOW_TO_INSTALL)
+        yield finding("efficientnet_lite0", MISSING, text, efficientnet.HOW_TO_INSTALL)
     # Where TensorFlow Hub keeps what it has downloaded.
     cache = os.environ.get("TFHUB_CACHE_DIR") or str(Path(tempfile.gettempdir()) / "tfhub_modules")
     folder = Path(cache) / hashlib.sha1(tfgan.TFHUB_URL.encode(), usedforsecurity=False).hexdigest()
     if (folder / "saved_model.pb").exists():
-        yield Finding("weights", "tfgan", OK, str(folder))
+        yield finding("tfgan", OK, str(folder))
     else:
         text = f"TF-GAN's SavedModel; {folder} is not there, and is downloaded when first used"
         unpack = f"mkdir -p {folder} && curl -L '{tfgan.TFHUB_URL}?tf-hub-format=compressed' | tar -xz -C {folder}"
-        yield Finding("weights", "tfgan", MISSING, text, unpack)
-    yield Finding("weights", "classifier", OK, "is trained on the data set itself, in each workdir")
+        yield finding("tfgan", MISSING, text, unpack)
+    yield finding("classifier", OK, "is trained on the data set itself, in each workdir")
 
 
 def find_statistics() -> Iterator[Finding]:
@@ -203,82 +190,76 @@ def find_statistics() -> Iterator[Finding]:
         yield Finding("statistics", "reference", MISSING, text, "python main.py --config CONFIG --mode stats")
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
 def find_data(path: str = "") -> Iterator[Finding]:
     """Look for data sets; `path` is a TFDS folder, empty: the usual one."""
+    finding = functools.partial(Finding, "data")
     try:
         train, test = (len(datasets.load_digits(split)) for split in ("train", "test"))
-        yield Finding("data", "digits", OK, f"{train:,} and {test:,} images, inside scikit-learn")
+        yield finding("digits", OK, f"{train:,} and {test:,} images, inside scikit-learn")
     except (ImportError, OSError, ValueError) as error:
-        yield Finding("data", "digits", BROKEN, f"cannot be read: {error}", f"{INSTALL} requirements-core.txt")
+        yield finding("digits", BROKEN, f"cannot be read: {error}", f"{INSTALL} requirements-core.txt")
     folder = data_folder(path)
     found = {file.parent for depth in ("*/*", "*/*/*") for file in folder.glob(f"{depth}/*.array_record*")}
     names = sorted(str(each.relative_to(folder)) for each in found if (each / "dataset_info.json").exists())
     if names:
-        yield Finding("data", "TFDS", OK, f"{folder}: {_named(names)}")
+        yield finding("TFDS", OK, f"{folder}: {_named(names)}")
     else:
         how = f"python main.py --config {ANY_CONFIG} --mode prepare"
-        yield Finding("data", "TFDS", MISSING, f"nothing is prepared in {folder}", how)
+        yield finding("TFDS", MISSING, f"nothing is prepared in {folder}", how)
     text, files = "none are cached yet", sorted(cache_folder("data").glob("*/images.npy"))
     if files:
         size = sum(file.stat().st_size for file in files) / GIB
         shapes = [" x ".join(map(str, np.load(file, mmap_mode="r", allow_pickle=False).shape)) for file in files]
         text = f"{size:.2f} GiB cached, may be deleted: {_named(shapes)}"
-    yield Finding("data", "decoded images", OK, text)
-
-
-# --- the configuration -----------------------------------------------------------------------------------------------
+    yield finding("decoded images", OK, text)
 
 
 def _find_configured_data(config: ConfigDict) -> Finding:
     """Look for the configured data set; decodes nothing."""
-    data, name = config.data, f"data.dataset={config.data.dataset}"
+    data = config.data
+    finding = functools.partial(Finding, "configuration", f"data.dataset={data.dataset}")
     try:
         check(config, "data")
         if tfds_name := datasets.tfds_name(config):
             if tfds_build.is_prepared(tfds_name, data.path):
-                return Finding("configuration", name, OK, f"prepared in {data_folder(data.path)}")
-            text = f"{tfds_name} is not prepared in {data_folder(data.path)}"
+                return finding(OK, f"prepared in {data_folder(data.path)}")
             place = f" --config.data.path={data.path}" if data.path else ""
             remedy = f"python main.py --config CONFIG --mode prepare{place}"
-            return Finding("configuration", name, MISSING, text, remedy)
+            return finding(MISSING, f"{tfds_name} is not prepared in {data_folder(data.path)}", remedy)
     except UserError as error:
-        return Finding("configuration", name, BROKEN, str(error))
+        return finding(BROKEN, str(error))
     if data.dataset == "digits":
-        return Finding("configuration", name, OK, "inside scikit-learn")
+        return finding(OK, "inside scikit-learn")
     file, flag = data.path, "--config.data.path=DIR"
     if data.dataset in ("FFHQ", "CelebAHQ"):
         file, flag = data.tfrecords_path, "--config.data.tfrecords_path=FILE"
     if not file or not Path(file).expanduser().exists():
-        text = f"{file!r} is not there" if file else "no path is configured"
-        return Finding("configuration", name, MISSING, text, flag)
-    return Finding("configuration", name, OK, f"{file} is there")
+        return finding(MISSING, f"{file!r} is not there" if file else "no path is configured", flag)
+    return finding(OK, f"{file} is there")
 
 
 def _find_extractor(config: ConfigDict) -> Finding:
+    finding = functools.partial(Finding, "configuration", "extractor")
     try:
         key = choose_extractor(config)
     except UserError as error:
-        return Finding("configuration", "extractor", BROKEN, str(error))
+        return finding(BROKEN, str(error))
     text, weights = f"{key} measures samples", inception.weights_path(config.eval.weights)
     if key == "inception" and not weights.exists():
-        text, remedy = f"{text}; {weights} is not there", inception.how_to_get_weights(weights)
-        return Finding("configuration", "extractor", MISSING, text, remedy)
+        return finding(MISSING, f"{text}; {weights} is not there", inception.how_to_get_weights(weights))
     if key == "efficientnet_lite0" and not efficientnet.is_installed():
-        return Finding("configuration", "extractor", MISSING, f"{text}; not installed", efficientnet.HOW_TO_INSTALL)
-    return Finding("configuration", "extractor", OK, text)
+        return finding(MISSING, f"{text}; not installed", efficientnet.HOW_TO_INSTALL)
+    return finding(OK, text)
 
 
 def _find_reference(config: ConfigDict) -> Finding:
-    file = config.eval.reference
+    file, finding = config.eval.reference, functools.partial(Finding, "configuration", "reference")
     if not file:
-        return Finding("configuration", "reference", OK, "samples are compared with the training images")
+        return finding(OK, "samples are compared with the training images")
     if Path(file).expanduser().exists():
-        return Finding("configuration", "reference", OK, f"samples are compared with {file}")
+        return finding(OK, f"samples are compared with {file}")
     remedy = f"python main.py --config CONFIG --mode stats --output {file}"
-    return Finding("configuration", "reference", MISSING, f"eval.reference={file!r} is not there", remedy)
+    return finding(MISSING, f"eval.reference={file!r} is not there", remedy)
 
 
 def find_configured(config: ConfigDict) -> Iterator[Finding]:
@@ -296,11 +277,8 @@ def find_configured(config: ConfigDict) -> Iterator[Finding]:
 
 def take_inventory(config: ConfigDict | UserError | None = None) -> Iterator[Finding]:
     """Yield what is there and what is missing; `config`: see `doctor.doctor`."""
-    yield from find_packages()
-    yield from find_devices()
-    yield from find_folders()
-    yield from find_weights()
-    yield from find_statistics()
+    for find in (find_packages, find_devices, find_folders, find_weights, find_statistics):
+        yield from find()
     if config is None or isinstance(config, UserError):
         yield from find_data()
         if config is not None:

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -43,15 +43,11 @@ MATMUL = 1e-4  # relative error of a product in float32
 NUM_STEPS = 500
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What one check found: whether it passed, and what was measured and expected."""
+class Outcome(NamedTuple):
+    """Result of one check; the text states what was measured and expected."""
 
     passed: bool
     text: str
-
-
-# --- closed forms ----------------------------------------------------------------------------------------------------
 
 
 def gaussian_score(sde: VPSDE) -> ScoreFn:
@@ -89,17 +85,13 @@ def check_sampler(method: str) -> Outcome:
     return Outcome(passed, f"{method}: mean {mean:.3f}, variance {variance:.3f}; expected {MEAN}, {STD**2}")
 
 
-def _log_normal(x: np.ndarray, mean: float, variance: float) -> Float[np.ndarray, "B"]:
-    """Return the log-density of independent normal pixels, in nats."""
-    square = np.square(x.astype(np.float64) - mean) / variance
-    return -0.5 * (square + math.log(2 * math.pi * variance)).sum(axis=(1, 2, 3))
-
-
 def check_likelihood() -> Outcome:
     """Compute log p of Gaussian images with the exact score; it must be the closed form.
 
     The closed form is corrected for the prior: at T the data's Gaussian is not quite N(0, I).
     """
+    from scipy.stats import norm  # lazily: slow to import
+
     sde = VPSDE()
     likelihood = build_likelihood(_config(), sde)
     x = MEAN + STD * jax.random.normal(jax.random.key(1), (NUM_IMAGES, *SHAPE[1:]))
@@ -108,12 +100,10 @@ def check_likelihood() -> Outcome:
     coeffs, stds = (np.asarray(f(times), np.float64) for f in (sde.mean_coeff, sde.std))
     start, end = zip(coeffs * MEAN, (coeffs * STD) ** 2 + stds**2, strict=True)
     latent = np.asarray(result.latent)
-    expected = _log_normal(np.asarray(x), *start) + _log_normal(latent, 0, 1) - _log_normal(latent, *end)
+    log_normal = lambda x, mean, variance: norm.logpdf(x, mean, variance**0.5).sum(axis=(1, 2, 3))  # noqa: E731
+    expected = log_normal(np.asarray(x), *start) + log_normal(latent, 0, 1) - log_normal(latent, *end)
     error = float(np.abs(np.asarray(result.nats, np.float64) - expected).max())
     return Outcome(error < NATS, f"log p off by at most {error:.1g} nats; expected less than {NATS}")
-
-
-# --- training --------------------------------------------------------------------------------------------------------
 
 
 class TinyNetwork(nn.Module):
@@ -150,22 +140,16 @@ def check_training() -> Outcome:
     checkpoint must equal, bit for bit, that of a run without one.
     """
     experiment = _tiny_experiment()
-    settings = experiment.config.training
+    source = datasets.build_source(experiment.config, "train")
     batches = datasets.training_batches(
-        datasets.build_source(experiment.config, "train"),
-        seed=0,
-        first_step=0,
-        batch_size=settings.batch_size,
-        steps_per_call=1,
+        source, seed=0, first_step=0, batch_size=experiment.config.training.batch_size, steps_per_call=1
     )
     train = build_train_program(experiment)
     state, first, second = experiment.init_state(), next(batches), next(batches)
     before = jax.tree.map(np.asarray, state.params)
     unbroken, metrics = train(distributed.replicate(state), first)
     stored = distributed.unreplicate(unbroken)
-    moved = max(
-        float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(stored.params), jax.tree.leaves(before), strict=True)
-    )
+    moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), stored.params, before)))
     unbroken, _ = train(unbroken, second)
     resumed, _ = train(distributed.replicate(_store_and_restore(stored, experiment)), second)
     ends = (jax.tree.leaves(distributed.unreplicate(each)) for each in (unbroken, resumed))
@@ -173,12 +157,8 @@ def check_training() -> Outcome:
     loss, rate = float(np.mean(distributed.gather(metrics["loss"]))), experiment.config.optim.lr
     passed = bool(np.isfinite(loss)) and abs(moved - rate) < LR_ERROR * rate and is_same
     resuming = f"resumed from a checkpoint {'equals' if is_same else 'DIFFERS FROM'} unbroken"
-    return Outcome(
-        passed, f"loss {loss:.3f}; the first step moves parameters by {moved:.3g}, expected {rate:g}; {resuming}"
-    )
-
-
-# --- devices ---------------------------------------------------------------------------------------------------------
+    moving = f"the first step moves parameters by {moved:.3g}, expected {rate:g}"
+    return Outcome(passed, f"loss {loss:.3f}; {moving}; {resuming}")
 
 
 def check_devices() -> Outcome:
@@ -193,12 +173,9 @@ def check_devices() -> Outcome:
     product, mean = (np.asarray(each) for each in distributed.pmap(work)(a, number))
     expected = a.astype(np.float64) @ a.astype(np.float64)
     error = float(np.abs(product - expected).max() / np.abs(expected).max())
+    means = f"mean over {distributed.device_count()} device(s) {mean[0]:g}, expected {number.mean():g}"
     passed = bool(np.allclose(mean, number.mean())) and error < MATMUL
-    return Outcome(
-        passed,
-        f"mean over {distributed.device_count()} device(s) {mean[0]:g}, expected {number.mean():g}; matrix product off "
-        f"by {error:.1g}",
-    )
+    return Outcome(passed, f"{means}; matrix product off by {error:.1g}")
 
 
 CHECKS: dict[str, Callable[[], Outcome]] = {
@@ -218,4 +195,4 @@ def run_check(name: str) -> Outcome:
     except Exception as error:  # whatever is wrong with an installation; the other checks still have to run
         reason = (str(error).strip().splitlines() or [""])[0]
         outcome = Outcome(False, f"{type(error).__name__}: {reason}")
-    return dataclasses.replace(outcome, text=f"{outcome.text} ({time.monotonic() - start:.1f} s)")
+    return outcome._replace(text=f"{outcome.text} ({time.monotonic() - start:.1f} s)")

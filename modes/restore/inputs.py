@@ -1,4 +1,4 @@
-"""What the mode "restore" starts from: images, whose measurements are simulated, or measurements themselves."""
+"""Inputs of the mode "restore": images, whose measurements are simulated, or measurements themselves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import datasets
 from controllable_generation import Operator
 from errors import UserError
 from parallel import rng
-from sources.pictures import Fit, Pictures, load_pictures
+from sources.pictures import Fit, load_pictures
 from storage import files
 
 NUM_IMAGES = 8  # of the test split, without --num_images
@@ -24,98 +24,61 @@ NUM_IMAGES = 8  # of the test split, without --num_images
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is restored.
-
-    Attributes:
-      names: of the images.
-      source: where they are from, in words.
-      levels: of the true images, uint8[N, H, W, C]; None if only their measurements are known.
-      pictures: of the measurements, in [0, 1], float32[N, h, w, c]; None if they are to be simulated.
-      skipped: {file: why it was left out}.
-    """
+    """The images to restore, either true images or only their measurements."""
 
     names: tuple[str, ...]
-    source: str
-    levels: UInt8[np.ndarray, "N H W C"] | None
-    pictures: Float[np.ndarray, "N h w c"] | None
-    skipped: dict[str, str]
+    source: str  # description of their origin
+    levels: UInt8[np.ndarray, "N H W C"] | None  # true images; None: only measurements are known
+    pictures: Float[np.ndarray, "N h w c"] | None  # measurements in [0, 1], float32; None: to be simulated
+    skipped: dict[str, str]  # {file: reason}
 
     def sha256(self) -> str:
-        """Returns the hash of the images' content, whatever their files are called."""
+        """Return the hash of the images' content, independent of file names."""
         array = self.pictures if self.levels is None else self.levels
         assert array is not None  # one of the two is there
         return files.content_hash(array)
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+def load_inputs(config: ConfigDict, operator: Operator, limit: int) -> Inputs:
+    """Load at most `limit` of the images or measurements that `config.restore` names.
 
-
-def check_inputs(config: ConfigDict, operator: Operator) -> None:
-    """Checks the settings of the mode that are about images, before any is read.
-
-    Raises:
-      UserError: naming the first one that is wrong and what is expected.
+    A limit of 0 means all of restore.images, or `NUM_IMAGES` of the test split.
     """
-    settings = config.restore
-    if settings.input == "image":
-        return
-    if not settings.images:
+    checks.not_negative("--num_images", limit)
+    settings, data = config.restore, config.data
+    is_image = settings.input == "image"
+    if not is_image and not settings.images:
         raise UserError("restore.input='measurement' needs restore.images, the file or folder of the measurements")
-    if operator.picture_shape is None:
+    if not is_image and operator.picture_shape is None:
         raise UserError(
             f"restore.operator={settings.operator!r}: a measurement is no picture, so none can be read; set "
             "restore.input='image' to simulate it"
         )
-    if settings.resize != "none":
+    if not is_image and settings.resize != "none":
         raise UserError(
             f"restore.resize={settings.resize!r} would change what was measured; with restore.input='measurement' "
             "leave it at 'none' and give files of the right size"
         )
-
-
-def _load_test_split(config: ConfigDict, limit: int) -> Inputs:
-    source = datasets.build_source(config, "test")
-    count = limit or min(NUM_IMAGES, len(source))
-    if count > len(source):
-        raise UserError(
-            f"--num_images={count}, but the test split of {config.data.dataset} has {len(source)} images; ask for at "
-            "most that many"
-        )
-    names = tuple(f"test_{index}" for index in range(count))
-    return Inputs(names, f"the test split of {config.data.dataset}", source.images(np.arange(count)), None, {})
-
-
-def load_inputs(config: ConfigDict, operator: Operator, limit: int) -> Inputs:
-    """Loads the images, or the measurements, that `config.restore` names.
-
-    Args:
-      config: experiment configuration; reads `restore` and `data`.
-      operator: says what a measurement is.
-      limit: images, at the most; 0: all of restore.images, or `NUM_IMAGES` of the test split.
-
-    Raises:
-      UserError: if a setting is wrong, or there is no image that can be used.
-      UserError: if there is no such path.
-    """
-    checks.not_negative("--num_images", limit)
-    check_inputs(config, operator)
-    settings = config.restore
     if not settings.images:
-        return _load_test_split(config, limit)
-    is_image = settings.input == "image"
+        source = datasets.build_source(config, "test")
+        count = limit or min(NUM_IMAGES, len(source))
+        if count > len(source):
+            raise UserError(
+                f"--num_images={count}, but the test split of {data.dataset} has {len(source)} images; ask for at "
+                "most that many"
+            )
+        names = tuple(f"test_{index}" for index in range(count))
+        return Inputs(names, f"the test split of {data.dataset}", source.images(np.arange(count)), None, {})
     shape = datasets.image_shape(config) if is_image else operator.picture_shape
-    assert shape is not None  # check_inputs has refused it
+    assert shape is not None  # checked above
     fit = Fit(shape, settings.resize, settings.convert_channels)
-    loaded: Pictures = load_pictures(settings.images, fit, num_levels=config.data.num_levels, limit=limit)
-    levels = loaded.to_levels(config.data.num_levels) if is_image else None
+    loaded = load_pictures(settings.images, fit, num_levels=data.num_levels, limit=limit)
+    levels = loaded.to_levels(data.num_levels) if is_image else None
     return Inputs(loaded.names, loaded.source, levels, None if is_image else loaded.values, loaded.skipped)
 
 
-# --- measurements ----------------------------------------------------------------------------------------------------
-
-
 def image_keys(key: PRNGKeyArray, image: int | Array) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    """Returns the keys of an image's measurement noise and of its draws, from the key of the mode."""
+    """Return the keys of an image's measurement noise and of its draws, from the key of the mode."""
     key_noise, key_draws = rng.split(rng.fold_in(key, image))
     return key_noise, key_draws
 
@@ -123,16 +86,10 @@ def image_keys(key: PRNGKeyArray, image: int | Array) -> tuple[PRNGKeyArray, PRN
 def build_measuring(
     inputs: Inputs, operator: Operator, scaler: datasets.Scaler, *, key: PRNGKeyArray, noise: float
 ) -> Callable[[int], Float[np.ndarray, "..."]]:
-    """Returns the function that gives the measurement of image i, float32[*measurement_shape] in the network's range.
+    """Return the function that gives the measurement of image i, float32[*measurement_shape] in the network's range.
 
-    A simulated one is A x + n, x being the middle of the image's levels and n noise that follows from (key, i) alone.
-
-    Args:
-      inputs: images or measurements.
-      operator: A.
-      scaler: between levels and the network's range.
-      key: of the mode.
-      noise: standard deviation of n, in the network's range.
+    A simulated measurement is A x + n: x is the middle of the image's levels, n has standard deviation `noise` in the
+    network's range and depends on (key, i) alone.
     """
     measured = operator.measured[None].astype(np.float32)
 
@@ -145,13 +102,13 @@ def build_measuring(
         key_noise, _ = image_keys(key, i)
         return np.asarray(y + noise * measured * rng.normal(key_noise[None], y.shape))[0]
 
-    return functools.lru_cache(maxsize=1)(measurement)  # the draws of an image come one after the other
+    return functools.lru_cache(maxsize=1)(measurement)  # consecutive draws share an image
 
 
 def brightness(x: Float[np.ndarray, "*shape"], scaler: datasets.Scaler) -> Float[np.ndarray, "*shape"]:
-    """Maps the network's range to [0, 1], the middle of the lowest level to 0 and of the highest to 1; clips the rest.
+    """Map the network's range to [0, 1]: middle of the lowest level to 0, of the highest to 1; clip outside.
 
-    The inverse of `Scaler.middle`, for values between levels, too.
+    Inverts `Scaler.middle`, also for values between levels.
     """
     y = (np.asarray(x, np.float64) + 1) / 2 if scaler.centered else np.asarray(x, np.float64)
     levels = y * scaler.num_levels - 0.5 if scaler.dequantize else y * (scaler.num_levels - 1)

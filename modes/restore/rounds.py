@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +24,15 @@ _STREAM = 2**32 - 1  # of the purpose "sample": no sample has this number
 
 
 def mode_key(experiment: Experiment) -> PRNGKeyArray:
-    """Returns the key from which those of every image derive."""
+    """Return the key that the keys of all images derive from."""
     return jax.random.fold_in(experiment.keys["sample"], _STREAM)
 
 
-def pair_keys(key: PRNGKeyArray, images: Int[np.ndarray, "P"], draws: Int[np.ndarray, "P"]) -> PRNGKeyArray:
-    """Returns the key of each draw, key[P], which follows from the numbers of its image and of the draw alone."""
-    return jax.vmap(lambda i, j: rng.fold_in(image_keys(key, i)[1], j))(images, draws)
-
-
 class RestorationProgram:
-    """Method and sampler as one compiled program for a batch of (image, draw) pairs.
+    """Method and sampler, compiled at the first call for `batch_size` (image, draw) pairs over all devices.
 
-    Draw j of image i follows from (seed, i, j) and the measurement alone, whatever the batch or the device (but for a
-    corrector whose step size is a batch mean). It compiles at its first call.
-
-    Args:
-      experiment: its configuration says which sampler and which method.
-      operator: that measures images.
-      batch_size: pairs of a call, over all devices.
-
-    Attributes:
-      batch_size: as given.
-      compile_seconds: what compiling took; 0 as long as it has not been done.
+    Draw j of image i depends on (seed, i, j) and the measurement alone, not on batch or device (except for a corrector
+    whose step size is a batch mean).
     """
 
     def __init__(self, experiment: Experiment, operator: Operator, batch_size: int):
@@ -72,19 +57,13 @@ class RestorationProgram:
     def __call__(
         self, params: Any, y: Float[np.ndarray, "P ..."], images: Int[np.ndarray, "P"], draws: Int[np.ndarray, "P"]
     ) -> tuple[Float[np.ndarray, "P H W C"], int, float]:
-        """Draws a restoration for each pair.
+        """Draw `draws[p]` of the image with number `images[p]` and measurement `y[p]`, for each pair p.
 
-        Args:
-          params: of the network, replicated.
-          y: measurement of the image of each pair, [batch_size, *measurement_shape].
-          images: number of the image of each pair.
-          draws: number of the draw of each pair.
-
-        Returns:
-          Images in the network's range, the largest number of network evaluations of any device, and the seconds that
-          it took without compiling.
+        Returns images in the network's range, the largest nfe of any device, and the seconds without compiling.
+        `params` are replicated.
         """
-        keys = pair_keys(self._key, distributed.host_share(images), distributed.host_share(draws))
+        pair_key = lambda i, j: rng.fold_in(image_keys(self._key, i)[1], j)  # noqa: E731
+        keys = jax.vmap(pair_key)(distributed.host_share(images), distributed.host_share(draws))
         keys = keys.reshape(jax.local_device_count(), -1)
         arguments = keys, params, distributed.shard(distributed.host_share(y))
         if self._compiled is None:
@@ -98,11 +77,7 @@ class RestorationProgram:
 
 
 def require_finite(x: Float[np.ndarray, "P H W C"], pairs: Int[np.ndarray, "P"], num_draws: int) -> None:
-    """Checks that no restoration has diverged.
-
-    Raises:
-      SolverError: naming the first image and draw that has.
-    """
+    """Raise a SolverError that names the first image and draw that diverged, if any."""
     bad = ~np.isfinite(x.reshape(len(x), -1)).all(axis=1)
     if bad.any():
         image, draw = divmod(int(pairs[bad][0]), num_draws)
@@ -112,79 +87,50 @@ def require_finite(x: Float[np.ndarray, "P H W C"], pairs: Int[np.ndarray, "P"],
         )
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Restorations of one image, and what they cost.
+def build_draws(
+    program: RestorationProgram,
+    params: Any,
+    folder: Path,
+    *,
+    measurement: Callable[[int], np.ndarray],
+    num_images: int,
+    num_draws: int,
+) -> Callable[[int], dict[str, Any]]:
+    """Return the function that gives the restorations of an image, x float32[num_draws, H, W, C], and their cost.
 
-    Attributes:
-      x: in the network's range, float32[K, H, W, C].
-      nfe: network evaluations of a draw.
-      seconds: of drawing them, their share of the rounds that they were in.
-      compile_seconds: of compiling the program.
+    All (image, draw) pairs, ordered by image, are split into rounds, one call of the program each, on demand. A round's
+    file is named after its first pair. It is reused if it holds as many pairs as needed from there, so a killed run
+    resumes with any batch size and number of devices. `params` are replicated.
     """
+    size, num_pairs = program.batch_size, num_images * num_draws
 
-    x: Float[np.ndarray, "K H W C"]
-    nfe: int
-    seconds: float
-    compile_seconds: float
+    @functools.lru_cache(maxsize=2)  # an image may straddle two rounds
+    def round_from(first: int) -> dict[str, np.ndarray]:
+        wanted = min(size, num_pairs - first)
 
+        def draw() -> dict[str, Any]:
+            pairs = np.minimum(np.arange(first, first + size), num_pairs - 1)  # the last pair pads the last round
+            images, draws = np.divmod(pairs, num_draws)
+            y = np.stack([measurement(int(image)) for image in images])
+            x, nfe, seconds = program(params, y, images, draws)
+            require_finite(x, pairs, num_draws)
+            return {"x": x[:wanted], "nfe": nfe, "seconds": seconds, "compile_seconds": program.compile_seconds}
 
-class Rounds:
-    """All pairs of images and draws, an image's after the other's, cut into rounds that are drawn when asked for.
-
-    A round's file is named after its first pair and used if it holds as many as wanted from there, so that a killed run
-    goes on, with any batch size and number of devices.
-
-    Args:
-      program: that draws them.
-      params: of the network, replicated.
-      folder: of the rounds.
-      measurement: of the image of this number.
-      num_images: N.
-      num_draws: K, of each image.
-    """
-
-    def __init__(
-        self,
-        program: RestorationProgram,
-        params: Any,
-        folder: Path,
-        *,
-        measurement: Callable[[int], np.ndarray],
-        num_images: int,
-        num_draws: int,
-    ):
-        self._program, self._params, self._folder = program, params, folder
-        self._measurement, self._num_draws = measurement, num_draws
-        self._num_pairs = num_images * num_draws
-        self._round = functools.lru_cache(maxsize=2)(self._read_or_draw)  # an image may straddle two of them
-
-    def draws(self, image: int) -> Draws:
-        """Returns the restorations of an image, drawing what is not on disk."""
-        size = self._program.batch_size
-        pairs = range(image * self._num_draws, (image + 1) * self._num_draws)
-        starts = [pair // size * size for pair in pairs]
-        rounds = {start: self._round(start) for start in starts}
-        return Draws(
-            x=np.stack([rounds[start]["x"][pair - start] for pair, start in zip(pairs, starts, strict=True)]),
-            nfe=max(int(each["nfe"]) for each in rounds.values()),
-            seconds=sum(float(rounds[start]["seconds"]) / len(rounds[start]["x"]) for start in starts),
-            compile_seconds=max(float(each["compile_seconds"]) for each in rounds.values()),
-        )
-
-    def _read_or_draw(self, first: int) -> dict[str, np.ndarray]:
-        wanted = min(self._program.batch_size, self._num_pairs - first)
         return results.cached(
-            self._folder / f"restorations_from_{first}.npz",
-            functools.partial(self._draw, first, wanted),
+            folder / f"restorations_from_{first}.npz",
+            draw,
             is_enough=lambda stored: len(stored["x"]) == wanted,
         )
 
-    def _draw(self, first: int, wanted: int) -> dict[str, Any]:
-        # The last round is filled up with its last pair.
-        pairs = np.minimum(np.arange(first, first + self._program.batch_size), self._num_pairs - 1)
-        images, draws = np.divmod(pairs, self._num_draws)
-        y = np.stack([self._measurement(int(image)) for image in images])
-        x, nfe, seconds = self._program(self._params, y, images, draws)
-        require_finite(x, pairs, self._num_draws)
-        return {"x": x[:wanted], "nfe": nfe, "seconds": seconds, "compile_seconds": self._program.compile_seconds}
+    def draws_of(image: int) -> dict[str, Any]:
+        pairs = range(image * num_draws, (image + 1) * num_draws)
+        starts = [pair // size * size for pair in pairs]
+        rounds = {start: round_from(start) for start in starts}
+        return {
+            "x": np.stack([rounds[start]["x"][pair - start] for pair, start in zip(pairs, starts, strict=True)]),
+            "nfe": max(int(each["nfe"]) for each in rounds.values()),
+            "seconds": sum(float(rounds[start]["seconds"]) / len(rounds[start]["x"]) for start in starts),
+            "compile_seconds": max(float(each["compile_seconds"]) for each in rounds.values()),
+        }
+
+    return draws_of
