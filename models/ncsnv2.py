@@ -9,10 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models.layers import call_block, divide_by_sigma
-from models.normalization import DDPM_GROUPS, NORMS, num_groups, require
 from models.precision import at_least_float32
 from models.refinenet import RefineBlock, RefineConv, RefineOptions, ResidualBlock
-from models.resample import require_halvings
 from sde_lib import VESDE
 
 
@@ -96,56 +94,3 @@ class NCSNv2(nn.Module):
         h = self.options.act(self.options.normalize(h, time_cond, "output_norm"))
         h = at_least_float32(RefineConv(x.shape[-1], name="output")(h))
         return h if self.noise_levels is None else divide_by_sigma(h, time_cond, self.noise_levels)
-
-
-def build_ncsnv2(
-    *,
-    resolution: int,
-    nf: int,
-    image_size: tuple[int, int],
-    normalization: str,
-    nonlinearity: str,
-    interpolation: str,
-    centered: bool,
-    noise_levels: VESDE | None,
-    remat: bool,
-    dtype: jnp.dtype | None,
-) -> NCSNv2:
-    """Build the NCSNv2 made for a resolution of 64, 128 or 256 pixels.
-
-    Raises:
-      UserError: if the images cannot be halved often enough, or group normalization cannot divide the channels.
-    """
-    layout = LAYOUTS[resolution]
-    require_halvings(image_size, layout.num_halvings)
-    if normalization == "GroupNorm":
-        for width, _ in layout.stages:
-            num_groups(width * nf, DDPM_GROUPS)
-    options = RefineOptions(nonlinearity, interpolation, NORMS[normalization], remat=remat)
-    return NCSNv2(nf, layout, options, centered, noise_levels, dtype)
-
-
-def build_ncsn(
-    *,
-    nf: int,
-    image_size: tuple[int, int],
-    normalization: str,
-    nonlinearity: str,
-    interpolation: str,
-    num_scales: int,
-    centered: bool,
-    noise_levels: VESDE | None,
-    remat: bool,
-    dtype: jnp.dtype | None,
-) -> NCSNv2:
-    """Build NCSN: the smallest layout, with every normalization conditioned on one of `num_scales` labels.
-
-    Arguments are named after the settings of `config.model`.
-
-    Raises:
-      UserError: if the images cannot be halved, or the normalization has no form that depends on a label.
-    """
-    require(normalization, "InstanceNorm++")
-    require_halvings(image_size, LAYOUTS[64].num_halvings)
-    options = RefineOptions(nonlinearity, interpolation, num_classes=num_scales, remat=remat)
-    return NCSNv2(nf, LAYOUTS[64], options, centered, noise_levels, dtype)

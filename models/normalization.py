@@ -170,13 +170,3 @@ NORMS: dict[str, NormFactory] = {
     "InstanceNorm++": InstanceNormPlus,
     "VarianceNorm": VarianceNorm,
 }
-
-
-def require(normalization: str, only: str) -> None:
-    """Check that a network's one normalization is the configured one.
-
-    Raises:
-      UserError: if it is not.
-    """
-    if normalization != only:
-        raise UserError(f"model.normalization={normalization!r}: this network has {only!r} only; set that")

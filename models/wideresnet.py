@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from errors import UserError
 from models import initializers, resample
 from models.convolution import Conv
 from models.layers import Dense, FourierFeatures, call_block
@@ -128,26 +127,6 @@ class WideResNet(nn.Module):
             h = WideGroup(self.blocks_per_group, features, stride, is_first, self.remat, name=f"group{i}")(h, embedding)
         h = at_least_float32(_norm_relu(h, "output_norm")).mean((1, 2))
         return Dense(self.num_classes, kernel_init=initializers.uniform_by_outputs, name="output")(h)
-
-
-def build(
-    *,
-    image_size: tuple[int, int],
-    blocks_per_group: int,
-    channel_multiplier: int,
-    num_classes: int,
-    remat: bool,
-    dtype: jnp.dtype | None,
-) -> WideResNet:
-    """Build the classifier; arguments are named after the settings of `config.model`.
-
-    Raises:
-      UserError: if there are no classes, or the image cannot be halved twice.
-    """
-    if num_classes < 2:
-        raise UserError(f"model.num_classes={num_classes}: a classifier needs 2 or more; set the data set's number")
-    resample.require_halvings(image_size, len(BASE_WIDTHS) - 1)
-    return WideResNet(blocks_per_group, channel_multiplier, num_classes, remat, dtype)
 
 
 def make_logit_fn(
