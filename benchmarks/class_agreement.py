@@ -9,9 +9,8 @@ printed first, as the upper limit for samples. Intervals are Wilson's, at 95 %.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
+import scipy.stats
 from absl import flags
 from jaxtyping import Bool, UInt8
 
@@ -21,21 +20,11 @@ from errors import UserError
 from modes.evaluate.real_features import every_image
 from storage.files import read_npz
 
-QUANTILE = 1.96  # of the normal distribution, for intervals of 95 %
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Return Wilson's interval of 95 % for a probability; unlike the standard error it is not empty at 0 and 1."""
-    fraction, z2 = successes / trials, QUANTILE**2
-    middle = (fraction + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = QUANTILE * math.sqrt(fraction * (1 - fraction) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    return middle - half, middle + half
-
 
 def describe(name: str, is_right: Bool[np.ndarray, "N"]) -> str:
     """Return a line: the fraction, its interval, and the counts."""
     right, total = int(is_right.sum()), len(is_right)
-    low, high = wilson_interval(right, total)
+    low, high = scipy.stats.binomtest(right, total).proportion_ci(method="wilson")  # not empty at 0 and 1
     return f"{name:<12} {right / total:7.1%}   [{low:6.1%}, {high:6.1%}]   {right} of {total}"
 
 

@@ -21,21 +21,13 @@ ELEMENT_BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """Convolutions or matrix products of one place in a program.
+    """Convolutions or matrix products of one place in a program."""
 
-    Attributes:
-      kind: "convolution" or "dot".
-      element: type of the first operand in StableHLO: "f32", "bf16".
-      flops: twice the products of two numbers, without those with zeros of padding or dilation, as XLA counts.
-      bytes: of the operands and of the result, each moved once.
-      count: times that it runs.
-    """
-
-    kind: str
-    element: str
-    flops: int
-    bytes: int
-    count: int = 1
+    kind: str  # "convolution" or "dot"
+    element: str  # type of the first operand in StableHLO: "f32", "bf16"
+    flops: int  # twice the products of two numbers, without those with zeros of padding or dilation, as XLA counts
+    bytes: int  # of the operands and of the result, each moved once
+    count: int = 1  # times that it runs
 
 
 def of_program(program: jax.stages.Traced, platform: str) -> list[Contraction]:

@@ -96,9 +96,7 @@ def measure(
         "forward": loops.count_convolutions(forward).elsewhere,
     }
     return {
-        "network": config.model.name,
-        "dtype": config.model.dtype,
-        "batch_size": config.training.batch_size,
+        **measuring.describe(config),
         "parameters": name,
         "num_steps": num_steps,
         "nfe": nfe,

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -128,19 +129,13 @@ def run(steps: int, save_every: int, sample_every: int) -> MeasuredProgress:
         )
     made: list[MeasuredProgress] = []
 
-    class Progress(MeasuredProgress):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            self.sample_every = sample_every
-            made.append(self)
+    def make_progress(*arguments: Any, **options: Any) -> MeasuredProgress:
+        made.append(MeasuredProgress(*arguments, **options))
+        made[-1].sample_every = sample_every
+        return made[-1]
 
-    original = train_loop.TrainingProgress
-    train_loop.TrainingProgress = Progress  # type: ignore[misc]
-    try:
-        with tempfile.TemporaryDirectory() as workdir:
-            run_lib.train(config.lock(), workdir)
-    finally:
-        train_loop.TrainingProgress = original  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as workdir, mock.patch.object(train_loop, "TrainingProgress", make_progress):
+        run_lib.train(config.lock(), workdir)
     return made[0]
 
 
@@ -149,11 +144,9 @@ def growth(samples: dict[int, dict[str, int]]) -> dict[str, float]:
     kept = [step for step in samples if step > WARM_UP * max(samples)]
     steps, third = np.array(kept) / 1000, max(len(kept) // 3, 1)
     values = {name: np.array([samples[step][name] for step in kept], np.float64) for name in samples[kept[0]]}
-    slopes = {name: np.polyfit(steps, each, 1) for name, each in values.items()}
-    residuals = values["bytes"] - np.polyval(slopes["bytes"], steps)
-    variance = (residuals**2).sum() / max(len(kept) - 2, 1)
-    result = {f"{name}_per_1000_steps": float(line[0]) for name, line in slopes.items()}
-    result["bytes_per_1000_steps_stderr"] = math.sqrt(variance / ((steps - steps.mean()) ** 2).sum())
+    lines = {name: np.polyfit(steps, each, 1, cov=True) for name, each in values.items()}  # coefficients, covariance
+    result = {f"{name}_per_1000_steps": float(line[0][0]) for name, line in lines.items()}
+    result["bytes_per_1000_steps_stderr"] = math.sqrt(lines["bytes"][1][0, 0])
     for name in ("bytes", "files", "threads"):
         result[f"{name}_early"] = float(np.max(values[name][:third]))
         result[f"{name}_late"] = float(np.max(values[name][-third:]))

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from errors import UserError
 
@@ -75,6 +75,11 @@ def _git(*arguments: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
         return None
+
+
+def describe(config: ConfigDict) -> dict[str, Any]:
+    """Return what every report says of the experiment."""
+    return {"network": config.model.name, "dtype": config.model.dtype, "batch_size": config.training.batch_size}
 
 
 def machine() -> dict[str, Any]:

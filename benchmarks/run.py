@@ -51,8 +51,8 @@ class Goal:
     value: Callable[..., float]
     bound: float
     unit: str
-    at_most: bool = False
     detail: Callable[..., str] = lambda *_: ""
+    at_most: bool = False
 
     def is_met(self, value: float) -> bool:
         """Return whether the value is on the right side of the bound."""
@@ -99,44 +99,38 @@ def _fraction(name: str, title: str, command: str, bound: float) -> Goal:
         return f"{_seconds(line):.3g} s, {work:.0f} GFLOP; matrix product {rate:.0f} GFLOP/s"
 
     unit = "of the float32 matrix product's rate"
-    return Goal(name, title, (command,), lambda line: line["fraction_of_gemm"], bound, unit, detail=detail)
-
-
-def _at_most(
-    name: str, title: str, commands: tuple[str, ...], value: Callable[..., float], bound: float, unit: str, detail: Any
-) -> Goal:
-    return Goal(name, title, commands, value, bound, unit, at_most=True, detail=detail)
+    return Goal(name, title, (command,), lambda line: line["fraction_of_gemm"], bound, unit, detail)
 
 
 def _startup(name: str, title: str, kind: str, bound: float) -> Goal:
     def detail(line: Line) -> str:
         return ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in line[f"{kind}_phases"].items())
 
-    return _at_most(name, title, (STARTUP,), lambda line: line[f"{kind}_seconds"], bound, "s", detail)
+    return Goal(name, title, (STARTUP,), lambda line: line[f"{kind}_seconds"], bound, "s", detail, at_most=True)
 
 
 # fmt: off
 GOALS = (
     _fraction("step-ve", "training step, NCSN++ VE, batch 8", STEP_VE, 0.7),
-    _at_most("scan", "a training step in a scan of 4 against a single one", (STEPS_IN_SCAN, STEP_VE),
-             lambda scan, single: _seconds(scan) / _seconds(single), 1.05, "times", _two_steps),
+    Goal("scan", "a training step in a scan of 4 against a single one", (STEPS_IN_SCAN, STEP_VE),
+         lambda scan, single: _seconds(scan) / _seconds(single), 1.05, "times", _two_steps, at_most=True),
     Goal("bfloat16", "training step in bfloat16 against float32, on a CPU with AMX", (STEP_VE, STEP_BFLOAT16),
-         lambda single, half: _seconds(single) / _seconds(half), 2.5, "times as fast", detail=_two_steps),
-    _at_most("temporaries", "temporary arrays of a training step, batch 8, without remat", (STEP_VE,),
-             lambda line: line["temporaries_bytes"] / TEMPORARIES_2021, 0.7,
-             f"times the {TEMPORARIES_2021 / 1e6:.0f} MB of 2021",
-             lambda line: f"{line['temporaries_bytes'] / 1e6:.0f} MB"),
+         lambda single, half: _seconds(single) / _seconds(half), 2.5, "times as fast", _two_steps),
+    Goal("temporaries", "temporary arrays of a training step, batch 8, without remat", (STEP_VE,),
+         lambda line: line["temporaries_bytes"] / TEMPORARIES_2021, 0.7,
+         f"times the {TEMPORARIES_2021 / 1e6:.0f} MB of 2021",
+         lambda line: f"{line['temporaries_bytes'] / 1e6:.0f} MB", at_most=True),
     _fraction("step-vp", "training step, DDPM++ VP, batch 8", STEP_VP, 0.7),
     _fraction("forward-ve", "forward pass, NCSN++ VE, batch 8", FORWARD_VE, 0.8),
     _fraction("forward-vp", "forward pass, DDPM++ VP, batch 8", FORWARD_VP, 0.8),
     Goal("peer", "training step against diffusers' UNet2DModel on PyTorch", (PEER,),
-         lambda line: line["speedup_over_torch"], 1.5, "times as fast", detail=_peer_times),
-    _at_most("sampling", "step of a sampler against a bare forward pass", (SAMPLING,),
-             lambda line: line["step_over_forward"], 1.1, "times", _sampling_times),
-    _at_most("likelihood",
-             "stage of the likelihood's solver against one forward pass and its vector-Jacobian product alone",
-             (LIKELIHOOD,), lambda line: line["step_over_parts"], 1.1, "times",
-             lambda line: _two(line["seconds_per_stage"]["median"], line["parts_seconds"]["median"])),
+         lambda line: line["speedup_over_torch"], 1.5, "times as fast", _peer_times),
+    Goal("sampling", "step of a sampler against a bare forward pass", (SAMPLING,),
+         lambda line: line["step_over_forward"], 1.1, "times", _sampling_times, at_most=True),
+    Goal("likelihood",
+         "stage of the likelihood's solver against one forward pass and its vector-Jacobian product alone",
+         (LIKELIHOOD,), lambda line: line["step_over_parts"], 1.1, "times",
+         lambda line: _two(line["seconds_per_stage"]["median"], line["parts_seconds"]["median"]), at_most=True),
     _startup("startup-cold", "start to the first completed training step, empty compilation cache", "cold", 45.0),
     _startup("startup-warm", "start to the first completed training step, warm compilation cache", "warm", 15.0),
 )

@@ -150,9 +150,7 @@ def measure(
         )
         measuring.progress(f"{method}: {results[method]['evaluation_over_forward']:.3f} forward passes an evaluation")
     return {
-        "network": config.model.name,
-        "dtype": config.model.dtype,
-        "batch_size": config.training.batch_size,
+        **measuring.describe(config),
         "parameters": name,
         **({"step_over_forward": results["pc"]["evaluation_over_forward"]} if "pc" in results else {}),
         "samplers": results,

@@ -42,22 +42,6 @@ def write_images(folder: Path, config: ConfigDict) -> None:
         np.savez(folder / f"{split}.npz", images=levels, **labels)
 
 
-def command(overrides: Sequence[str], folder: Path, name: str, *, batch_size: int, steps_per_call: int) -> list[str]:
-    """Return the command of a run of one call."""
-    settings = {
-        "data.dataset": "npz",
-        "data.path": folder / "images",
-        "training.batch_size": batch_size,
-        "training.n_jitted_steps": steps_per_call,
-        "training.n_iters": steps_per_call,
-    }
-    # Nothing periodic is due in a run this short.
-    for name in ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption"):
-        settings[f"training.{name}"] = 1000 * steps_per_call
-    changes = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [sys.executable, "main.py", *overrides, "--mode", "train", "--workdir", str(folder / name), *changes]
-
-
 def time_start(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
     """Run a command to its end and time it up to the line that reports the first step."""
     lines: list[str] = []
@@ -81,14 +65,25 @@ def run(config: ConfigDict, overrides: Sequence[str], *, batch_size: int, steps_
     checks.positive("--batch_size", batch_size)
     checks.positive("--steps_per_call", steps_per_call)
     result: dict[str, Any] = {"batch_size": batch_size, "steps_per_call": steps_per_call}
+    settings = {
+        "data.dataset": "npz",
+        "training.batch_size": batch_size,
+        "training.n_jitted_steps": steps_per_call,
+        "training.n_iters": steps_per_call,
+    }
+    # Nothing periodic is due in a run this short.
+    for frequency in ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption"):
+        settings[f"training.{frequency}"] = 1000 * steps_per_call
+    command = [sys.executable, "main.py", *overrides, "--mode=train"]
+    command += [f"--config.{name}={value}" for name, value in settings.items()]
     with tempfile.TemporaryDirectory(prefix="startup-") as name:
         folder = Path(name)
         write_images(folder / "images", config)
         caches = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "SCORE_SDE_CACHE": str(folder / "cache")}
         for kind in STARTS:
             measure.progress(f"{kind} start")
-            arguments = command(overrides, folder, kind, batch_size=batch_size, steps_per_call=steps_per_call)
-            phases = time_start(arguments, os.environ | caches)
+            folders = [f"--config.data.path={folder / 'images'}", f"--workdir={folder / kind}"]
+            phases = time_start([*command, *folders], os.environ | caches)
             result[f"{kind}_seconds"] = phases.pop("seconds")
             result[f"{kind}_phases"] = phases
     return result

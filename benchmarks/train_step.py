@@ -269,9 +269,7 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step", read_cache: b
     rate, seconds, work = statistics.median(rates), times.summary(jitted), count_contractions(experiment, what)
     return {
         "what": what,
-        "network": config.model.name,
-        "batch_size": batch_size,
-        "dtype": dtype.name,
+        **measuring.describe(config),
         "n_jitted_steps": jitted,
         "steps": steps,
         "seconds_per_step": seconds,

@@ -52,42 +52,25 @@ def normalized_widths(nf: int, ch_mult: tuple[int, ...], num_res_blocks: int, do
 
 
 class NCSNpp(nn.Module):
-    """NCSN++ (Song et al. 2021, Appendix H); DDPM++ without FIR filters and growing input and output.
+    """NCSN++ (Song et al. 2021, Appendix H); DDPM++ without FIR filters and growing input and output."""
 
-    Attributes:
-      nf: channels of the first level.
-      ch_mult: channels of each level, in multiples of nf.
-      num_res_blocks: residual blocks of a level on the way down; one more on the way up.
-      attn_resolutions: heights of images, in pixels, at which attention is applied.
-      block: options of the residual blocks.
-      progressive: the output grows over the levels: "none", "output_skip" or "residual".
-      progressive_input: the input also enters at lower levels: "none", "input_skip" or "residual".
-      progressive_combine: join of an input skip: "sum" or "cat".
-      embedding_type: of the noise level: "positional" or "fourier".
-      fourier_scale: standard deviation of the Fourier frequencies.
-      conditional: the residual blocks are conditioned on the noise level.
-      centered: images come in [-1, 1]; otherwise in [0, 1].
-      scale_by_sigma: divide the output by sigma.
-      noise_levels: whose discrete sigmas the labels count, if the output is scaled; None if the labels are sigma.
-      num_classes: classes of images that it is conditioned on; 0: none.
-      dtype: of the features; None: that of the images. The embedding and images have the images' in any case.
-    """
-
-    nf: int
-    ch_mult: tuple[int, ...]
-    num_res_blocks: int
-    attn_resolutions: tuple[int, ...]
-    block: BlockOptions
-    progressive: str = "none"
-    progressive_input: str = "none"
-    progressive_combine: str = "sum"
-    embedding_type: str = "positional"
-    fourier_scale: float = 16.0
-    conditional: bool = True
-    centered: bool = False
-    scale_by_sigma: bool = False
+    nf: int  # channels of the first level
+    ch_mult: tuple[int, ...]  # channels of each level, in multiples of nf
+    num_res_blocks: int  # residual blocks of a level on the way down; one more on the way up
+    attn_resolutions: tuple[int, ...]  # heights of images, in pixels, at which attention is applied
+    block: BlockOptions  # options of the residual blocks
+    progressive: str = "none"  # the output grows over the levels: "none", "output_skip" or "residual"
+    progressive_input: str = "none"  # the input also enters at lower levels: "none", "input_skip" or "residual"
+    progressive_combine: str = "sum"  # join of an input skip: "sum" or "cat"
+    embedding_type: str = "positional"  # of the noise level: "positional" or "fourier"
+    fourier_scale: float = 16.0  # standard deviation of the Fourier frequencies
+    conditional: bool = True  # the residual blocks are conditioned on the noise level
+    centered: bool = False  # images come in [-1, 1]; otherwise in [0, 1]
+    scale_by_sigma: bool = False  # divide the output by sigma
+    # Levels that the labels count, if the output is scaled; None if the labels are sigma.
     noise_levels: VESDE | None = None
-    num_classes: int = 0
+    num_classes: int = 0  # classes of images that it is conditioned on; 0: none
+    # Of the features; None: that of the images, which the embedding and the output have in any case.
     dtype: jnp.dtype | None = None
 
     @property
@@ -106,7 +89,7 @@ class NCSNpp(nn.Module):
         """Evaluate the network.
 
         Args:
-          x: noisy images, in the range that `centered` tells.
+          x: noisy images, in the range of `centered`.
           time_cond: label of the noise level: sigma if the embedding is fourier; otherwise 999 t, or the level's
             index, counted from the largest sigma.
           train: apply dropout.

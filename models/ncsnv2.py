@@ -16,16 +16,12 @@ from sde_lib import VESDE
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Widths are in multiples of the channels of the first layer.
+    """Widths are in multiples of the channels of the first layer."""
 
-    Attributes:
-      stages: (width, dilation) of each stage of two residual blocks; every stage but the first halves the image, or
-        dilates its convolutions if the dilation is more than 1.
-      decoder: width of each refine block, from the last stage back to the first.
-    """
-
+    # (width, dilation) of each stage of two residual blocks; every stage but the first halves the image, or dilates
+    # its convolutions if the dilation is more than 1.
     stages: tuple[tuple[int, int], ...]
-    decoder: tuple[int, ...]
+    decoder: tuple[int, ...]  # width of each refine block, from the last stage back to the first
 
     @property
     def num_halvings(self) -> int:
@@ -42,23 +38,14 @@ LAYOUTS = {
 
 
 class NCSNv2(nn.Module):
-    """RefineNet that returns the score; NCSN if its normalization is conditioned on the label.
+    """RefineNet that returns the score; NCSN if its normalization is conditioned on the label."""
 
-    Attributes:
-      nf: channels of the first layer.
-      layout: widths and dilations.
-      options: what the blocks have in common.
-      centered: images come in [-1, 1]; otherwise in [0, 1].
-      noise_levels: divide the output by the sigma that the label counts; None: do not.
-      dtype: of the features; None: that of the images.
-    """
-
-    nf: int
-    layout: Layout
-    options: RefineOptions
-    centered: bool = False
-    noise_levels: VESDE | None = None
-    dtype: jnp.dtype | None = None
+    nf: int  # channels of the first layer
+    layout: Layout  # widths and dilations
+    options: RefineOptions  # what the blocks have in common
+    centered: bool = False  # images come in [-1, 1]; otherwise in [0, 1]
+    noise_levels: VESDE | None = None  # divide the output by the sigma that the label counts; None: do not
+    dtype: jnp.dtype | None = None  # of the features; None: that of the images
 
     @property
     def counts_levels(self) -> bool:
@@ -72,7 +59,7 @@ class NCSNv2(nn.Module):
         """Evaluate the network.
 
         Args:
-          x: noisy images, in the range that `centered` tells.
+          x: noisy images, in the range of `centered`.
           time_cond: index of the noise level, counted from the largest sigma.
           train: makes no difference; these networks have no dropout.
         """

@@ -17,5 +17,4 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     return parts.compose(parts.ve, parts.wide_resnet, parts.cifar10)

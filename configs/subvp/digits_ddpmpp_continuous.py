@@ -9,5 +9,4 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     return parts.compose(parts.small_ncsnpp, parts.digits, parts.ddpmpp, parts.subvp)

@@ -11,7 +11,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.ve, parts.ncsnpp, parts.celeba)
     config.training.continuous = False
     config.model.sigma_max = 90.0

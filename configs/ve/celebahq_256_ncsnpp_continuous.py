@@ -12,7 +12,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.ve, parts.ncsnpp_256, parts.celebahq)
     config.model.sigma_max = 348.0
     return config

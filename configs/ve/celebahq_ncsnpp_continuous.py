@@ -12,5 +12,4 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     return parts.compose(parts.ve, parts.ncsnpp_1024, parts.celebahq, parts.at_1024)

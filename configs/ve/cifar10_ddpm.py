@@ -11,7 +11,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.ve, parts.ddpm, parts.cifar10)
     config.training.continuous = False
     return config

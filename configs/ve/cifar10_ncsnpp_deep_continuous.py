@@ -11,7 +11,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.ve, parts.ncsnpp, parts.deep, parts.cifar10)
     config.model.embedding_type = "fourier"
     return config

@@ -9,7 +9,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.ve, parts.small_ncsnpp, parts.digits, parts.ncsnpp)
     config.model.embedding_type = "fourier"
     config.model.sigma_max = 10.0  # about the largest distance between two of the 64-pixel images in [0, 1]

@@ -12,7 +12,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.ve, parts.ncsnpp_1024, parts.ffhq, parts.at_1024)
     config.training.reduce_mean = True
     return config

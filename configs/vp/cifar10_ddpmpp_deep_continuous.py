@@ -12,5 +12,4 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     return parts.compose(parts.vp, parts.ddpmpp, parts.deep, parts.cifar10)

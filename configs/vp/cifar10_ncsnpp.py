@@ -12,7 +12,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.ddpm_chain, parts.ncsnpp, parts.cifar10)
     config.sampling.predictor = "reverse_diffusion"
     return config

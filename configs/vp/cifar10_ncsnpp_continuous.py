@@ -11,5 +11,4 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     return parts.compose(parts.vp, parts.ncsnpp, parts.cifar10)

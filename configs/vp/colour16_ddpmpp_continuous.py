@@ -11,7 +11,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.small_ncsnpp, parts.colour16, parts.ddpmpp, parts.vp)
     config.sampling.predictor = "reverse_diffusion"
     return config

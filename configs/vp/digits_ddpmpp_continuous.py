@@ -12,7 +12,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.small_ncsnpp, parts.digits, parts.ddpmpp, parts.vp)
     config.sampling.predictor = "reverse_diffusion"
     return config

@@ -11,7 +11,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.ve, parts.ncsn, parts.cifar10_levels, parts.cifar10)
     config.model.ema_rate = 0.999
     return config

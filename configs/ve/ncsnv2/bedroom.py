@@ -11,7 +11,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.ve)
     parts.ncsnv2(config, "ncsnv2_128")
     parts.lsun(config, "bedroom", image_size=128)

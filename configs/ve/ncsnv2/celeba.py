@@ -12,7 +12,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.ve)
     parts.ncsnv2(config, "ncsnv2_64")
     parts.celeba_levels(config)

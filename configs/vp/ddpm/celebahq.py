@@ -12,5 +12,4 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     return parts.compose(parts.ddpm_chain, parts.ddpm_256, parts.celebahq)

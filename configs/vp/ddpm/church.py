@@ -11,7 +11,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.ddpm_chain, parts.ddpm_256)
     parts.lsun(config, "church_outdoor")
     return config

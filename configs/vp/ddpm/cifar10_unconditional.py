@@ -11,7 +11,6 @@ from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Return the configuration."""
     config = parts.compose(parts.ddpm_chain, parts.ddpm, parts.cifar10)
     config.model.conditional = False
     return config
