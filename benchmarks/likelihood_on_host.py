@@ -127,7 +127,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measuring.define_flags(snapshot=(0, "Number of the checkpoint; 0: the newest."))
+    measuring.define_flags("are read", snapshot=(0, "Number of the checkpoint; 0: the newest."))
     flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
     flags.DEFINE_integer("host_images", 16, "Images that are integrated one by one on the host.", lower_bound=1)
     measuring.main(main)

@@ -61,6 +61,8 @@ def main(run: Callable[[], dict[str, Any] | None]) -> None:
         if result is not None:
             report(result)
 
+    for flag in flags.FLAGS.flags_by_module_dict().get(__name__, ()):  # so that --help lists them
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(call)
 
 

@@ -101,7 +101,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measuring.define_flags(snapshot=(0, "Number of the checkpoint; 0: the newest."))
+    measuring.define_flags("are read", snapshot=(0, "Number of the checkpoint; 0: the newest."))
     flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
     draws = "Draws of (t, z) for each image, rounded down to a multiple of 20."
     flags.DEFINE_integer("repetitions", 400, draws, lower_bound=NUM_BLOCKS)
