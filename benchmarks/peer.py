@@ -4,10 +4,10 @@
       --torch_python peer-venv/bin/python
 
 The peer is diffusers' UNet2DModel in its NCSN++ configuration on the CPU, with Adam, clipping, warm-up and average as
-ours. It needs torch and diffusers, which the project does not: requirements-bench.txt, best in an environment of their
-own, whose Python `--torch_python` names. That side is a process of its own (benchmarks/peer_torch.py); both are warm
-before anything is timed. Then they take turns, never at the same time, with a pause in between in which the threads of
-the one that was busy go to sleep; who begins changes from pair to pair, so that a machine that slows down slows both.
+ours. It needs torch and diffusers (requirements-bench.txt), best in an environment of their own, whose Python
+`--torch_python` names: that side is a process of its own, benchmarks/peer_torch.py. Both are warm before anything is
+timed. Then they take turns, with a pause in which the threads of the one that was busy go to sleep; which side begins
+changes from pair to pair, so that a machine that slows down slows both.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import jax
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
 import checks
 from benchmarks import measure, train_step
 from benchmarks.measure import Seconds
+from errors import UserError
 from experiment.build import Experiment, build_experiment
 
 PAUSE = 0.5  # seconds; OpenMP's threads spin for up to 0.2 s after their work
@@ -48,11 +47,9 @@ DIFFERENCES = (
     "diffusers normalizes its attention in 32 groups; the other options are the same",
 )
 
-FLAGS = flags.FLAGS
-
 
 def torch_settings(config: ConfigDict, *, batch_size: int, compiled: bool) -> dict[str, Any]:
-    """Returns what the torch side has to build."""
+    """Return what the torch side has to build."""
     model, size = config.model, config.data.image_size
     needed = {"model.name": "ncsnpp", "model.fir": True, "model.embedding_type": "fourier"}
     needed |= {"model.resblock_type": "biggan", "model.scale_by_sigma": True, "training.sde": "vesde"}
@@ -60,12 +57,12 @@ def torch_settings(config: ConfigDict, *, batch_size: int, compiled: bool) -> di
     for name, value in needed.items():
         found = functools.reduce(getattr, name.split("."), config)
         if found != value:
-            raise ValueError(f"{name}={found!r}; the peer is diffusers' NCSN++, which has {value!r}")
+            raise UserError(f"{name}={found!r}; the peer is diffusers' NCSN++, which has {value!r}")
     channels = [model.nf * mult for mult in model.ch_mult]
     attention = [size >> level in model.attn_resolutions for level in range(len(channels))]
     for width, attends in zip(channels, attention, strict=True):
         if attends and width % ATTENTION_GROUPS:
-            raise ValueError(
+            raise UserError(
                 f"{width} channels where model.attn_resolutions has attention; diffusers' attention needs a multiple "
                 f"of {ATTENTION_GROUPS}: change model.nf or model.ch_mult"
             )
@@ -82,25 +79,24 @@ class TorchSide:
       python: interpreter that has torch and diffusers.
       settings: what it builds.
 
-    Attributes:
-      description: what it says of itself, once it is warm.
-
     Raises:
-      ValueError: if there is no such interpreter, or if it lacks a package.
+      UserError: if there is no such interpreter, or if it lacks a package.
       TimeoutError: if it takes too long.
     """
 
     def __init__(self, python: str, settings: dict[str, Any]):
-        script = Path(__file__).with_name("peer_torch.py")
+        command = [python, str(Path(__file__).with_name("peer_torch.py"))]
         try:
-            self._process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         except OSError as error:
-            raise ValueError(f"--torch_python={python}: {error}; give a Python that has torch and diffusers") from error
-        self._unread = b""
+            raise UserError(f"--torch_python={python}: {error}; give a Python that has torch and diffusers") from error
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process, self._stdin, self._stdout, self._unread = process, process.stdin, process.stdout, b""
         try:
             found = self._ask(settings, IMPORT_LIMIT)
             if "missing" in found:
-                raise ValueError(
+                raise UserError(
                     f"--torch_python={python} cannot import {found['missing']}; install the packages of "
                     "requirements-bench.txt in an environment and name its Python"
                 )
@@ -109,40 +105,36 @@ class TorchSide:
             raise
 
     def describe(self) -> dict[str, Any]:
-        """Waits until the other side is warm, and returns what it says of itself."""
+        """Wait until the other side is warm, and return its description of itself."""
         return self._receive(ANSWER_LIMIT)
 
     def run(self, name: str) -> float:
-        """Runs "step" or "forward" once and returns its seconds, as the other side takes them."""
+        """Run "step" or "forward" once and return its seconds, as the other side measures them."""
         return float(self._ask({"run": name}, ANSWER_LIMIT)["seconds"])
 
     def close(self) -> None:
-        """Ends the other process, which ends with its input."""
-        assert self._process.stdin  # a pipe
-        assert self._process.stdout  # a pipe
+        """End the other process, by closing its input."""
         with contextlib.suppress(BrokenPipeError):  # of what it did not read
-            self._process.stdin.close()
+            self._stdin.close()
         try:
             self._process.wait(timeout=PAUSE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._stdout.close()
 
     def _ask(self, message: dict[str, Any], limit: float) -> dict[str, Any]:
-        assert self._process.stdin  # a pipe
         with contextlib.suppress(BrokenPipeError):  # it has ended; there will be no answer
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps(message).encode() + b"\n")
+            self._stdin.flush()
         return self._receive(limit)
 
     def _receive(self, limit: float) -> dict[str, Any]:
-        assert self._process.stdout  # a pipe
         end = time.monotonic() + limit
         while b"\n" not in self._unread:
-            if not select.select([self._process.stdout], [], [], max(end - time.monotonic(), 0))[0]:
+            if not select.select([self._stdout], [], [], max(end - time.monotonic(), 0))[0]:
                 raise TimeoutError(f"waited {limit:.0f} s for an answer of the torch side")
-            read = os.read(self._process.stdout.fileno(), 2**16)
+            read = os.read(self._stdout.fileno(), 2**16)
             if not read:
                 raise RuntimeError(f"the torch side ended with exit code {self._process.wait()}; see its message above")
             self._unread += read
@@ -152,21 +144,18 @@ class TorchSide:
 
 
 def our_side(experiment: Experiment) -> tuple[dict[str, Callable[[], float]], dict[str, Any]]:
-    """Compiles our programs."""
+    """Compile and warm up our programs; return them as functions that return their seconds, and a description."""
     start = time.perf_counter()
     compiled = {name: program[0](experiment) for name, program in train_step.PROGRAMS.items()}
     compile_seconds = time.perf_counter() - start
-    calls = {name: program[1](experiment, compiled[name]) for name, program in train_step.PROGRAMS.items()}
-    runs: dict[str, Callable[[], float]] = {
-        name: functools.partial(lambda call: measure.time_calls(call, 1, warm_up=0).min, call)
-        for name, call in calls.items()
-    }
-    for _ in range(WARM_UP):
-        for run in runs.values():
-            run()
-    for name, (_, _, summarize) in train_step.PROGRAMS.items():
-        if not math.isfinite(summarize(calls[name]()[1])):
-            raise FloatingPointError(f"our {name} does not give finite numbers; its time would say nothing")
+    runs: dict[str, Callable[[], float]] = {}
+    for name, (_, make_call, summarize) in train_step.PROGRAMS.items():
+        call = make_call(experiment, compiled[name])
+        runs[name] = functools.partial(lambda call: measure.time_calls(call, 1, warm_up=0).min, call)
+        for _ in range(WARM_UP):
+            runs[name]()
+        if not math.isfinite(summarize(call()[1])):
+            raise FloatingPointError(f"our {name} does not give finite numbers; its time is meaningless")
     counted = {name: train_step.count_contractions(experiment, name) for name in train_step.PROGRAMS}
     parameters = sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shapes.params))
     return runs, {"parameters": parameters, "flops": counted, "compile_seconds": compile_seconds}
@@ -175,7 +164,7 @@ def our_side(experiment: Experiment) -> tuple[dict[str, Callable[[], float]], di
 def take_turns(
     ours: Callable[[], float], theirs: Callable[[], float], pairs: int, *, pause: float = PAUSE
 ) -> tuple[Seconds, Seconds]:
-    """Runs both in turn, the one that begins changing, and returns the seconds of either, pair by pair."""
+    """Run both in turn, beginning with each alternately, and return the seconds of either, pair by pair."""
     found: dict[Callable[[], float], list[float]] = {ours: [], theirs: []}
     for pair in range(pairs):
         for side in (ours, theirs) if pair % 2 == 0 else (theirs, ours):
@@ -185,7 +174,7 @@ def take_turns(
 
 
 def compare(ours: Seconds, theirs: Seconds) -> dict[str, Any]:
-    """Returns the times of both, and the median over the pairs of how much longer the other takes."""
+    """Return the times of both, and the median over the pairs of theirs over ours."""
     ratios = [their / our for our, their in zip(ours.all, theirs.all, strict=True)]
     return {
         "ours_seconds": ours.summary(),
@@ -198,12 +187,12 @@ def compare(ours: Seconds, theirs: Seconds) -> dict[str, Any]:
 def measure_peer(
     config: ConfigDict, *, batch_size: int, steps: int, torch_python: str, torch_compile: bool
 ) -> dict[str, Any]:
-    """Runs both sides in turn."""
+    """Run both sides in turn."""
     checks.positive("--batch_size", batch_size)
     checks.positive("--steps", steps)
     settings = torch_settings(config, batch_size=batch_size, compiled=torch_compile)
     if (jax.default_backend(), jax.device_count()) != ("cpu", 1):
-        raise ValueError(
+        raise UserError(
             f"{jax.device_count()} devices of platform {jax.default_backend()!r}; the torch side runs on the CPU, so "
             "ours has to, on one device: set JAX_PLATFORMS=cpu"
         )
@@ -221,48 +210,26 @@ def measure_peer(
             found[name] = compare(*take_turns(run, functools.partial(side.run, name), steps))
     finally:
         side.close()
-    return {"batch_size": batch_size, "steps": steps, "ours": ours, "torch": theirs, "torch_compile": torch_compile} | {
-        **found,
-        "speedup_over_torch": found["step"]["speedup_over_torch"],
-        "note": [_sizes(ours, theirs), *DIFFERENCES],
-    }
-
-
-def _sizes(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     parameters = theirs["parameters"] / ours["parameters"]
     flops = theirs["flops_with_padding"]["step"] / ours["flops"]["step"]
-    return (
+    sizes = (
         f"diffusers' network has {parameters:.3f} times our parameters and {flops:.3f} times the operations of a step; "
         "torch counts those with zeros of padding, which our count leaves out"
     )
-
-
-def main(argv: Sequence[str]) -> None:
-    """Prints the JSON line."""
-    logging.set_verbosity(logging.WARNING)
-    try:
-        result = measure_peer(
-            FLAGS.config,
-            batch_size=FLAGS.batch_size,
-            steps=FLAGS.steps,
-            torch_python=FLAGS.torch_python,
-            torch_compile=FLAGS.torch_compile,
-        )
-    except ValueError as error:
-        sys.exit(str(error))
-    measure.report(result)
-
-
-def define_flags() -> None:
-    """Defines the flags."""
-    config_flags.DEFINE_config_file("config", None, "Experiment: an NCSN++ with the VE SDE; its data are not read.")
-    flags.DEFINE_integer("batch_size", 8, "Images of a step.")
-    flags.DEFINE_integer("steps", 10, "Steps, and forward passes, of each side.")
-    flags.DEFINE_string("torch_python", sys.executable, "Python that has torch and diffusers; by default this one.")
-    flags.DEFINE_bool("torch_compile", False, "Compile the network of the torch side with torch.compile.")
-    flags.mark_flag_as_required("config")
+    settings = {"batch_size": batch_size, "steps": steps, "torch_compile": torch_compile}
+    return {
+        **settings,
+        "ours": ours,
+        "torch": theirs,
+        **found,
+        "speedup_over_torch": found["step"]["speedup_over_torch"],
+        "note": [sizes, *DIFFERENCES],
+    }
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    measure.define_flags(batch_size=(8, "Images of a step."), steps=(10, "Steps, and forward passes, of each side."))
+    flags.DEFINE_string("torch_python", sys.executable, "Python that has torch and diffusers; by default this one.")
+    flags.DEFINE_bool("torch_compile", False, "Compile the network of the torch side with torch.compile.")
+    names = ("batch_size", "steps", "torch_python", "torch_compile")
+    measure.main(lambda: measure_peer(flags.FLAGS.config, **measure.flag_values(*names)))

@@ -1,8 +1,8 @@
-"""The torch side of benchmarks/peer.py: a process of its own that does what it is told, one line of JSON at a time.
+"""The torch side of benchmarks/peer.py: a process of its own that reads and answers lines of JSON.
 
 Runs under any Python that has torch and diffusers (requirements-bench.txt), and imports nothing of this project. The
-first line that it reads says what to build; each later one, {"run": "step"} or {"run": "forward"}, is answered with
-{"seconds": ...}. It ends with its input.
+first line says what to build; each later one, {"run": "step"} or {"run": "forward"}, is answered with {"seconds": ...}.
+The process ends with its input.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ ADAM_BETA2 = 0.999
 
 
 def answer(file: Any, **values: Any) -> None:
-    """Writes a line for the other side."""
+    """Write a line for the other side."""
     file.write(json.dumps(values) + "\n")
     file.flush()
 
 
 def build_network(settings: dict[str, Any]) -> Any:
-    """Builds UNet2DModel as diffusers configures it for NCSN++ (their google/ncsnpp-celebahq-256 and its like)."""
+    """Build UNet2DModel as diffusers configures it for NCSN++ (google/ncsnpp-celebahq-256)."""
     from diffusers import UNet2DModel
 
     kinds = ["Attn" if attends else "" for attends in settings["attention"]]
@@ -51,11 +51,7 @@ def build_network(settings: dict[str, Any]) -> Any:
 
 
 class Peer:
-    """A network with its optimizer, its average and a batch.
-
-    Attributes:
-      network: UNet2DModel.
-    """
+    """A UNet2DModel `network` with its optimizer, its average and a batch."""
 
     def __init__(self, settings: dict[str, Any]):
         import torch
@@ -79,18 +75,15 @@ class Peer:
         # The average is taken of the network itself: compiled, it shares the parameters.
         self._apply = torch.compile(self.network) if settings["compile"] else self.network
 
-    def _sigma(self, t: Any) -> Any:
-        low, high = self._settings["sigma_min"], self._settings["sigma_max"]
-        return low * (high / low) ** t
-
     def step(self) -> None:
-        """Takes a training step of the VE SDE: scaling, flips, noise, loss, gradient, clipping, Adam, average."""
+        """Take a training step of the VE SDE: scaling, flips, noise, loss, gradient, clipping, Adam, average."""
         torch, settings = self._torch, self._settings
         self.network.train()
         x = self._levels.to(torch.float32) / 255
         flips = torch.rand(len(x), 1, 1, 1) < 0.5
         x = torch.where(flips, x.flip(3), x)
-        sigma = self._sigma(torch.rand(len(x)) * (1 - 1e-5) + 1e-5)
+        low, high = settings["sigma_min"], settings["sigma_max"]
+        sigma = low * (high / low) ** (torch.rand(len(x)) * (1 - 1e-5) + 1e-5)
         std, z = sigma[:, None, None, None], torch.randn_like(x)
         score = self._apply(x + std * z, sigma, return_dict=False)[0]
         loss = (score * std + z).square().sum(dim=(1, 2, 3)).mul(0.5).mean()
@@ -105,7 +98,7 @@ class Peer:
             raise RuntimeError("the loss of the torch side is not finite")
 
     def forward(self) -> None:
-        """Evaluates the network for a batch, without dropout and gradients."""
+        """Evaluate the network for a batch, without dropout and gradients."""
         torch = self._torch
         self.network.eval()
         with torch.inference_mode():
@@ -113,7 +106,7 @@ class Peer:
             self._apply(x, torch.linspace(0.1, 1, len(x)), return_dict=False)
 
     def count_flops(self, call: Callable[[], None]) -> int:
-        """Returns the operations of convolutions and matrix products, as torch counts them: zeros of padding too."""
+        """Return the operations of convolutions and matrix products, zeros of padding included."""
         from torch.utils.flop_counter import FlopCounterMode
 
         compiled, self._apply = self._apply, self.network  # it counts calls of operators
@@ -124,7 +117,7 @@ class Peer:
 
 
 def describe(peer: Peer, warm_up: int) -> dict[str, Any]:
-    """Warms up, and returns what the times are of."""
+    """Warm up, and return the sizes, versions and threads."""
     import diffusers
     import torch
 
@@ -145,8 +138,8 @@ def describe(peer: Peer, warm_up: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Reads lines and answers them."""
-    # What libraries print must not come between the answers.
+    """Read lines and answer them."""
+    # Keep what libraries print out of the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     settings = json.loads(sys.stdin.readline())

@@ -4,29 +4,25 @@
   python -m benchmarks.roofline --config configs/ve/cifar10_ncsnpp_continuous.py --batch_size 8 \
       --batch_size 128 --dtype float32 --dtype bfloat16 --markdown
 
-Nothing is run and nothing compiled: JAX lowers both programs for CUDA and for TPUs on any machine, and the convolutions
-and matrix products of what it hands to XLA are counted (`benchmarks.contractions`). Each takes at least as long as its
-operations at the peak rate, and as its operands and result at the bandwidth of the memory; a program at least the sum
-over them, one after the other. A training step also reads and writes its state once.
+Nothing runs and nothing is compiled: JAX lowers both programs for CUDA and for TPUs on any machine, and their
+convolutions and matrix products are counted (`benchmarks.contractions`). Each takes at least the time of its operations
+at the peak rate, and of its operands and result at the memory's bandwidth; a program takes at least the sum over them.
+A training step also reads and writes its state once.
 
-All else is taken to be free, fused with these: normalization, activation, dropout, resampling, softmax, losses. A
-measured time is longer; how much longer says how far it is from what the machine could do. Nothing here was measured.
+Everything else counts as free, fused with these: normalization, activation, dropout, resampling, softmax, losses. Times
+are lower bounds, not measurements.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import jax
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
 import checks
 from benchmarks import contractions, measure, train_step
@@ -34,40 +30,27 @@ from benchmarks.contractions import Contraction
 from experiment.build import build_experiment
 from models.precision import DTYPES
 
-FLAGS = flags.FLAGS
-
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """What a maker says of one chip.
-
-    Attributes:
-      name: of the chip.
-      platform: that programs are lowered for, "cuda" or "tpu".
-      peak: operations a second, by the type of the operands, as JAX multiplies them by default: float32 on tensor cores
-        as TF32, on TPUs as bfloat16 ("Matmul precision", docs.jax.dev). No sparsity.
-      bandwidth: of its memory, bytes a second.
-      source: where the figures stand.
-    """
+    """Published figures of one chip."""
 
     name: str
-    platform: str
+    platform: str  # "cuda" or "tpu"
+    # Operations a second by type of operand, as JAX multiplies by default: float32 on tensor cores as TF32, on TPUs as
+    # bfloat16 ("Matmul precision", docs.jax.dev). No sparsity.
     peak: dict[str, float]
-    bandwidth: float
+    bandwidth: float  # of its memory, bytes a second
     source: str
 
 
 _A100 = "NVIDIA A100 Tensor Core GPU, datasheet (figures as quoted by others)"
+_H100 = "NVIDIA H100 Tensor Core GPU, datasheet (figures as quoted by others)"
 ACCELERATORS = (
     Accelerator("A100 SXM 40 GB", "cuda", {"f32": 156e12, "bf16": 312e12}, 1.555e12, _A100),
     Accelerator("A100 SXM 80 GB", "cuda", {"f32": 156e12, "bf16": 312e12}, 2.039e12, _A100),
-    Accelerator(
-        "H100 SXM",
-        "cuda",
-        {"f32": 989e12 / 2, "bf16": 1979e12 / 2},  # the datasheet gives them with sparsity, which doubles them
-        3.35e12,
-        "NVIDIA H100 Tensor Core GPU, datasheet (figures as quoted by others)",
-    ),
+    # The datasheet gives them with sparsity, which doubles them.
+    Accelerator("H100 SXM", "cuda", {"f32": 989e12 / 2, "bf16": 1979e12 / 2}, 3.35e12, _H100),
     Accelerator("TPU v4", "tpu", {"f32": 275e12, "bf16": 275e12}, 1.2e12, "Google Cloud documentation, TPU v4"),
     Accelerator("TPU v5e", "tpu", {"f32": 197e12, "bf16": 197e12}, 0.819e12, "Google Cloud documentation, TPU v5e"),
 )
@@ -76,12 +59,7 @@ PLATFORMS = ("cuda", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a program has to do on one device.
-
-    Attributes:
-      contractions: its convolutions and matrix products.
-      state_bytes: of what is read and written once besides.
-    """
+    """Contractions of a program on one device, and the bytes of a state that it reads and writes once."""
 
     contractions: tuple[Contraction, ...]
     state_bytes: int = 0
@@ -102,7 +80,7 @@ def _bytes(tree: Any) -> int:
 
 
 def least_time(work: Work, accelerator: Accelerator) -> dict[str, Any]:
-    """Returns the least seconds of a program, and whether operations or bytes are what takes it longer."""
+    """Return the least seconds of a program, and whether computing or memory bounds them."""
     computing = [each.count * each.flops / accelerator.peak[each.element] for each in work.contractions]
     moving = [each.count * each.bytes / accelerator.bandwidth for each in work.contractions]
     state = 2 * work.state_bytes / accelerator.bandwidth
@@ -114,7 +92,7 @@ def least_time(work: Work, accelerator: Accelerator) -> dict[str, Any]:
 
 
 def measure_program(program: jax.stages.Traced, state_bytes: int = 0) -> dict[str, Any]:
-    """Returns operations, bytes and least times of one program."""
+    """Return operations, bytes and least times of one program."""
     work = {each: Work(tuple(contractions.of_program(program, each)), state_bytes) for each in PLATFORMS}
     first = work[PLATFORMS[0]]
     if any(each.flops != first.flops for each in work.values()):
@@ -130,7 +108,7 @@ def measure_program(program: jax.stages.Traced, state_bytes: int = 0) -> dict[st
 
 
 def measure_config(config: ConfigDict, *, batch_size: int, dtype: str) -> dict[str, Any]:
-    """Counts a training step and a forward pass."""
+    """Count a training step and a forward pass."""
     checks.positive("--batch_size", batch_size)
     config.training.update(batch_size=batch_size, n_jitted_steps=1)
     config.model.dtype = dtype
@@ -148,7 +126,7 @@ def measure_config(config: ConfigDict, *, batch_size: int, dtype: str) -> dict[s
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yields the lines of a table of the counts and least times."""
+    """Yield the lines of a table of the counts and least times."""
     names = [each.name for each in ACCELERATORS]
     yield "| program | dtype | batch | GFLOP | GB | FLOP/byte | " + " | ".join(names) + " |"
     yield "|---|---|---|---|---|---|" + "---|" * len(names)
@@ -161,31 +139,22 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             )
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the JSON line or the table."""
-    logging.set_verbosity(logging.WARNING)
-    rows = []
-    for batch_size in FLAGS.batch_size:
-        for dtype in FLAGS.dtype or (FLAGS.config.model.dtype,):
+def main() -> dict[str, Any] | None:
+    """Return the counts, or print the table."""
+    config, rows = flags.FLAGS.config, []
+    for batch_size in flags.FLAGS.batch_size:
+        for dtype in flags.FLAGS.dtype or (config.model.dtype,):
             measure.progress(f"counting: batch of {batch_size}, {dtype}")
-            rows.append(measure_config(FLAGS.config.copy_and_resolve_references(), batch_size=batch_size, dtype=dtype))
-    if FLAGS.markdown:
+            rows.append(measure_config(config.copy_and_resolve_references(), batch_size=batch_size, dtype=dtype))
+    if flags.FLAGS.markdown:
         print("\n".join(markdown(rows)))
-    else:
-        measure.report({"rows": rows, "accelerators": [dataclasses.asdict(each) for each in ACCELERATORS]})
-
-
-def define_flags() -> None:
-    """Defines the flags."""
-    config_flags.DEFINE_config_file("config", None, "Experiment; its data are not read.")
-    flags.DEFINE_multi_integer("batch_size", [128], "Images of a step on one chip; may be given several times.")
-    flags.DEFINE_multi_enum(
-        "dtype", None, tuple(DTYPES), "Of the features, several times; by default the experiment's."
-    )
-    flags.DEFINE_bool("markdown", False, "Print a table instead of JSON.")
-    flags.mark_flag_as_required("config")
+        return None
+    return {"rows": rows, "accelerators": [dataclasses.asdict(each) for each in ACCELERATORS]}
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    measure.define_flags()
+    flags.DEFINE_multi_integer("batch_size", [128], "Images of a step on one chip; can be given several times.")
+    flags.DEFINE_multi_enum("dtype", None, tuple(DTYPES), "Of the features, several times; default: the experiment's.")
+    flags.DEFINE_bool("markdown", False, "Print a table instead of JSON.")
+    measure.main(main)

@@ -4,9 +4,8 @@
   python -m benchmarks.run --only step-ve     one goal; --only can be given several times
   python -m benchmarks.run --table            write the table again from saved results
 
-Each command runs in its own process and prints one JSON line (`benchmarks.measure.report`), which is saved in
-benchmarks/results/ at once: a failed benchmark or a stopped run loses nothing of the others. The table takes the newest
-result of each command. The machine should be otherwise idle.
+Each command runs in its own process and prints one JSON line (`benchmarks.measure.report`), which is saved at once in
+benchmarks/results/. The table shows the newest result of each command. The machine should be otherwise idle.
 """
 
 from __future__ import annotations
@@ -24,14 +23,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from absl import app, flags
 
-from benchmarks.measure import progress
+from benchmarks.measure import ROOT, progress
 from storage import files
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
 MAX_SECONDS = 600.0  # of one command
 TEMPORARIES_2021 = 547e6  # bytes XLA plans for a step of the 2021 code, batch 8, JAX 0.12 on a CPU
@@ -47,10 +43,7 @@ FLAGS = flags.FLAGS
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """A bound on a value computed from the JSON lines of `commands`, in their order.
-
-    `detail` says what the value was made of. A command that several goals name runs once.
-    """
+    """A bound on `value`, computed as `detail` from the JSON lines of `commands`, which run once for all goals."""
 
     name: str
     title: str
@@ -58,8 +51,8 @@ class Goal:
     value: Callable[..., float]
     bound: float
     unit: str
-    at_most: bool = False
     detail: Callable[..., str] = lambda *_: ""
+    at_most: bool = False
 
     def is_met(self, value: float) -> bool:
         """Return whether the value is on the right side of the bound."""
@@ -87,6 +80,10 @@ def _two(first: float, second: float) -> str:
     return f"{first:.3g} s and {second:.3g} s"
 
 
+def _two_steps(first: Line, second: Line) -> str:
+    return _two(_seconds(first), _seconds(second))
+
+
 def _peer_times(line: Line) -> str:
     return _two(line["step"]["ours_seconds"]["median"], line["step"]["torch_seconds"]["median"])
 
@@ -102,82 +99,42 @@ def _fraction(name: str, title: str, command: str, bound: float) -> Goal:
         return f"{_seconds(line):.3g} s, {work:.0f} GFLOP; matrix product {rate:.0f} GFLOP/s"
 
     unit = "of the float32 matrix product's rate"
-    return Goal(name, title, (command,), lambda line: line["fraction_of_gemm"], bound, unit, detail=detail)
+    return Goal(name, title, (command,), lambda line: line["fraction_of_gemm"], bound, unit, detail)
 
 
 def _startup(name: str, title: str, kind: str, bound: float) -> Goal:
     def detail(line: Line) -> str:
         return ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in line[f"{kind}_phases"].items())
 
-    return Goal(name, title, (STARTUP,), lambda line: line[f"{kind}_seconds"], bound, "s", at_most=True, detail=detail)
+    return Goal(name, title, (STARTUP,), lambda line: line[f"{kind}_seconds"], bound, "s", detail, at_most=True)
 
 
+# fmt: off
 GOALS = (
     _fraction("step-ve", "training step, NCSN++ VE, batch 8", STEP_VE, 0.7),
-    Goal(
-        "scan",
-        "a training step in a scan of 4 against a single one",
-        (STEPS_IN_SCAN, STEP_VE),
-        lambda scan, single: _seconds(scan) / _seconds(single),
-        1.05,
-        "times",
-        at_most=True,
-        detail=lambda scan, single: _two(_seconds(scan), _seconds(single)),
-    ),
-    Goal(
-        "bfloat16",
-        "training step in bfloat16 against float32, on a CPU with AMX",
-        (STEP_VE, STEP_BFLOAT16),
-        lambda single, half: _seconds(single) / _seconds(half),
-        2.5,
-        "times as fast",
-        detail=lambda single, half: _two(_seconds(single), _seconds(half)),
-    ),
-    Goal(
-        "temporaries",
-        "temporary arrays of a training step, batch 8, without remat",
-        (STEP_VE,),
-        lambda line: line["temporaries_bytes"] / TEMPORARIES_2021,
-        0.7,
-        f"times the {TEMPORARIES_2021 / 1e6:.0f} MB of 2021",
-        at_most=True,
-        detail=lambda line: f"{line['temporaries_bytes'] / 1e6:.0f} MB",
-    ),
+    Goal("scan", "a training step in a scan of 4 against a single one", (STEPS_IN_SCAN, STEP_VE),
+         lambda scan, single: _seconds(scan) / _seconds(single), 1.05, "times", _two_steps, at_most=True),
+    Goal("bfloat16", "training step in bfloat16 against float32, on a CPU with AMX", (STEP_VE, STEP_BFLOAT16),
+         lambda single, half: _seconds(single) / _seconds(half), 2.5, "times as fast", _two_steps),
+    Goal("temporaries", "temporary arrays of a training step, batch 8, without remat", (STEP_VE,),
+         lambda line: line["temporaries_bytes"] / TEMPORARIES_2021, 0.7,
+         f"times the {TEMPORARIES_2021 / 1e6:.0f} MB of 2021",
+         lambda line: f"{line['temporaries_bytes'] / 1e6:.0f} MB", at_most=True),
     _fraction("step-vp", "training step, DDPM++ VP, batch 8", STEP_VP, 0.7),
     _fraction("forward-ve", "forward pass, NCSN++ VE, batch 8", FORWARD_VE, 0.8),
     _fraction("forward-vp", "forward pass, DDPM++ VP, batch 8", FORWARD_VP, 0.8),
-    Goal(
-        "peer",
-        "training step against diffusers' UNet2DModel on PyTorch",
-        (PEER,),
-        lambda line: line["speedup_over_torch"],
-        1.5,
-        "times as fast",
-        detail=_peer_times,
-    ),
-    Goal(
-        "sampling",
-        "step of a sampler against a bare forward pass",
-        (SAMPLING,),
-        lambda line: line["step_over_forward"],
-        1.1,
-        "times",
-        at_most=True,
-        detail=_sampling_times,
-    ),
-    Goal(
-        "likelihood",
-        "stage of the likelihood's solver against one forward pass and its vector-Jacobian product alone",
-        (LIKELIHOOD,),
-        lambda line: line["step_over_parts"],
-        1.1,
-        "times",
-        at_most=True,
-        detail=lambda line: _two(line["seconds_per_stage"]["median"], line["parts_seconds"]["median"]),
-    ),
+    Goal("peer", "training step against diffusers' UNet2DModel on PyTorch", (PEER,),
+         lambda line: line["speedup_over_torch"], 1.5, "times as fast", _peer_times),
+    Goal("sampling", "step of a sampler against a bare forward pass", (SAMPLING,),
+         lambda line: line["step_over_forward"], 1.1, "times", _sampling_times, at_most=True),
+    Goal("likelihood",
+         "stage of the likelihood's solver against one forward pass and its vector-Jacobian product alone",
+         (LIKELIHOOD,), lambda line: line["step_over_parts"], 1.1, "times",
+         lambda line: _two(line["seconds_per_stage"]["median"], line["parts_seconds"]["median"]), at_most=True),
     _startup("startup-cold", "start to the first completed training step, empty compilation cache", "cold", 45.0),
     _startup("startup-warm", "start to the first completed training step, warm compilation cache", "warm", 15.0),
 )
+# fmt: on
 
 
 def commands_of(goals: Sequence[Goal]) -> list[str]:
@@ -294,48 +251,36 @@ def _cells(cells: Sequence[str]) -> str:
 def write_table(goals: Sequence[Goal], results: Results) -> str:
     """Return the text of RESULTS.md: a row for each goal."""
     found = [results[command] for command in commands_of(goals) if command in results]
-    machines = list(dict.fromkeys(_machine(outcome.line) for outcome in found if outcome.line))
-    commits = dict.fromkeys(
-        f"{outcome.line['commit']}{' with changes' if outcome.line.get('modified') else ''}"
-        for outcome in found
-        if outcome.line and outcome.line.get("commit")
-    )
+    known = [outcome.line for outcome in found if outcome.line]
+    machines = list(dict.fromkeys(map(_machine, known)))
+    commits = [
+        f"{line['commit']}{' with changes' if line.get('modified') else ''}" for line in known if line.get("commit")
+    ]
     rows = []
     for goal in goals:
         measured, met = _measured(goal, results)
         lines = [results[command].line for command in goal.commands if command in results]
         numbers = sorted({machines.index(_machine(line)) + 1 for line in lines if line})
-        rows.append(
-            (
-                goal.title,
-                " and ".join(f"`python -m {command}`" for command in goal.commands),
-                ", ".join(map(str, numbers)) if met else "",
-                measured,
-                f"at {'most' if goal.at_most else 'least'} {goal.bound:g} {goal.unit}",
-                met,
-            )
-        )
+        commands = " and ".join(f"`python -m {command}`" for command in goal.commands)
+        to_reach = f"at {'most' if goal.at_most else 'least'} {goal.bound:g} {goal.unit}"
+        rows.append((goal.title, commands, ", ".join(map(str, numbers)) if met else "", measured, to_reach, met))
     minutes = sum(outcome.seconds for outcome in found) / 60
-    return "\n".join(
-        (
-            "# Speed: the goals and what was measured",
-            "",
-            "`make bench` wrote this file from the JSON lines that the commands below printed, kept in `results/`.",
-            f"Commit {', '.join(commits) or 'unknown'}. All runs together took {minutes:.1f} minutes.",
-            "Operations are those of the network's convolutions and products as a GPU does them. A CPU needs fewer for",
-            "most convolutions (docs/performance.md), so their rate may exceed that of a matrix product.",
-            "docs/performance.md says why a goal is missed.",
-            "",
-            _cells(COLUMNS),
-            _cells(["---"] * len(COLUMNS)),
-            *map(_cells, rows),
-            "",
-            "Machines:",
-            "",
-            *(f"{number}. {machine}" for number, machine in enumerate(machines, 1)),
-            "",
-        )
-    )
+    table = "\n".join(map(_cells, (COLUMNS, ["---"] * len(COLUMNS), *rows)))
+    numbered = "\n".join(f"{number}. {machine}" for number, machine in enumerate(machines, 1))
+    return f"""# Speed: the goals and what was measured
+
+`make bench` wrote this file from the JSON lines that the commands below printed, kept in `results/`.
+Commit {", ".join(dict.fromkeys(commits)) or "unknown"}. All runs together took {minutes:.1f} minutes.
+Operations are those of the network's convolutions and products as a GPU does them. A CPU needs fewer for
+most convolutions (docs/performance.md), so their rate may exceed that of a matrix product.
+docs/performance.md says why a goal is missed.
+
+{table}
+
+Machines:
+
+{numbered}
+"""
 
 
 def main(argv: Sequence[str]) -> None:

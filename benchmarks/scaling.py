@@ -2,19 +2,17 @@
 
   python -m benchmarks.scaling --config configs/vp/digits_ddpmpp_continuous.py
 
-Every point is a process of its own, which compiles the step that `--mode train` runs, one in a call, and times it on
-random images and parameters. The axes:
+Every point is a process of its own, which compiles the step of `--mode train`, one in a call, and times it on random
+images and parameters. It differs from the configuration in its axis alone:
 
-  devices      1, 2, 4, 8 CPU devices (--xla_force_host_platform_device_count) at the same global batch. They share the
-               cores of the machine: with fewer cores than devices this shows what dividing the work costs, and no
-               speed-up is to be expected. `cores` of the machine stands beside it.
-  image_size   --image_sizes, the batch and the network as they are.
-  nf           --channels: `model.nf`, the features of the first level.
-  batch_size   --batch_sizes.
+  devices     1, 2, 4, 8 CPU devices (--xla_force_host_platform_device_count) at the same global batch. They use the
+              same cores, so that with fewer cores than devices this shows the cost of dividing the work, no speed-up
+  image_size  --image_sizes
+  nf          --channels: `model.nf`, the features of the first level
+  batch_size  --batch_sizes
 
-The points of an axis differ from the configuration in that axis alone. `exponent` is the slope of log seconds over log
-size between the first and the last point of an axis: 1 if the cost is proportional. Of `devices` it is 0 if the work of
-a batch costs the same however it is divided.
+`exponent` is the slope of log seconds over log size from the first to the last point of an axis: 1 if the cost is
+proportional; of `devices` 0 if dividing the work costs nothing.
 """
 
 from __future__ import annotations
@@ -25,50 +23,31 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
 import checks
 from benchmarks import measure as measuring
 from benchmarks import train_step
+from errors import UserError
 from experiment.build import build_experiment
 from modes import memory
 from parallel import distributed
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTING = {"image_size": "data.image_size", "nf": "model.nf", "batch_size": "training.batch_size"}
 MAX_SECONDS = 300.0  # of one point
 
-FLAGS = flags.FLAGS
-
-
-def define_flags() -> None:
-    """Defines the flags."""
-    config_flags.DEFINE_config_file("config", None, "Experiment; its data are not read.")
-    flags.DEFINE_integer("batch_size", 64, "Images of a step, where the batch is not the axis.")
-    flags.DEFINE_integer("steps", 5, "Steps of each point that are timed.")
-    flags.DEFINE_list("devices", ["1", "2", "4", "8"], "Numbers of CPU devices.")
-    flags.DEFINE_list("image_sizes", ["8", "16", "32"], "Heights and widths.")
-    flags.DEFINE_list("channels", ["16", "32"], "Features of the first level.")
-    flags.DEFINE_list("batch_sizes", ["16", "64", "256"], "Images of a step.")
-    flags.DEFINE_boolean("alone", False, "Measure the configuration itself, in this process: one point.")
-    flags.mark_flag_as_required("config")
-
 
 def measure_point(config: ConfigDict, steps: int) -> dict[str, Any]:
-    """Compiles a training step and times it on random images, on all devices of this process."""
+    """Compile a training step and time it on random images, on all devices of this process."""
     batch_size, jitted = config.training.batch_size, config.training.n_jitted_steps
     checks.positive("--steps", steps)
     distributed.check_batch_size("training.batch_size", batch_size)
     experiment = build_experiment(config)
     call = train_step.training_call(experiment, memory.compile_training(experiment))
-    times = measuring.time_calls(call, steps)
-    seconds = times.summary(jitted)
+    seconds = measuring.time_calls(call, steps).summary(jitted)
     return {
         "devices": distributed.device_count(),
         "seconds_per_step": seconds,
@@ -77,7 +56,7 @@ def measure_point(config: ConfigDict, steps: int) -> dict[str, Any]:
 
 
 def run_point(arguments: Sequence[str], devices: int) -> dict[str, Any]:
-    """Measures a point in a process of its own with that many CPU devices."""
+    """Measure a point in a process of its own with that many CPU devices."""
     flag = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -85,18 +64,18 @@ def run_point(arguments: Sequence[str], devices: int) -> dict[str, Any]:
     }
     command = [sys.executable, "-m", "benchmarks.scaling", *arguments, "--alone"]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS, check=False
+        command, cwd=measuring.ROOT, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
     point: dict[str, Any] = json.loads(done.stdout)
     if point["devices"] != devices:
-        raise RuntimeError(f"{devices} devices were asked for and {point['devices']} measured")
+        raise RuntimeError(f"{devices} devices were requested, {point['devices']} measured")
     return {name: point[name] for name in ("devices", "seconds_per_step", "images_per_s")}
 
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float | None:
-    """Returns the slope of log seconds over log size from the first to the last point; None of a single point."""
+    """Return the slope of log seconds over log size from the first to the last point; None for one."""
     if len(sizes) < 2 or sizes[0] == sizes[-1]:
         return None
     return math.log(seconds[-1] / seconds[0]) / math.log(sizes[-1] / sizes[0])
@@ -105,7 +84,7 @@ def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float | None:
 def measure(
     arguments: Sequence[str], axes: Mapping[str, Sequence[int]], batch_size: int, own: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """Measures all points, each once."""
+    """Measure all points, each once."""
     for axis, sizes in axes.items():
         for size in sizes:
             checks.positive(axis, size)
@@ -130,33 +109,32 @@ def measure(
 
 
 def _sizes(flag: str) -> list[int]:
-    given: list[str] = FLAGS[flag].value or []
+    given: list[str] = flags.FLAGS[flag].value or []
     try:
         return [int(size) for size in given]
     except ValueError:
-        raise ValueError(f"--{flag}={','.join(given)}; expected whole numbers with commas") from None
+        raise UserError(f"--{flag}={','.join(given)}; expected whole numbers with commas") from None
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the JSON line, of all points or of one."""
-    logging.set_verbosity(logging.WARNING)
-    try:
-        if FLAGS.alone:
-            measuring.report(measure_point(FLAGS.config.lock(), FLAGS.steps))
-            return
-        axes = {
-            "devices": _sizes("devices"),
-            "image_size": _sizes("image_sizes"),
-            "nf": _sizes("channels"),
-            "batch_size": _sizes("batch_sizes"),
-        }
-        own = {"image_size": FLAGS.config.data.image_size, "nf": FLAGS.config.model.nf}
-        result = measure(sys.argv[1:], axes, FLAGS.batch_size, own)
-    except ValueError as error:
-        sys.exit(f"benchmarks.scaling: {error}")
-    measuring.report({"network": FLAGS.config.model.name, "global_batch_size": FLAGS.batch_size, **result})
+def main() -> dict[str, Any]:
+    """Measure all points, or this process's own with --alone."""
+    values = flags.FLAGS
+    if values.alone:
+        return measure_point(values.config.lock(), values.steps)
+    names = {"devices": "devices", "image_size": "image_sizes", "nf": "channels", "batch_size": "batch_sizes"}
+    own = {"image_size": values.config.data.image_size, "nf": values.config.model.nf}
+    result = measure(sys.argv[1:], {axis: _sizes(flag) for axis, flag in names.items()}, values.batch_size, own)
+    return {"network": values.config.model.name, "global_batch_size": values.batch_size, **result}
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    measuring.define_flags(
+        batch_size=(64, "Images of a step, where the batch is not the axis."),
+        steps=(5, "Steps of each point that are timed."),
+    )
+    flags.DEFINE_list("devices", ["1", "2", "4", "8"], "Numbers of CPU devices.")
+    flags.DEFINE_list("image_sizes", ["8", "16", "32"], "Heights and widths.")
+    flags.DEFINE_list("channels", ["16", "32"], "Features of the first level.")
+    flags.DEFINE_list("batch_sizes", ["16", "64", "256"], "Images of a step.")
+    flags.DEFINE_boolean("alone", False, "Measure the configuration itself, in this process: one point.")
+    measuring.main(main)

@@ -2,10 +2,10 @@
 
   python -m benchmarks.startup --config configs/ve/cifar10_ncsnpp_continuous.py --batch_size 8
 
-Runs main.py as a user does, twice, on random images in a folder of its own: cold, with an empty compilation cache, and
-warm, with the cache that the first run left. The seconds are seen from outside: from the launch of the process to the
-line of the log that tells of the first step; the seconds of the phases are what that line says. The phases follow each
-other in the main thread: "compile" is what it still had to wait for, since compiling began at the end of "trace".
+Runs main.py as a user does, on random images in a temporary folder: cold, with an empty compilation cache, then warm,
+with the cache of the first run. The seconds are measured from outside, from launching the process to the line of its
+log that reports the first step; the phases are those of that line. They follow each other in the main thread:
+"compile" is the wait that remains after "trace", in which compiling began.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import checks
@@ -30,25 +28,12 @@ import datasets
 from benchmarks import measure
 from experiment import startup
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_IMAGES = {"train": 512, "test": 64}
 STARTS = ("cold", "warm")
 
-FLAGS = flags.FLAGS
-
-
-def define_flags() -> None:
-    """Defines the flags."""
-    config_flags.DEFINE_config_file(
-        "config", None, "Experiment; its data are replaced by random images of their shape."
-    )
-    flags.DEFINE_integer("batch_size", 8, "Images of a step.")
-    flags.DEFINE_integer("steps_per_call", 1, "Steps of a compiled call, which all count: training.n_jitted_steps.")
-    flags.mark_flag_as_required("config")
-
 
 def write_images(folder: Path, config: ConfigDict) -> None:
-    """Writes random images of the configured shape, and labels of every configured class, for data.dataset=npz."""
+    """Write random images of the configured shape, and labels of every configured class, for data.dataset=npz."""
     random = np.random.default_rng(0)
     folder.mkdir()
     for split, count in NUM_IMAGES.items():
@@ -57,29 +42,13 @@ def write_images(folder: Path, config: ConfigDict) -> None:
         np.savez(folder / f"{split}.npz", images=levels, **labels)
 
 
-def command(overrides: Sequence[str], folder: Path, name: str, *, batch_size: int, steps_per_call: int) -> list[str]:
-    """Returns the command of a run of one call."""
-    settings = {
-        "data.dataset": "npz",
-        "data.path": folder / "images",
-        "training.batch_size": batch_size,
-        "training.n_jitted_steps": steps_per_call,
-        "training.n_iters": steps_per_call,
-    }
-    # What is due now and then is due at no step of a run this short.
-    settings |= {f"training.{freq}": 1000 * steps_per_call for freq in ("log_freq", "eval_freq", "snapshot_freq")}
-    settings |= {"training.snapshot_freq_for_preemption": 1000 * steps_per_call}
-    changes = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [sys.executable, "main.py", *overrides, "--mode", "train", "--workdir", str(folder / name), *changes]
-
-
 def time_start(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
-    """Runs a command to its end and times it up to the line that tells of the first step."""
+    """Run a command to its end and time it up to the line that reports the first step."""
     lines: list[str] = []
     found: dict[str, float] = {}
     start = time.perf_counter()
     with subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        arguments, cwd=measure.ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         for line in process.stderr or ():
             lines.append(line)
@@ -92,32 +61,45 @@ def time_start(arguments: Sequence[str], environment: dict[str, str]) -> dict[st
 
 
 def run(config: ConfigDict, overrides: Sequence[str], *, batch_size: int, steps_per_call: int) -> dict[str, Any]:
-    """Starts the run cold, then warm."""
+    """Start the run cold, then warm."""
     checks.positive("--batch_size", batch_size)
     checks.positive("--steps_per_call", steps_per_call)
     result: dict[str, Any] = {"batch_size": batch_size, "steps_per_call": steps_per_call}
+    settings = {
+        "data.dataset": "npz",
+        "training.batch_size": batch_size,
+        "training.n_jitted_steps": steps_per_call,
+        "training.n_iters": steps_per_call,
+    }
+    # Nothing periodic is due in a run this short.
+    for frequency in ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption"):
+        settings[f"training.{frequency}"] = 1000 * steps_per_call
+    command = [sys.executable, "main.py", *overrides, "--mode=train"]
+    command += [f"--config.{name}={value}" for name, value in settings.items()]
     with tempfile.TemporaryDirectory(prefix="startup-") as name:
         folder = Path(name)
         write_images(folder / "images", config)
         caches = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "SCORE_SDE_CACHE": str(folder / "cache")}
         for kind in STARTS:
             measure.progress(f"{kind} start")
-            arguments = command(overrides, folder, kind, batch_size=batch_size, steps_per_call=steps_per_call)
-            phases = time_start(arguments, os.environ | caches)
+            folders = [f"--config.data.path={folder / 'images'}", f"--workdir={folder / kind}"]
+            phases = time_start([*command, *folders], os.environ | caches)
             result[f"{kind}_seconds"] = phases.pop("seconds")
             result[f"{kind}_phases"] = phases
     return result
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the JSON line."""
-    config = FLAGS.config.lock()
-    overrides = ["--config", config_flags.get_config_filename(FLAGS["config"])]
+def main() -> dict[str, Any]:
+    overrides = ["--config", config_flags.get_config_filename(flags.FLAGS["config"])]
     overrides += [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
-    result = run(config, overrides, batch_size=FLAGS.batch_size, steps_per_call=FLAGS.steps_per_call)
-    measure.report({"config": overrides[1], **result})
+    numbers = measure.flag_values("batch_size", "steps_per_call")
+    return {"config": overrides[1], **run(flags.FLAGS.config.lock(), overrides, **numbers)}
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    measure.define_flags(
+        "are replaced by random images of their shape",
+        batch_size=(8, "Images of a step."),
+        steps_per_call=(1, "Steps of a compiled call, which all count: training.n_jitted_steps."),
+    )
+    measure.main(main)

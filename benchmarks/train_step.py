@@ -3,22 +3,20 @@
   python -m benchmarks.train_step --config configs/ve/cifar10_ncsnpp_continuous.py --batch_size 8 --steps 6
   python -m benchmarks.train_step --what forward --config configs/vp/cifar10_ddpmpp_continuous.py --dtype bfloat16
 
-Runs the program that `--mode train` runs (`--what step`), or the score function as samplers call it (`--what
-forward`; a step is then one such pass), on random images and random parameters of the usual size. The optimizer starts
-as it does in training, and has moments of real gradients after the calls that are not timed.
+Runs the program of `--mode train` (`--what step`), or the score function as samplers call it (`--what forward`; a step
+is then one pass), on random images and random parameters of the usual size. Calls that are not timed come first, so
+that the optimizer has moments of real gradients.
 
-`model_flops` is XLA's count for one step of the compiled program: the body of a loop counts once, and so does a scan of
-`n_jitted_steps` steps. So it misses work that a CPU's program does in loops: `contraction_flops` are the operations of
-all convolutions and matrix products of a step, however they are done, and `fraction_of_gemm` is of these.
-`gemm_flops_per_s` is the rate of a matrix product in the same process and dtype, the median of
-those taken before, between and after the calls: the clock of a machine drifts by a tenth within a minute.
-`compile_seconds.cold` is the time to trace and compile into an empty persistent cache, as a first run does; `.cached`
-the same when the cache has it, None if it was not used, or with `--noread_cache`. `peak_bytes` is by how much the
-process has grown, at most, while the steps are timed (Linux, a CPU); `temporaries_bytes` are the arrays between as XLA
-plans them. `result` is the loss of the last step, or the root mean square of the scores, by which two checkouts can be
-seen to compute the same.
-
-To compare with another commit, run the same command in a worktree of it.
+  model_flops        XLA's count for a step; the body of a loop counts once, and so does a scan of `n_jitted_steps`
+  contraction_flops  operations of all convolutions and matrix products of a step, also of those in loops
+  gemm_flops_per_s   rate of a matrix product in the same process and dtype: the median of those before, between and
+                     after the calls, because the clock of a machine drifts by a tenth within a minute
+  fraction_of_gemm   contraction_flops per second over that rate
+  compile_seconds    "cold": trace and compile into an empty persistent cache; "cached": read from it, None if that
+                     was not possible or with `--noread_cache`
+  peak_bytes         growth of the process while the steps are timed (Linux, a CPU)
+  temporaries_bytes  intermediate arrays, as XLA plans them
+  result             loss of the last step, or root mean square of the scores: equal in checkouts that compute the same
 """
 
 from __future__ import annotations
@@ -27,57 +25,40 @@ import contextlib
 import inspect
 import math
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import checks
 import losses
 from benchmarks import contractions
 from benchmarks import measure as measuring
-from benchmarks.process_memory import Growth
+from errors import UserError
+from experiment import drawing
 from experiment.build import Experiment, build_experiment, map_train_steps
 from models import cpu
 from models.factory import num_classes_of
 from modes import memory
 from parallel import distributed
 
-WHAT = ("step", "forward")
 GEMM_REPETITIONS = 4  # each time it is timed
-Call = Callable[[], Any]  # runs the program once and returns (what it leaves, its result)
-
-FLAGS = flags.FLAGS
-
-
-def define_flags() -> None:
-    """Defines the flags."""
-    config_flags.DEFINE_config_file("config", None, "Experiment; its data are not read.")
-    flags.DEFINE_enum("what", "step", WHAT, "A training step, or a forward pass of the score network.")
-    flags.DEFINE_integer("batch_size", 0, "Images of a step; 0: training.batch_size.")
-    flags.DEFINE_integer("steps", 6, "Steps that are timed, a multiple of --n_jitted_steps.")
-    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the features.")
-    flags.DEFINE_integer("n_jitted_steps", 1, "Training steps in one compiled call.")
-    flags.DEFINE_boolean("read_cache", True, "Compile a second time, with the persistent cache.")
-    flags.mark_flag_as_required("config")
+Call = Callable[[], Any]  # runs the program once and returns (final state, result)
 
 
 # --- the programs ----------------------------------------------------------------------------------------------------
 
 
 def map_forward(experiment: Experiment) -> jax.stages.Wrapped:
-    """Maps the score over the devices: (params, x, t, class labels or None) -> score, all with a device axis."""
+    """Map the score over the devices: (params, x, t, class labels or None) -> score, all with a device axis."""
 
     def score(params: Any, x: Any, t: Any, class_labels: Any) -> Any:
         return experiment.score_fn(params, class_labels=class_labels)(x, t)
@@ -85,19 +66,18 @@ def map_forward(experiment: Experiment) -> jax.stages.Wrapped:
     return distributed.pmap(score)
 
 
-def forward_shapes(experiment: Experiment, batch_size: int) -> tuple[Any, ...]:
-    """Returns the shapes of the arguments of the score on one device, for so many images there."""
-    x, vector = (batch_size, *experiment.image_shape), (batch_size,)
-    labels = jax.ShapeDtypeStruct(vector, jnp.int32) if num_classes_of(experiment.config) else None
-    params = jax.eval_shape(experiment.init_state).params
-    return params, jax.ShapeDtypeStruct(x, jnp.float32), jax.ShapeDtypeStruct(vector, jnp.float32), labels
+def forward_shapes(experiment: Experiment, batch_size: int, devices: tuple[int, ...] = ()) -> tuple[Any, ...]:
+    """Return the shapes of the arguments of the score for so many images on each device."""
+    shape = lambda dtype, *shape: jax.ShapeDtypeStruct((*devices, *shape), dtype)  # noqa: E731
+    params = jax.tree.map(lambda leaf: shape(leaf.dtype, *leaf.shape), jax.eval_shape(experiment.init_state).params)
+    labels = shape(jnp.int32, batch_size) if num_classes_of(experiment.config) else None
+    return params, shape(jnp.float32, batch_size, *experiment.image_shape), shape(jnp.float32, batch_size), labels
 
 
 def compile_forward(experiment: Experiment) -> jax.stages.Compiled:
-    """Compiles the score of a batch of `training.batch_size` images."""
-    devices = distributed.local_device_count()
-    inputs = forward_shapes(experiment, experiment.config.training.batch_size // distributed.device_count())
-    inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape), leaf.dtype), inputs)
+    """Compile the score of a batch of `training.batch_size` images."""
+    on_device = experiment.config.training.batch_size // distributed.device_count()
+    inputs = forward_shapes(experiment, on_device, (distributed.local_device_count(),))
     return map_forward(experiment).lower(*inputs).compile()
 
 
@@ -110,30 +90,23 @@ def trace_program(experiment: Experiment, what: str) -> jax.stages.Traced:
         mapped, batch = map_train_steps(experiment), (settings.n_jitted_steps, settings.batch_size)
         levels = jax.ShapeDtypeStruct((*batch, *experiment.image_shape), jnp.uint8)
         labels = jax.ShapeDtypeStruct(batch, jnp.int32)
-        told = (levels, labels) if num_classes_of(experiment.config) else levels
-        inputs = experiment.keys["train"], jax.eval_shape(experiment.init_state), told
+        images = (levels, labels) if num_classes_of(experiment.config) else levels
+        inputs = experiment.keys["train"], jax.eval_shape(experiment.init_state), images
     with cpu.for_platform("cuda"):
         return jax.jit(inspect.unwrap(mapped)).trace(*inputs)  # without the mapping over devices
 
 
 def count_contractions(experiment: Experiment, what: str) -> float:
-    """Returns the operations of all convolutions and matrix products of one step, for the whole batch.
+    """Return the operations of all convolutions and matrix products of one step, for the whole batch.
 
-    They are those of the program as it is lowered for a GPU, where convolutions are convolutions: however the program
-    of a CPU computes them, in a loop or in more operations, the work that is done is the same.
+    Counted in the program for a GPU, where a convolution is one operation; a CPU's may be a loop over several.
     """
     steps = 1 if what == "forward" else experiment.config.training.n_jitted_steps
     return contractions.total_flops(contractions.of_program(trace_program(experiment, what), "cuda")) / steps
 
 
-def _random_labels(experiment: Experiment, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Returns random class labels, int32, for a network that is told them."""
-    classes = num_classes_of(experiment.config)
-    return np.random.default_rng(2).integers(0, classes, shape, np.int32) if classes else None
-
-
 def random_params(experiment: Experiment) -> Any:
-    """Returns parameters drawn on the host, whose features stay of the size of one; nothing is compiled."""
+    """Return parameters drawn on the host, with which features keep a size of about 1; nothing is compiled."""
     rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: np.ndarray) -> np.ndarray:
@@ -145,12 +118,24 @@ def random_params(experiment: Experiment) -> Any:
     return jax.tree_util.tree_map_with_path(draw, experiment.state_template().params)
 
 
-def training_call(experiment: Experiment, compiled: jax.stages.Compiled) -> Call:
-    """Returns what trains once more at each call, and returns the state and the mean loss."""
-    settings = experiment.config.training
-    shape = settings.n_jitted_steps, settings.batch_size
+def choose_params(experiment: Experiment, workdir: str | None) -> tuple[Any, str]:
+    """Return the parameters of a trained run, or random ones without a workdir, and what reports call them."""
+    if not workdir:
+        return random_params(experiment), "random"
+    return drawing.restore(experiment, Path(workdir)).params, workdir
+
+
+def random_images(experiment: Experiment, *shape: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return levels uint8[*shape, H, W, C] and class labels int32[*shape]; None for a network without classes."""
+    classes = num_classes_of(experiment.config)
     levels = np.random.default_rng(1).integers(0, 256, (*shape, *experiment.image_shape), np.uint8)
-    labels = _random_labels(experiment, shape)
+    return levels, np.random.default_rng(2).integers(0, classes, shape, np.int32) if classes else None
+
+
+def training_call(experiment: Experiment, compiled: jax.stages.Compiled) -> Call:
+    """Return a function that trains for one call of the program and returns the state and the loss."""
+    settings = experiment.config.training
+    levels, labels = random_images(experiment, settings.n_jitted_steps, settings.batch_size)
     batch = distributed.shard(levels, axis=1)
     inputs = batch if labels is None else (batch, distributed.shard(labels, axis=1))
     state = distributed.replicate(losses.init_state(random_params(experiment), experiment.optimizer))
@@ -164,17 +149,16 @@ def training_call(experiment: Experiment, compiled: jax.stages.Compiled) -> Call
 
 
 def forward_inputs(experiment: Experiment) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Returns noise of the size of noisy images, float32[B, H, W, C], their times [B], and class labels or None."""
-    batch_size = experiment.config.training.batch_size
-    rng = np.random.default_rng(1)
+    """Return noise of the size of noisy images, float32[B, H, W, C], their times [B], and class labels or None."""
+    batch_size, rng = experiment.config.training.batch_size, np.random.default_rng(1)
     t = rng.uniform(1e-3, 1.0, batch_size).astype(np.float32)
     std = np.asarray(experiment.sde.std(jnp.asarray(t)))
     x = rng.standard_normal((batch_size, *experiment.image_shape), np.float32) * std[:, None, None, None]
-    return x, t, _random_labels(experiment, (batch_size,))
+    return x, t, random_images(experiment, batch_size)[1]
 
 
 def forward_call(experiment: Experiment, compiled: jax.stages.Compiled) -> Call:
-    """Returns what computes the scores of one batch at each call, and returns them twice."""
+    """Return a function that computes the scores of one batch and returns them twice."""
     batch = (array if array is None else distributed.shard(array) for array in forward_inputs(experiment))
     inputs = distributed.replicate(random_params(experiment)), *batch
 
@@ -197,7 +181,13 @@ PROGRAMS: dict[str, tuple[Callable[..., jax.stages.Compiled], Callable[..., Call
 
 @contextlib.contextmanager
 def own_cache() -> Iterator[Path]:
-    """Turns on a persistent compilation cache of our own, empty and temporary; the user's is not touched."""
+    """Use a temporary, empty compilation cache; the user's is not touched."""
+
+    def use(settings: dict[str, Any]) -> None:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # JAX opens the folder once
+
     with tempfile.TemporaryDirectory(prefix="score_sde_xla_") as folder:
         settings = {
             "jax_enable_compilation_cache": True,
@@ -206,22 +196,16 @@ def own_cache() -> Iterator[Path]:
         }
         before = {name: getattr(jax.config, name) for name in settings}
         try:
-            _use_cache(settings)
+            use(settings)
             yield Path(folder)
         finally:
-            _use_cache(before)
-
-
-def _use_cache(settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # JAX opens the folder once
+            use(before)
 
 
 def compile_twice(
     compile_program: Callable[[], jax.stages.Compiled], *, read: bool = True
 ) -> tuple[jax.stages.Compiled, dict[str, Any]]:
-    """Compiles a program into an empty persistent cache, and again from there with nothing left in JAX's memory."""
+    """Compile a program into an empty persistent cache, and again from there with nothing left in JAX's memory."""
 
     def timed() -> tuple[jax.stages.Compiled, float]:
         jax.clear_caches()
@@ -232,13 +216,13 @@ def compile_twice(
         entries = lambda: {path.name: path.stat().st_mtime_ns for path in folder.rglob("*-cache")}  # noqa: E731
         compiled, cold = timed()
         written = entries()
-        _, cached = timed() if read else (None, None)
+        cached = timed()[1] if read else None
         is_read = written and entries() == written  # a miss would have written them again
     return compiled, {"cold": cold, "cached": cached if is_read else None}
 
 
 def _temporaries_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """Returns the bytes of arrays that come and go, and of results that take no argument's place; None: not told."""
+    """Return the bytes of intermediate arrays and of results without a donated argument; None if unknown."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
@@ -246,68 +230,50 @@ def _temporaries_bytes(compiled: jax.stages.Compiled) -> int | None:
     return (analysis.temp_size_in_bytes + outputs) * distributed.device_count()
 
 
-def time_next_to_gemm(call: Call, repetitions: int, dtype: Any) -> tuple[measuring.Seconds, list[float], Any]:
-    """Times calls, and a matrix product before each of them and after the last."""
-    times: list[float] = []
+def measure(config: ConfigDict, *, steps: int, what: str = "step", read_cache: bool = True) -> dict[str, Any]:
+    """Compile and run training steps or forward passes on random images."""
+    batch_size, jitted = config.training.batch_size, config.training.n_jitted_steps
+    checks.one_of("--what", what, PROGRAMS)
+    checks.positive("--steps", steps)
+    distributed.check_batch_size("--batch_size", batch_size)
+    if what == "forward" and jitted != 1:
+        raise UserError(f"--n_jitted_steps={jitted} with --what=forward; expected 1, there are no training steps")
+    if steps % jitted:
+        raise UserError(f"--steps={steps}; expected a multiple of --n_jitted_steps={jitted}")
+    if config.training.microbatches != 1:
+        raise UserError(
+            f"training.microbatches={config.training.microbatches}; expected 1, since XLA counts the operations of a "
+            "loop's body once"
+        )
+    dtype = jnp.dtype(config.model.dtype)
+    compile_program, make_call, summarize = PROGRAMS[what]
+    experiment = build_experiment(config)
+    measuring.progress(f"compiling ({what}, batch {batch_size}, {dtype.name})")
+    compiled, compile_seconds = compile_twice(lambda: compile_program(experiment), read=read_cache)
+    measuring.progress(f"compiled in {compile_seconds['cold']:.1f} s; running")
+    growth = measuring.Growth()
+    call = make_call(experiment, compiled)
+    jax.block_until_ready(call())
+    growth.forget_peak()  # drawing the parameters on the host does not count
     last: list[Any] = []
 
     def run() -> Any:
         last[:] = call()
         return last
 
-    rates = [measuring.gemm_flops_per_s(dtype, GEMM_REPETITIONS)]
-    for _ in range(repetitions):
-        times += measuring.time_calls(run, 1, warm_up=0).all
-        rates.append(measuring.gemm_flops_per_s(dtype, GEMM_REPETITIONS))
-    return measuring.Seconds(tuple(times)), rates, last[1]
-
-
-def _check(config: ConfigDict, steps: int, what: str) -> None:
-    """Checks what `build_experiment` does not."""
-    checks.one_of("--what", what, WHAT)
-    checks.positive("--steps", steps)
-    distributed.check_batch_size("--batch_size", config.training.batch_size)
-    jitted = config.training.n_jitted_steps
-    if what == "forward" and jitted != 1:
-        raise ValueError(f"--n_jitted_steps={jitted} with --what=forward; expected 1, there are no training steps")
-    if steps % jitted:
-        raise ValueError(f"--steps={steps}; expected a multiple of --n_jitted_steps={jitted}")
-    if config.training.microbatches != 1:
-        raise ValueError(
-            f"training.microbatches={config.training.microbatches}; expected 1, since XLA counts the operations of a "
-            "loop's body once"
-        )
-
-
-def measure(config: ConfigDict, *, steps: int, what: str = "step", read_cache: bool = True) -> dict[str, Any]:
-    """Compiles and runs training steps or forward passes on random images."""
-    _check(config, steps, what)
-    jitted, dtype = config.training.n_jitted_steps, jnp.dtype(config.model.dtype)
-    compile_program, make_call, summarize = PROGRAMS[what]
-    experiment = build_experiment(config)
-    measuring.progress(f"compiling ({what}, batch {config.training.batch_size}, {dtype.name})")
-    compiled, compile_seconds = compile_twice(lambda: compile_program(experiment), read=read_cache)
-    measuring.progress(f"compiled in {compile_seconds['cold']:.1f} s; running")
-    growth = Growth()
-    call = make_call(experiment, compiled)
-    jax.block_until_ready(call())
-    growth.forget_peak()  # what the host held to draw the parameters has gone
-    times, rates, result = time_next_to_gemm(call, steps // jitted, dtype)
-    peak, result = growth.peak_bytes(), float(summarize(result))
+    gemm = lambda: [measuring.gemm_flops_per_s(dtype, GEMM_REPETITIONS)]  # noqa: E731
+    times, rates = measuring.alternate(run, gemm, steps // jitted)
+    peak, result = growth.peak_bytes(), float(summarize(last[1]))
     if not math.isfinite(result):
-        raise FloatingPointError(f"the result is {result}, whose time says nothing")
-    rate = statistics.median(rates)
-    work = count_contractions(experiment, what)
-    seconds = times.summary(jitted)
+        raise FloatingPointError(f"the result is {result}; its time is meaningless")
+    rate, seconds, work = statistics.median(rates), times.summary(jitted), count_contractions(experiment, what)
     return {
         "what": what,
-        "network": config.model.name,
-        "batch_size": config.training.batch_size,
-        "dtype": dtype.name,
+        **measuring.describe(config),
         "n_jitted_steps": jitted,
         "steps": steps,
         "seconds_per_step": seconds,
-        "images_per_s": config.training.batch_size / seconds["median"],
+        "images_per_s": batch_size / seconds["median"],
         "model_flops": measuring.flops(compiled) * distributed.device_count(),
         "contraction_flops": work,
         "gemm_flops_per_s": rate,
@@ -321,19 +287,20 @@ def measure(config: ConfigDict, *, steps: int, what: str = "step", read_cache: b
     }
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the JSON line."""
-    logging.set_verbosity(logging.WARNING)
-    config = FLAGS.config
-    config.training.batch_size = FLAGS.batch_size or config.training.batch_size
-    config.training.n_jitted_steps, config.model.dtype = FLAGS.n_jitted_steps, FLAGS.dtype
-    try:
-        result = measure(config.lock(), steps=FLAGS.steps, what=FLAGS.what, read_cache=FLAGS.read_cache)
-    except ValueError as error:
-        sys.exit(f"benchmarks.train_step: {error}")
-    measuring.report(result)
+def main() -> dict[str, Any]:
+    config = flags.FLAGS.config
+    config.training.batch_size = flags.FLAGS.batch_size or config.training.batch_size
+    config.training.n_jitted_steps, config.model.dtype = flags.FLAGS.n_jitted_steps, flags.FLAGS.dtype
+    return measure(config.lock(), **measuring.flag_values("steps", "what", "read_cache"))
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    measuring.define_flags(
+        batch_size=(0, "Images of a step; 0: training.batch_size."),
+        steps=(6, "Steps that are timed, a multiple of --n_jitted_steps."),
+        n_jitted_steps=(1, "Training steps in one compiled call."),
+    )
+    flags.DEFINE_enum("what", "step", tuple(PROGRAMS), "A training step, or a forward pass of the score network.")
+    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the features.")
+    flags.DEFINE_boolean("read_cache", True, "Compile a second time, with the persistent cache.")
+    measuring.main(main)

@@ -1,30 +1,20 @@
-"""What a training step is said to hold in memory and what the process then takes: one JSON line on stdout.
+"""The memory of a training step: predicted by `--mode memory`, and taken by the process; one JSON line on stdout.
 
   python -m benchmarks.training_memory --config configs/vp/digits_ddpmpp_continuous.py --config.model.remat=True
 
-Says what `--mode memory` says, then trains a few calls on random images and reads by how much this process has grown at
-its peak (Linux, a CPU): from before the state is there, with all compiled and free pages given back, to the highest
-since. The state is made on the host first, which counts, and is let go once it is on the devices.
+Trains a few calls on random images and measures the growth of the process at its peak (Linux, a CPU), from before the
+state exists, with everything compiled and free pages returned. The state is made on the host first, which counts.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import sys
-import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import jax
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
-from benchmarks.process_memory import Growth
+from benchmarks import measure as measuring
 from experiment.build import build_experiment
 from modes import memory
 from parallel import distributed
@@ -32,45 +22,38 @@ from training import loop as train_loop
 
 CALLS = 3
 
-FLAGS = flags.FLAGS
-
 
 def measure(config: ConfigDict) -> dict[str, Any]:
-    """Trains a few calls on random images."""
+    """Train a few calls on random images."""
     train_loop.check_schedule(config)
     experiment, devices, settings = build_experiment(config), distributed.device_count(), config.training
     steps = memory.compile_training(experiment)
-    foreseen = memory.of_training(experiment, steps)
+    predicted = memory.of_training(experiment, steps)
     shape = (settings.n_jitted_steps, settings.batch_size, *experiment.image_shape)
     levels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    growth = Growth()
+    growth = measuring.Growth()
     state, batch = distributed.replicate(experiment.state_template()), distributed.shard(levels, axis=1)
-    seconds = math.inf
-    for _ in range(CALLS):
-        start = time.perf_counter()
-        state, _ = jax.block_until_ready(steps(experiment.keys["train"], state, batch))
-        seconds = min(seconds, (time.perf_counter() - start) / settings.n_jitted_steps)
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = steps(experiment.keys["train"], state, batch)
+        return state, metrics
+
+    seconds = measuring.time_calls(call, CALLS, warm_up=0).min / settings.n_jitted_steps
     measured = growth.peak_bytes()
     return {
         "batch_size": settings.batch_size,
         "microbatches": settings.microbatches,
         "remat": config.model.remat,
         "dtype": config.model.dtype,
-        "foreseen_mib": foreseen.total * devices / memory.MIB,
-        "foreseen_temporaries_mib": foreseen.temporaries * devices / memory.MIB,
+        "foreseen_mib": predicted.total * devices / memory.MIB,
+        "foreseen_temporaries_mib": predicted.temporaries * devices / memory.MIB,
         "measured_mib": measured and measured / memory.MIB,
         "seconds_per_step": seconds,
         **distributed.describe_devices(),
     }
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the JSON line."""
-    logging.set_verbosity(logging.WARNING)
-    print(json.dumps(measure(FLAGS.config.lock())))
-
-
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Experiment; its data are not read.")
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    measuring.define_flags()
+    measuring.main(lambda: measure(flags.FLAGS.config.lock()))

@@ -5,7 +5,20 @@ Apply them in the order of this file, from the SDE to the data: each one may cha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
+
+from configs import base
+
+
+def compose(*parts: Callable[[ConfigDict], None]) -> ConfigDict:
+    """Return the base configuration, changed by each of the parts in turn."""
+    config = base.get_config()
+    for part in parts:
+        part(config)
+    return config
+
 
 # --- SDEs ------------------------------------------------------------------------------------------------------------
 
@@ -121,7 +134,7 @@ def wide_resnet(config: ConfigDict) -> None:
 
 
 def annealing(config: ConfigDict, *, sigma_max: float, num_scales: int, n_steps_each: int, snr: float) -> None:
-    """Noise levels, and the Langevin steps at each of them."""
+    """Set the noise levels, and the Langevin steps at each of them."""
     config.model.update(sigma_max=sigma_max, num_scales=num_scales)
     config.sampling.update(n_steps_each=n_steps_each, snr=snr)
 
@@ -145,7 +158,6 @@ def celeba_levels(config: ConfigDict) -> None:
 
 
 def _images(config: ConfigDict, dataset: str, image_size: int) -> None:
-    """RGB images, mirrored at random."""
     config.data.update(dataset=dataset, image_size=image_size, num_channels=3, num_levels=256, random_flip=True)
 
 

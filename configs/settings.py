@@ -104,21 +104,13 @@ _resize = key_of("sources.pictures.RESIZE")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-      name: "group.key".
-      default: value, whose type is the setting's.
-      meaning: with the unit.
-      rule: values that are allowed.
-      affects: kinds of results that depend on it, see above.
-    """
-
-    name: str
-    default: Any
-    meaning: str
-    rule: Rule | Choice
-    affects: frozenset[str]
+    name: str  # "group.key"
+    default: Any  # value, whose type is the setting's
+    meaning: str  # with the unit
+    rule: Rule | Choice  # values that are allowed
+    affects: frozenset[str]  # kinds of results that depend on it, see above
 
 
 # fmt: off

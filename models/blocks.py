@@ -19,29 +19,17 @@ from models.precision import add_to_channels
 
 @dataclasses.dataclass(frozen=True)
 class BlockOptions:
-    """What all residual blocks of a network have in common.
+    """What all residual blocks of a network have in common."""
 
-    Attributes:
-      kind: "biggan" or "ddpm".
-      nonlinearity: name of the activation.
-      dropout: probability that a feature is dropped in training.
-      skip_rescale: divide every residual sum by sqrt(2).
-      init_scale: scale of the initial variance of each block's last layer.
-      fir_kernel: taps of the resampling filter; None for nearest and mean.
-      resample_with_conv: a convolution in the resampling layers between "ddpm" blocks.
-      norm: makes the normalization.
-      remat: blocks are computed again in the gradient, see `layers.call_block`.
-    """
-
-    kind: str = "biggan"
-    nonlinearity: str = "swish"
-    dropout: float = 0.0
-    skip_rescale: bool = True
-    init_scale: float = 0.0
-    fir_kernel: tuple[float, ...] | None = None
-    resample_with_conv: bool = True
-    norm: NormFactory = GroupNorm
-    remat: bool = False
+    kind: str = "biggan"  # "biggan" or "ddpm"
+    nonlinearity: str = "swish"  # name of the activation
+    dropout: float = 0.0  # probability that a feature is dropped in training
+    skip_rescale: bool = True  # divide every residual sum by sqrt(2)
+    init_scale: float = 0.0  # scale of the initial variance of each block's last layer
+    fir_kernel: tuple[float, ...] | None = None  # taps of the resampling filter; None for nearest and mean
+    resample_with_conv: bool = True  # a convolution in the resampling layers between "ddpm" blocks
+    norm: NormFactory = GroupNorm  # makes the normalization
+    remat: bool = False  # blocks are computed again in the gradient, see `layers.call_block`
 
     @property
     def act(self) -> Activation:
@@ -61,7 +49,6 @@ class ResamplingConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B P Q O"]:
-        """Resample, convolve and add the bias."""
         kernel = self.param("kernel", initializers.default_init(), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         apply = resample.upsample_convolve if self.direction == "up" else resample.convolve_downsample
@@ -79,19 +66,13 @@ def downsample(x: Array, fir_kernel: tuple[float, ...] | None) -> Array:
 
 
 class Upsample(nn.Module):
-    """Upsampling by 2.
+    """Upsampling by 2."""
 
-    Attributes:
-      fir_kernel: taps of the filter; None for nearest.
-      features: output channels of a convolution; None for no convolution.
-    """
-
-    fir_kernel: tuple[float, ...] | None
-    features: int | None = None
+    fir_kernel: tuple[float, ...] | None  # taps of the filter; None for nearest
+    features: int | None = None  # output channels of a convolution; None for no convolution
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W O"]:
-        """Upsample x."""
         if self.features is None:
             return upsample(x, self.fir_kernel)
         if self.fir_kernel is None:
@@ -107,7 +88,6 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 O"]:
-        """Downsample x."""
         if self.features is None:
             return downsample(x, self.fir_kernel)
         if self.fir_kernel is None:
@@ -164,7 +144,6 @@ class DDPMBlock(_ResidualBlock):
     def __call__(
         self, x: Features, embedding: Float[Array, "B E"] | None = None, train: bool = False
     ) -> Float[Array, "B H W O"]:
-        """Return the features for x at the noise level `embedding`."""
         x, h = self._convolve(x, embedding, train)
         if x.shape[-1] != self.features:
             x = (Conv if self.conv_shortcut else NIN)(self.features, name="shortcut")(x)
@@ -180,7 +159,6 @@ class BigGANBlock(_ResidualBlock):
     def __call__(
         self, x: Features, embedding: Float[Array, "B E"] | None = None, train: bool = False
     ) -> Float[Array, "B P Q O"]:
-        """Return the features for x at the noise level `embedding`."""
         changes = {"none": lambda x, fir_kernel: x, "up": upsample, "down": downsample}
         change = functools.partial(changes[self.direction], fir_kernel=self.options.fir_kernel)
         x, h = self._convolve(x, embedding, train, change)

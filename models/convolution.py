@@ -32,27 +32,18 @@ def convolve(
 
 
 class Conv(nn.Module):
-    """Convolution with "SAME" padding, in the dtype of its input.
+    """Convolution with "SAME" padding, in the dtype of its input."""
 
-    Attributes:
-      features: output channels.
-      size: taps of the square kernel along each axis.
-      stride: pixels between neighbouring outputs.
-      dilation: pixels between neighbouring taps.
-      kernel_init: law of the initial kernel [h, w, in, out].
-      bias_init: law of the initial bias, given the kernel's shape; None for no bias.
-    """
-
-    features: int
-    size: int = 3
-    stride: int = 1
-    dilation: int = 1
-    kernel_init: Initializer = initializers.default_init()
+    features: int  # output channels
+    size: int = 3  # taps of the square kernel along each axis
+    stride: int = 1  # pixels between neighbouring outputs
+    dilation: int = 1  # pixels between neighbouring taps
+    kernel_init: Initializer = initializers.default_init()  # law of the initial kernel [h, w, in, out]
+    # Law of the initial bias, given the kernel's shape; None for no bias.
     bias_init: BiasInitializer | None = initializers.zero_bias
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B P Q O"]:
-        """Convolve x and add the bias."""
         H, W, C = x.shape[1:]
         shape = (self.size, self.size, C, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)

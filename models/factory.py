@@ -1,21 +1,28 @@
 """Builds networks from a configuration: the only place that reads `config.model`.
 
-A new network is a file with a function `build` of plain keyword arguments, and here a function that passes them and a
-line in `SCORE_NETWORKS`.
+A new network is a module in a file of its own, and here a function that makes it and a line in `SCORE_NETWORKS`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 from ml_collections import ConfigDict
 
 from configs.settings import check
 from errors import UserError
-from models import ddpm, ncsnpp, ncsnv2, wideresnet
+from models.blocks import BlockOptions
+from models.ddpm import DDPM
+from models.ncsnpp import NCSNpp, normalized_widths
+from models.ncsnv2 import LAYOUTS, NCSNv2
+from models.normalization import DDPM_GROUPS, NORMS, num_groups
 from models.precision import DTYPES
+from models.refinenet import RefineOptions
+from models.resample import require_halvings
+from models.wideresnet import BASE_WIDTHS, WideResNet
 from sde_lib import VESDE
 
 
@@ -24,135 +31,127 @@ def image_size(config: ConfigDict) -> tuple[int, int]:
     return config.data.image_size, config.data.image_width or config.data.image_size
 
 
-def _channel_multiples(config: ConfigDict) -> tuple[int, ...]:
-    """Return model.ch_mult after checking that the image can be halved between its levels."""
-    multiples = tuple(config.model.ch_mult)
-    shrinkage = 2 ** (len(multiples) - 1)
-    for key in ("image_size", "image_width"):
-        size = config.data[key]
-        if size % shrinkage:
-            raise UserError(
-                f"data.{key}={size} cannot be halved {len(multiples) - 1} times for the {len(multiples)} levels of "
-                f"model.ch_mult={multiples}; choose a multiple of {shrinkage}, or fewer levels"
-            )
-    return multiples
-
-
-def _check_embedding(config: ConfigDict) -> None:
-    if config.model.embedding_type == "fourier" and not config.training.continuous:
-        raise UserError(
-            "model.embedding_type='fourier' embeds log(sigma), but training.continuous=False labels noise levels by "
-            "index; set model.embedding_type='positional' or training.continuous=True"
-        )
-
-
 def _noise_levels(config: ConfigDict) -> VESDE | None:
     """Return the levels by whose sigma the output is divided; None if it is not."""
     model = config.model
     return VESDE(model.sigma_min, model.sigma_max, model.num_scales) if model.scale_by_sigma else None
 
 
-def _refuse_classes(config: ConfigDict) -> None:
-    if config.model.num_classes:
+def _require_normalization(config: ConfigDict, only: str) -> None:
+    if config.model.normalization != only:
+        raise UserError(f"model.normalization={config.model.normalization!r}: this network has {only!r} only; set that")
+
+
+def _unet(config: ConfigDict) -> dict[str, Any]:
+    """Return what DDPM and NCSN++ take from the same settings, after checking it."""
+    model, multiples = config.model, tuple(config.model.ch_mult)
+    shrinkage = 2 ** (len(multiples) - 1)
+    for key in ("image_size", "image_width"):
+        if config.data[key] % shrinkage:
+            raise UserError(
+                f"data.{key}={config.data[key]} cannot be halved {len(multiples) - 1} times for the {len(multiples)} "
+                f"levels of model.ch_mult={multiples}; choose a multiple of {shrinkage}, or fewer levels"
+            )
+    if model.num_classes and not model.conditional:
         raise UserError(
-            f"model.num_classes={config.model.num_classes}: model.name={config.model.name!r} cannot be conditioned on "
-            "classes; networks that can: ddpm, ncsnpp; or set model.num_classes=0"
+            f"model.num_classes={model.num_classes} adds the label to the embedding of the noise level, which "
+            "model.conditional=False leaves out; set model.conditional=True"
         )
+    return {
+        "nf": model.nf,
+        "ch_mult": multiples,
+        "num_res_blocks": model.num_res_blocks,
+        "attn_resolutions": tuple(model.attn_resolutions),
+        "conditional": model.conditional,
+        "centered": config.data.centered,
+        "scale_by_sigma": model.scale_by_sigma,
+        "num_classes": model.num_classes,
+        "dtype": DTYPES[model.dtype],
+    }
 
 
 def _ddpm(config: ConfigDict) -> nn.Module:
-    model = config.model
-    return ddpm.build(
-        nf=model.nf,
-        ch_mult=_channel_multiples(config),
-        num_res_blocks=model.num_res_blocks,
-        attn_resolutions=tuple(model.attn_resolutions),
-        normalization=model.normalization,
+    model, unet = config.model, _unet(config)
+    if model.normalization == "GroupNorm":
+        for width in normalized_widths(model.nf, unet["ch_mult"], model.num_res_blocks, doubled_input=False):
+            num_groups(width, DDPM_GROUPS)
+    block = BlockOptions(
+        kind="ddpm",
         nonlinearity=model.nonlinearity,
         dropout=float(model.dropout),
-        resamp_with_conv=model.resamp_with_conv,
-        conditional=model.conditional,
-        centered=config.data.centered,
-        noise_levels=_noise_levels(config),
-        num_classes=model.num_classes,
+        skip_rescale=False,
+        init_scale=0.0,
+        resample_with_conv=model.resamp_with_conv,
+        norm=NORMS[model.normalization],
         remat=model.remat,
-        dtype=DTYPES[model.dtype],
     )
+    return DDPM(**unet, block=block, noise_levels=_noise_levels(config))
 
 
 def _ncsnpp(config: ConfigDict) -> nn.Module:
-    model = config.model
-    _check_embedding(config)
-    return ncsnpp.build(
-        nf=model.nf,
-        ch_mult=_channel_multiples(config),
-        num_res_blocks=model.num_res_blocks,
-        attn_resolutions=tuple(model.attn_resolutions),
-        normalization=model.normalization,
-        resblock_type=model.resblock_type,
+    model, is_fourier = config.model, config.model.embedding_type == "fourier"
+    if is_fourier and not config.training.continuous:
+        raise UserError(
+            "model.embedding_type='fourier' embeds log(sigma), but training.continuous=False labels noise levels by "
+            "index; set model.embedding_type='positional' or training.continuous=True"
+        )
+    unet = _unet(config)
+    _require_normalization(config, "GroupNorm")
+    doubled = model.progressive_input == "input_skip" and model.progressive_combine == "cat"
+    for width in normalized_widths(model.nf, unet["ch_mult"], model.num_res_blocks, doubled):
+        num_groups(width)
+    block = BlockOptions(
+        kind=model.resblock_type,
         nonlinearity=model.nonlinearity,
         dropout=float(model.dropout),
         skip_rescale=model.skip_rescale,
         init_scale=model.init_scale,
         fir_kernel=tuple(float(tap) for tap in model.fir_kernel) if model.fir else None,
-        resamp_with_conv=model.resamp_with_conv,
+        resample_with_conv=model.resamp_with_conv,
+        remat=model.remat,
+    )
+    return NCSNpp(
+        **unet,
+        block=block,
         progressive=model.progressive,
         progressive_input=model.progressive_input,
         progressive_combine=model.progressive_combine,
         embedding_type=model.embedding_type,
         fourier_scale=model.fourier_scale,
-        conditional=model.conditional,
-        centered=config.data.centered,
-        noise_levels=_noise_levels(config),
-        num_classes=model.num_classes,
-        remat=model.remat,
-        dtype=DTYPES[model.dtype],
+        noise_levels=None if is_fourier else _noise_levels(config),
     )
 
 
-def _ncsn(config: ConfigDict) -> nn.Module:
-    model = config.model
-    _refuse_classes(config)
-    return ncsnv2.build_ncsn(
-        nf=model.nf,
-        image_size=image_size(config),
-        normalization=model.normalization,
-        nonlinearity=model.nonlinearity,
-        interpolation=model.interpolation,
-        num_scales=model.num_scales,
-        centered=config.data.centered,
-        noise_levels=_noise_levels(config),
-        remat=model.remat,
-        dtype=DTYPES[model.dtype],
+def _ncsnv2(config: ConfigDict, resolution: int, is_ncsn: bool = False) -> nn.Module:
+    """Build the network made for a resolution; NCSN conditions every normalization on one of `num_scales` labels."""
+    model, layout = config.model, LAYOUTS[resolution]
+    if model.num_classes:
+        raise UserError(
+            f"model.num_classes={model.num_classes}: model.name={model.name!r} cannot be conditioned on classes; "
+            "networks that can: ddpm, ncsnpp; or set model.num_classes=0"
+        )
+    if is_ncsn:
+        _require_normalization(config, "InstanceNorm++")
+    require_halvings(image_size(config), layout.num_halvings)
+    if model.normalization == "GroupNorm":
+        for width, _ in layout.stages:
+            num_groups(width * model.nf, DDPM_GROUPS)
+    labels = model.num_scales if is_ncsn else 0
+    options = RefineOptions(
+        model.nonlinearity, model.interpolation, NORMS[model.normalization], num_classes=labels, remat=model.remat
     )
-
-
-def _ncsnv2(config: ConfigDict, resolution: int) -> nn.Module:
-    model = config.model
-    _refuse_classes(config)
-    return ncsnv2.build_ncsnv2(
-        resolution=resolution,
-        nf=model.nf,
-        image_size=image_size(config),
-        normalization=model.normalization,
-        nonlinearity=model.nonlinearity,
-        interpolation=model.interpolation,
-        centered=config.data.centered,
-        noise_levels=_noise_levels(config),
-        remat=model.remat,
-        dtype=DTYPES[model.dtype],
-    )
+    return NCSNv2(model.nf, layout, options, config.data.centered, _noise_levels(config), DTYPES[model.dtype])
 
 
 def _wideresnet(config: ConfigDict) -> nn.Module:
     model = config.model
-    return wideresnet.build(
-        image_size=image_size(config),
-        blocks_per_group=model.blocks_per_group,
-        channel_multiplier=model.channel_multiplier,
-        num_classes=model.num_classes,
-        remat=model.remat,
-        dtype=DTYPES[model.dtype],
+    if model.num_classes < 2:
+        raise UserError(
+            f"model.num_classes={model.num_classes}: a classifier needs 2 or more; set the data set's number"
+        )
+    require_halvings(image_size(config), len(BASE_WIDTHS) - 1)
+    return WideResNet(
+        model.blocks_per_group, model.channel_multiplier, model.num_classes, model.remat, DTYPES[model.dtype]
     )
 
 
@@ -160,7 +159,7 @@ Build = Callable[[ConfigDict], nn.Module]
 # Score networks by the name that `model.name` gives them.
 SCORE_NETWORKS: dict[str, Build] = {
     "ddpm": _ddpm,
-    "ncsn": _ncsn,
+    "ncsn": functools.partial(_ncsnv2, resolution=64, is_ncsn=True),
     "ncsnpp": _ncsnpp,
     "ncsnv2_64": functools.partial(_ncsnv2, resolution=64),
     "ncsnv2_128": functools.partial(_ncsnv2, resolution=128),
@@ -190,11 +189,7 @@ def num_classes_of(config: ConfigDict) -> int:
 
 
 def require_score_network(config: ConfigDict) -> None:
-    """Checks that the network is one of a score.
-
-    Raises:
-      UserError: if it is a classifier.
-    """
+    """Raise a UserError if the network is a classifier."""
     if config.model.name not in SCORE_NETWORKS:
         raise UserError(
             f"model.name={config.model.name!r} is a classifier, which this mode cannot use; score networks: "
@@ -203,15 +198,7 @@ def require_score_network(config: ConfigDict) -> None:
 
 
 def check_labels(config: ConfigDict, model: nn.Module) -> None:
-    """Checks that training labels noise levels as the network expects.
-
-    Args:
-      config: reads `training.continuous`.
-      model: network; its `counts_levels`, if it has that, says that it takes its label for the index of a level.
-
-    Raises:
-      UserError: if there are no levels to count in continuous time.
-    """
+    """Raise a UserError if the network takes its label for the index of a level, but training is in continuous time."""
     if config.training.continuous and getattr(model, "counts_levels", False):
         raise UserError(
             "this network takes the label for the index of a level (model.scale_by_sigma=True, or "

@@ -57,19 +57,13 @@ def call_block(block: nn.Module, *inputs: Any, remat: bool, **options: Any) -> A
 
 
 class Dense(nn.Module):
-    """Linear map of the last axis, in the dtype of its input.
+    """Linear map of the last axis, in the dtype of its input."""
 
-    Attributes:
-      features: output channels.
-      kernel_init: law of the initial kernel [in, out].
-    """
-
-    features: int
-    kernel_init: Initializer = initializers.default_init()
+    features: int  # output channels
+    kernel_init: Initializer = initializers.default_init()  # law of the initial kernel [in, out]
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B O"]:
-        """Return x kernel + bias."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         # As a convolution of 1x1 taps, which has fast gradients.
@@ -102,20 +96,14 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *S"], train: bool) -> Float[Array, "B *S"]:
-        """Drop values of x if `train`."""
         return drop(self.make_rng("dropout"), x, self.rate) if train and self.rate > 0 else x
 
 
 class LabelEmbedding(nn.Module):
-    """A vector for each class, and one for "no label": the unconditional score (Ho and Salimans 2022).
+    """A vector for each class, and one for "no label": the unconditional score (Ho and Salimans 2022)."""
 
-    Attributes:
-      num_classes: K; the label K is "no label".
-      features: width of a vector.
-    """
-
-    num_classes: int
-    features: int
+    num_classes: int  # K; the label K is "no label"
+    features: int  # width of a vector
 
     @nn.compact
     def __call__(self, class_labels: Int[Array, "B"] | None, num_examples: int) -> Float[Array, "B F"]:
@@ -126,17 +114,11 @@ class LabelEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of one head over all pixels, with a residual connection.
+    """Self-attention of one head over all pixels, with a residual connection."""
 
-    Attributes:
-      init_scale: scale of the last layer's initial variance.
-      skip_rescale: divide the residual sum by sqrt(2).
-      norm: makes the normalization.
-    """
-
-    init_scale: float = 0.0
-    skip_rescale: bool = False
-    norm: NormFactory = GroupNorm
+    init_scale: float = 0.0  # scale of the last layer's initial variance
+    skip_rescale: bool = False  # divide the residual sum by sqrt(2)
+    norm: NormFactory = GroupNorm  # makes the normalization
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -167,15 +149,10 @@ def timestep_embedding(t: Float[Array, "B"], dimension: int) -> Float[Array, "B 
 
 
 class FourierFeatures(nn.Module):
-    """Random Fourier features of a number (Tancik et al. 2020); the frequencies are drawn once and not trained.
+    """Random Fourier features of a number (Tancik et al. 2020); the frequencies are drawn once and not trained."""
 
-    Attributes:
-      num_frequencies: half the width of the result.
-      scale: standard deviation of the frequencies.
-    """
-
-    num_frequencies: int
-    scale: float
+    num_frequencies: int  # half the width of the result
+    scale: float  # standard deviation of the frequencies
 
     @nn.compact
     def __call__(self, x: Float[Array, "B"]) -> Float[Array, "B 2*F"]:

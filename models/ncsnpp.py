@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from errors import UserError
 from models.blocks import BigGANBlock, BlockOptions, Combine, DDPMBlock, Downsample, Features, Upsample
 from models.convolution import Conv
 from models.initializers import default_init
@@ -24,7 +23,6 @@ from models.layers import (
     residual_sum,
     timestep_embedding,
 )
-from models.normalization import num_groups, require
 from models.precision import at_least_float32
 from sde_lib import VESDE
 
@@ -34,11 +32,7 @@ BLOCKS = {"biggan": BigGANBlock, "ddpm": DDPMBlock}
 def normalized_widths(nf: int, ch_mult: tuple[int, ...], num_res_blocks: int, doubled_input: bool) -> set[int]:
     """Return the numbers of channels at which a network normalizes, which groups have to divide.
 
-    Args:
-      nf: channels of the first level.
-      ch_mult: channels of each level, in multiples of nf.
-      num_res_blocks: residual blocks of a level on the way down.
-      doubled_input: an input skip is concatenated to the features.
+    Arguments as `NCSNpp`'s attributes; `doubled_input`: an input skip is concatenated to the features.
     """
     outputs = [nf * mult for mult in ch_mult]
     h, skips, widths = nf, [nf], set(outputs)
@@ -57,52 +51,26 @@ def normalized_widths(nf: int, ch_mult: tuple[int, ...], num_res_blocks: int, do
     return widths
 
 
-def require_conditional(conditional: bool, num_classes: int) -> None:
-    """Raise a UserError if a network conditioned on classes does not condition its residual blocks on anything."""
-    if num_classes and not conditional:
-        raise UserError(
-            f"model.num_classes={num_classes} adds the label to the embedding of the noise level, which "
-            "model.conditional=False leaves out; set model.conditional=True"
-        )
-
-
 class NCSNpp(nn.Module):
-    """NCSN++ (Song et al. 2021, Appendix H); DDPM++ without FIR filters and growing input and output.
+    """NCSN++ (Song et al. 2021, Appendix H); DDPM++ without FIR filters and growing input and output."""
 
-    Attributes:
-      nf: channels of the first level.
-      ch_mult: channels of each level, in multiples of nf.
-      num_res_blocks: residual blocks of a level on the way down; one more on the way up.
-      attn_resolutions: heights of images, in pixels, at which attention is applied.
-      block: options of the residual blocks.
-      progressive: the output grows over the levels: "none", "output_skip" or "residual".
-      progressive_input: the input also enters at lower levels: "none", "input_skip" or "residual".
-      progressive_combine: join of an input skip: "sum" or "cat".
-      embedding_type: of the noise level: "positional" or "fourier".
-      fourier_scale: standard deviation of the Fourier frequencies.
-      conditional: the residual blocks are conditioned on the noise level.
-      centered: images come in [-1, 1]; otherwise in [0, 1].
-      scale_by_sigma: divide the output by sigma.
-      noise_levels: whose discrete sigmas the labels count, if the output is scaled; None if the labels are sigma.
-      num_classes: classes of images that it is conditioned on; 0: none.
-      dtype: of the features; None: that of the images. The embedding and images have the images' in any case.
-    """
-
-    nf: int
-    ch_mult: tuple[int, ...]
-    num_res_blocks: int
-    attn_resolutions: tuple[int, ...]
-    block: BlockOptions
-    progressive: str = "none"
-    progressive_input: str = "none"
-    progressive_combine: str = "sum"
-    embedding_type: str = "positional"
-    fourier_scale: float = 16.0
-    conditional: bool = True
-    centered: bool = False
-    scale_by_sigma: bool = False
+    nf: int  # channels of the first level
+    ch_mult: tuple[int, ...]  # channels of each level, in multiples of nf
+    num_res_blocks: int  # residual blocks of a level on the way down; one more on the way up
+    attn_resolutions: tuple[int, ...]  # heights of images, in pixels, at which attention is applied
+    block: BlockOptions  # options of the residual blocks
+    progressive: str = "none"  # the output grows over the levels: "none", "output_skip" or "residual"
+    progressive_input: str = "none"  # the input also enters at lower levels: "none", "input_skip" or "residual"
+    progressive_combine: str = "sum"  # join of an input skip: "sum" or "cat"
+    embedding_type: str = "positional"  # of the noise level: "positional" or "fourier"
+    fourier_scale: float = 16.0  # standard deviation of the Fourier frequencies
+    conditional: bool = True  # the residual blocks are conditioned on the noise level
+    centered: bool = False  # images come in [-1, 1]; otherwise in [0, 1]
+    scale_by_sigma: bool = False  # divide the output by sigma
+    # Levels that the labels count, if the output is scaled; None if the labels are sigma.
     noise_levels: VESDE | None = None
-    num_classes: int = 0
+    num_classes: int = 0  # classes of images that it is conditioned on; 0: none
+    # Of the features; None: that of the images, which the embedding and the output have in any case.
     dtype: jnp.dtype | None = None
 
     @property
@@ -121,7 +89,7 @@ class NCSNpp(nn.Module):
         """Evaluate the network.
 
         Args:
-          x: noisy images, in the range that `centered` tells.
+          x: noisy images, in the range of `centered`.
           time_cond: label of the noise level: sigma if the embedding is fourier; otherwise 999 t, or the level's
             index, counted from the largest sigma.
           train: apply dropout.
@@ -229,70 +197,3 @@ class NCSNpp(nn.Module):
         pyramid = Upsample(self.block.fir_kernel, h.shape[-1], name=name)(pyramid)
         h = residual_sum(pyramid, h, self.block.skip_rescale)
         return h, h
-
-
-def build(
-    *,
-    nf: int,
-    ch_mult: tuple[int, ...],
-    num_res_blocks: int,
-    attn_resolutions: tuple[int, ...],
-    normalization: str,
-    resblock_type: str,
-    nonlinearity: str,
-    dropout: float,
-    skip_rescale: bool,
-    init_scale: float,
-    fir_kernel: tuple[float, ...] | None,
-    resamp_with_conv: bool,
-    progressive: str,
-    progressive_input: str,
-    progressive_combine: str,
-    embedding_type: str,
-    fourier_scale: float,
-    conditional: bool,
-    centered: bool,
-    noise_levels: VESDE | None,
-    num_classes: int,
-    remat: bool,
-    dtype: jnp.dtype | None,
-) -> NCSNpp:
-    """Build NCSN++ or DDPM++; arguments are named after the settings of `config.model`.
-
-    Raises:
-      UserError: if the normalization is another than GroupNorm, or cannot divide the channels, or classes have no
-        residual block to condition.
-    """
-    require(normalization, "GroupNorm")
-    require_conditional(conditional, num_classes)
-    doubled = progressive_input == "input_skip" and progressive_combine == "cat"
-    for width in normalized_widths(nf, ch_mult, num_res_blocks, doubled):
-        num_groups(width)
-    block = BlockOptions(
-        kind=resblock_type,
-        nonlinearity=nonlinearity,
-        dropout=dropout,
-        skip_rescale=skip_rescale,
-        init_scale=init_scale,
-        fir_kernel=fir_kernel,
-        resample_with_conv=resamp_with_conv,
-        remat=remat,
-    )
-    return NCSNpp(
-        nf=nf,
-        ch_mult=ch_mult,
-        num_res_blocks=num_res_blocks,
-        attn_resolutions=attn_resolutions,
-        block=block,
-        progressive=progressive,
-        progressive_input=progressive_input,
-        progressive_combine=progressive_combine,
-        embedding_type=embedding_type,
-        fourier_scale=fourier_scale,
-        conditional=conditional,
-        centered=centered,
-        scale_by_sigma=noise_levels is not None,
-        noise_levels=None if embedding_type == "fourier" else noise_levels,
-        num_classes=num_classes,
-        dtype=dtype,
-    )

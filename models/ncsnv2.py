@@ -9,25 +9,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models.layers import call_block, divide_by_sigma
-from models.normalization import DDPM_GROUPS, NORMS, num_groups, require
 from models.precision import at_least_float32
 from models.refinenet import RefineBlock, RefineConv, RefineOptions, ResidualBlock
-from models.resample import require_halvings
 from sde_lib import VESDE
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Widths are in multiples of the channels of the first layer.
+    """Widths are in multiples of the channels of the first layer."""
 
-    Attributes:
-      stages: (width, dilation) of each stage of two residual blocks; every stage but the first halves the image, or
-        dilates its convolutions if the dilation is more than 1.
-      decoder: width of each refine block, from the last stage back to the first.
-    """
-
+    # (width, dilation) of each stage of two residual blocks; every stage but the first halves the image, or dilates
+    # its convolutions if the dilation is more than 1.
     stages: tuple[tuple[int, int], ...]
-    decoder: tuple[int, ...]
+    decoder: tuple[int, ...]  # width of each refine block, from the last stage back to the first
 
     @property
     def num_halvings(self) -> int:
@@ -44,23 +38,14 @@ LAYOUTS = {
 
 
 class NCSNv2(nn.Module):
-    """RefineNet that returns the score; NCSN if its normalization is conditioned on the label.
+    """RefineNet that returns the score; NCSN if its normalization is conditioned on the label."""
 
-    Attributes:
-      nf: channels of the first layer.
-      layout: widths and dilations.
-      options: what the blocks have in common.
-      centered: images come in [-1, 1]; otherwise in [0, 1].
-      noise_levels: divide the output by the sigma that the label counts; None: do not.
-      dtype: of the features; None: that of the images.
-    """
-
-    nf: int
-    layout: Layout
-    options: RefineOptions
-    centered: bool = False
-    noise_levels: VESDE | None = None
-    dtype: jnp.dtype | None = None
+    nf: int  # channels of the first layer
+    layout: Layout  # widths and dilations
+    options: RefineOptions  # what the blocks have in common
+    centered: bool = False  # images come in [-1, 1]; otherwise in [0, 1]
+    noise_levels: VESDE | None = None  # divide the output by the sigma that the label counts; None: do not
+    dtype: jnp.dtype | None = None  # of the features; None: that of the images
 
     @property
     def counts_levels(self) -> bool:
@@ -74,7 +59,7 @@ class NCSNv2(nn.Module):
         """Evaluate the network.
 
         Args:
-          x: noisy images, in the range that `centered` tells.
+          x: noisy images, in the range of `centered`.
           time_cond: index of the noise level, counted from the largest sigma.
           train: makes no difference; these networks have no dropout.
         """
@@ -96,56 +81,3 @@ class NCSNv2(nn.Module):
         h = self.options.act(self.options.normalize(h, time_cond, "output_norm"))
         h = at_least_float32(RefineConv(x.shape[-1], name="output")(h))
         return h if self.noise_levels is None else divide_by_sigma(h, time_cond, self.noise_levels)
-
-
-def build_ncsnv2(
-    *,
-    resolution: int,
-    nf: int,
-    image_size: tuple[int, int],
-    normalization: str,
-    nonlinearity: str,
-    interpolation: str,
-    centered: bool,
-    noise_levels: VESDE | None,
-    remat: bool,
-    dtype: jnp.dtype | None,
-) -> NCSNv2:
-    """Build the NCSNv2 made for a resolution of 64, 128 or 256 pixels.
-
-    Raises:
-      UserError: if the images cannot be halved often enough, or group normalization cannot divide the channels.
-    """
-    layout = LAYOUTS[resolution]
-    require_halvings(image_size, layout.num_halvings)
-    if normalization == "GroupNorm":
-        for width, _ in layout.stages:
-            num_groups(width * nf, DDPM_GROUPS)
-    options = RefineOptions(nonlinearity, interpolation, NORMS[normalization], remat=remat)
-    return NCSNv2(nf, layout, options, centered, noise_levels, dtype)
-
-
-def build_ncsn(
-    *,
-    nf: int,
-    image_size: tuple[int, int],
-    normalization: str,
-    nonlinearity: str,
-    interpolation: str,
-    num_scales: int,
-    centered: bool,
-    noise_levels: VESDE | None,
-    remat: bool,
-    dtype: jnp.dtype | None,
-) -> NCSNv2:
-    """Build NCSN: the smallest layout, with every normalization conditioned on one of `num_scales` labels.
-
-    Arguments are named after the settings of `config.model`.
-
-    Raises:
-      UserError: if the images cannot be halved, or the normalization has no form that depends on a label.
-    """
-    require(normalization, "InstanceNorm++")
-    require_halvings(image_size, LAYOUTS[64].num_halvings)
-    options = RefineOptions(nonlinearity, interpolation, num_classes=num_scales, remat=remat)
-    return NCSNv2(nf, LAYOUTS[64], options, centered, noise_levels, dtype)

@@ -57,19 +57,14 @@ class GroupNorm(nn.Module):
 
     Statistics are E[x] and E[x²] - E[x]² as in the original networks, the latter not below 0. Sums run over pixels
     first and over the channels of a group second, and the result is one multiplication and one addition a value.
-
-    Attributes:
-      groups: number of groups; None for `num_groups`' rule.
-      epsilon: added to the variance.
     """
 
-    groups: int | None = None
-    epsilon: float = GROUP_NORM_EPSILON
+    groups: int | None = None  # number of groups; None for `num_groups`' rule
+    epsilon: float = GROUP_NORM_EPSILON  # added to the variance
 
     @nn.compact
     @_widened
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Normalize x."""
         B, _, _, C = x.shape
         groups = num_groups(C, self.groups)
         scale = self.param("scale", nn.initializers.ones, (C,))
@@ -105,7 +100,6 @@ class InstanceNorm(nn.Module):
     @nn.compact
     @_widened
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Normalize x."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         return _standardize(x, (1, 2))[0] * scale[None, None, None, :] + bias[None, None, None, :]
@@ -117,7 +111,6 @@ class VarianceNorm(nn.Module):
     @nn.compact
     @_widened
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Normalize x."""
         scale = self.param("scale", _near_one, x.shape[-1:])
         return x * jax.lax.rsqrt(x.var((1, 2), keepdims=True) + INSTANCE_NORM_EPSILON) * scale[None, None, None, :]
 
@@ -130,7 +123,6 @@ class InstanceNormPlus(nn.Module):
     @nn.compact
     @_widened
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Normalize x."""
         alpha = self.param("alpha", _near_one, x.shape[-1:])
         gamma = self.param("gamma", _near_one, x.shape[-1:])
         h, means = _instance_norm_plus(x)
@@ -170,13 +162,3 @@ NORMS: dict[str, NormFactory] = {
     "InstanceNorm++": InstanceNormPlus,
     "VarianceNorm": VarianceNorm,
 }
-
-
-def require(normalization: str, only: str) -> None:
-    """Check that a network's one normalization is the configured one.
-
-    Raises:
-      UserError: if it is not.
-    """
-    if normalization != only:
-        raise UserError(f"model.normalization={normalization!r}: this network has {only!r} only; set that")

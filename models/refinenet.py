@@ -29,21 +29,13 @@ BiaslessConv = functools.partial(Conv, kernel_init=initializers.ncsn_init, bias_
 
 @dataclasses.dataclass(frozen=True)
 class RefineOptions:
-    """What all blocks of a network have in common.
+    """What all blocks of a network have in common."""
 
-    Attributes:
-      nonlinearity: name of the activation.
-      interpolation: of feature maps that are merged: "bilinear" or "nearest".
-      norm: makes the normalization where there is no condition.
-      num_classes: labels that the normalization is conditioned on; 0: it is not.
-      remat: blocks are computed again in the gradient, see `layers.call_block`.
-    """
-
-    nonlinearity: str = "elu"
-    interpolation: str = "bilinear"
-    norm: NormFactory = InstanceNormPlus
-    num_classes: int = 0
-    remat: bool = False
+    nonlinearity: str = "elu"  # name of the activation
+    interpolation: str = "bilinear"  # of feature maps that are merged: "bilinear" or "nearest"
+    norm: NormFactory = InstanceNormPlus  # makes the normalization where there is no condition
+    num_classes: int = 0  # labels that the normalization is conditioned on; 0: it is not
+    remat: bool = False  # blocks are computed again in the gradient, see `layers.call_block`
 
     @property
     def act(self) -> Activation:
@@ -74,27 +66,20 @@ class ConvMeanPool(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 O"]:
-        """Convolve and pool x."""
         conv = Conv(self.features, self.size, kernel_init=initializers.lecun_normal, name="conv")
         return resample.downsample_mean(conv(x))
 
 
 class ResidualBlock(nn.Module):
-    """Two normalized convolutions and a shortcut; halves the image, or dilates the convolutions instead.
-
-    Attributes:
-      is_down: first block of a stage, which halves the image if its convolutions are not dilated.
-      dilation: of the convolutions.
-    """
+    """Two normalized convolutions and a shortcut; halves the image, or dilates the convolutions instead."""
 
     features: int
     options: RefineOptions
-    is_down: bool = False
-    dilation: int = 1
+    is_down: bool = False  # first block of a stage, which halves the image if its convolutions are not dilated
+    dilation: int = 1  # of the convolutions
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], labels: Array) -> Float[Array, "B P Q O"]:
-        """Return the features of x."""
         pools = self.is_down and self.dilation == 1
         conv = functools.partial(RefineConv, dilation=self.dilation)
         # The original computes the shortcut of a block that is no "down" block first: its layers count in this order.
@@ -121,7 +106,6 @@ class ResidualUnits(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], labels: Array) -> Float[Array, "B H W C"]:
-        """Return the features of x, of the same shape."""
         for unit in range(self.num_units):
             h = x
             for stage in range(NUM_STAGES):
@@ -156,7 +140,6 @@ class ChainedPooling(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], labels: Array) -> Float[Array, "B H W C"]:
-        """Return the features of x, of the same shape."""
         x = self.options.act(x)
         path = x
         for stage in range(NUM_STAGES):

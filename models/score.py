@@ -21,15 +21,7 @@ def get_model_fn(
     dropout_key: PRNGKeyArray | None = None,
     class_labels: Int[Array, "B"] | None = None,
 ) -> ModelFn:
-    """Bind a network to its parameters: (x, time labels) -> output.
-
-    Args:
-      model: network called as model(x, labels, train=...).
-      params: its parameters.
-      train: apply dropout, drawn from `dropout_key`.
-      dropout_key: one key for the whole batch; needed in training if the network has dropout.
-      class_labels: of the examples, for a class-conditional network, a keyword of its call; None: no labels.
-    """
+    """Bind a network to its parameters: (x, time labels) -> output; arguments as in `get_score_fn`."""
     rngs = {"dropout": dropout_key} if train and dropout_key is not None else None
     condition: dict[str, Any] = {} if class_labels is None else {"class_labels": class_labels}
 
@@ -62,7 +54,7 @@ def get_score_fn(
       params: its parameters.
       train: apply dropout.
       continuous: the network was trained in continuous time; see `config.training.continuous`.
-      dropout_key: one key for the whole batch, for training.
+      dropout_key: one key for the whole batch; needed in training if the network has dropout.
       class_labels: of the examples, for a class-conditional network; None: no labels.
     """
     model_fn = get_model_fn(model, params, train=train, dropout_key=dropout_key, class_labels=class_labels)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from errors import UserError
 from models import initializers, resample
 from models.convolution import Conv
 from models.layers import Dense, FourierFeatures, call_block
@@ -42,21 +41,14 @@ def _norm_relu(x: Array, name: str) -> Array:
 
 
 class WideBlock(nn.Module):
-    """Two convolutions after normalization, the first given the noise level, and a shortcut without parameters.
+    """Two convolutions after normalization, the first given the noise level, and a shortcut without parameters."""
 
-    Attributes:
-      features: output channels.
-      stride: of the first convolution.
-      is_first: first block of the network: its shortcut starts after the normalization.
-    """
-
-    features: int
-    stride: int = 1
-    is_first: bool = False
+    features: int  # output channels
+    stride: int = 1  # of the first convolution
+    is_first: bool = False  # first block of the network: its shortcut starts after the normalization
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"]) -> Float[Array, "B P Q O"]:
-        """Return the features of x at the noise level `embedding`."""
         h = _norm_relu(x, "norm1")
         shortcut = h if self.is_first else x
         h = _Conv(self.features, stride=self.stride, name="conv1")(h)
@@ -79,7 +71,6 @@ class WideGroup(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"]) -> Float[Array, "B P Q O"]:
-        """Return the features of x at the noise level `embedding`."""
         for i in range(self.num_blocks):
             stride, is_first = (self.stride, self.is_first) if i == 0 else (1, False)
             block = WideBlock(self.features, stride, is_first, name=f"block{i}")
@@ -88,21 +79,13 @@ class WideGroup(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Noise-conditional classifier.
+    """Noise-conditional classifier."""
 
-    Attributes:
-      blocks_per_group: blocks of each of the three groups.
-      channel_multiplier: width, in multiples of 16, 32 and 64 channels.
-      num_classes: classes that it tells apart.
-      remat: blocks are computed again in the gradient, see `layers.call_block`.
-      dtype: of the features; None: that of the images.
-    """
-
-    blocks_per_group: int
-    channel_multiplier: int
-    num_classes: int
-    remat: bool = False
-    dtype: jnp.dtype | None = None
+    blocks_per_group: int  # blocks of each of the three groups
+    channel_multiplier: int  # width, in multiples of 16, 32 and 64 channels
+    num_classes: int  # classes that it tells apart
+    remat: bool = False  # blocks are computed again in the gradient, see `layers.call_block`
+    dtype: jnp.dtype | None = None  # of the features; None: that of the images
 
     @nn.compact
     def __call__(
@@ -128,26 +111,6 @@ class WideResNet(nn.Module):
             h = WideGroup(self.blocks_per_group, features, stride, is_first, self.remat, name=f"group{i}")(h, embedding)
         h = at_least_float32(_norm_relu(h, "output_norm")).mean((1, 2))
         return Dense(self.num_classes, kernel_init=initializers.uniform_by_outputs, name="output")(h)
-
-
-def build(
-    *,
-    image_size: tuple[int, int],
-    blocks_per_group: int,
-    channel_multiplier: int,
-    num_classes: int,
-    remat: bool,
-    dtype: jnp.dtype | None,
-) -> WideResNet:
-    """Build the classifier; arguments are named after the settings of `config.model`.
-
-    Raises:
-      UserError: if there are no classes, or the image cannot be halved twice.
-    """
-    if num_classes < 2:
-        raise UserError(f"model.num_classes={num_classes}: a classifier needs 2 or more; set the data set's number")
-    resample.require_halvings(image_size, len(BASE_WIDTHS) - 1)
-    return WideResNet(blocks_per_group, channel_multiplier, num_classes, remat, dtype)
 
 
 def make_logit_fn(

@@ -14,19 +14,14 @@ Pair = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """How a kernel moves over an image, per spatial axis (rows, columns).
+    """How a kernel moves over an image, per spatial axis (rows, columns)."""
 
-    Attributes:
-      strides: pixels between neighbouring outputs.
-      padding: (before, after) zeros around the image, after `base_dilation`; negative values crop.
-      base_dilation: pixels between neighbouring inputs; more than 1 inserts zeros, a transposed convolution.
-      window_dilation: pixels between neighbouring taps of the kernel.
-    """
-
-    strides: Pair = (1, 1)
+    strides: Pair = (1, 1)  # pixels between neighbouring outputs
+    # (before, after) zeros around the image, after `base_dilation`; negative values crop.
     padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
+    # Pixels between neighbouring inputs; more than 1 inserts zeros, a transposed convolution.
     base_dilation: Pair = (1, 1)
-    window_dilation: Pair = (1, 1)
+    window_dilation: Pair = (1, 1)  # pixels between neighbouring taps of the kernel
 
     def output_size(self, axis: int, num_inputs: int, num_taps: int) -> int:
         """Return the number of outputs along spatial `axis`."""

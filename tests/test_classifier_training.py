@@ -96,9 +96,7 @@ def test_a_flat_image_has_a_gradient_and_leaves_others_theirs(monkeypatch):
     """Its standard deviation is 0, where the root has none; behind the mean it is 0, where ReLU's is taken to be 0."""
     monkeypatch.setattr(wideresnet, "BASE_WIDTHS", (8,))
     monkeypatch.setattr(wideresnet, "WideGroup", lambda *args, **kwargs: lambda h, embedding: h)  # quicker to compile
-    model = wideresnet.build(
-        image_size=(8, 8), blocks_per_group=1, channel_multiplier=1, num_classes=3, remat=False, dtype=None
-    )
+    model = wideresnet.WideResNet(1, 1, num_classes=3)
     textured = jnp.linspace(0, 1, 64).reshape(1, 8, 8, 1) ** 2
     x = jnp.concatenate([jnp.full((1, 8, 8, 1), 0.25), textured])
     params = jax.jit(model.init)(jax.random.key(0), x, jnp.ones(2))["params"]

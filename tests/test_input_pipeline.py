@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import datasets
-from benchmarks import input_pipeline
+from benchmarks import input_pipeline, measure
 from sources.base import ArraySource
 
 
@@ -93,7 +93,7 @@ def growth(read):
     return [after[name] - before[name] for name in ("anonymous_mib", "file_mapped_mib")]
 
 
-@pytest.mark.skipif(not input_pipeline.STATUS.exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.skipif(not measure.STATUS.exists(), reason="memory is read from Linux's /proc")
 def test_mapped_data_are_not_memory_of_the_process(tmp_path):
     """All images are read, batch by batch; an array that is loaded shows the contrary. 64 MiB, half as margin."""
     images = np.zeros((16384, 64, 64, 1), np.uint8)

@@ -95,9 +95,7 @@ def test_classifier_equals_the_original():
     """Logits, logits of images in [0, 1], and the gradient of log p(label | x) that guides sampling."""
     network = ReferenceNetwork("wideresnet_b1_m1")
     golden, sigmas = network.arrays, jnp.asarray(network.arrays["sigmas"])
-    model = wideresnet.build(
-        image_size=(16, 16), blocks_per_group=1, channel_multiplier=1, num_classes=10, remat=False, dtype=None
-    )
+    model = wideresnet.WideResNet(1, 1, num_classes=10)
     leaves = legacy.match_layers(model, golden["x"], sigmas)
     flat = {leaf.path: network.parameter(leaf.original, leaf.original_shape).reshape(leaf.shape) for leaf in leaves}
     params = unflatten_dict(flat)
@@ -115,9 +113,7 @@ def test_classifier_equals_the_original():
 
 def test_classifier_does_not_blow_up_flat_images():
     """Standardization divides by the standard deviation, but by no less than 1 / sqrt(number of values)."""
-    model = wideresnet.build(
-        image_size=(8, 8), blocks_per_group=1, channel_multiplier=1, num_classes=10, remat=False, dtype=None
-    )
+    model = wideresnet.WideResNet(1, 1, num_classes=10)
     noise = np.random.RandomState(0).standard_normal((1, 8, 8, 3))
     noise = (noise - noise.mean()) / noise.std()
     x = jnp.asarray(np.concatenate([5 + 1e-3 * noise, 5 + 0.5 * noise]), jnp.float32)

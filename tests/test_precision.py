@@ -133,8 +133,7 @@ def test_what_is_bfloat16_and_what_is_not(name):
 
 
 def test_the_classifier_is_bfloat16_where_a_score_network_is():
-    settings = {"image_size": (8, 8), "blocks_per_group": 1, "channel_multiplier": 1, "num_classes": 4}
-    model = wideresnet.build(**settings, remat=False, dtype=jnp.dtype(jnp.bfloat16))
+    model = wideresnet.WideResNet(1, 1, num_classes=4, dtype=jnp.dtype(jnp.bfloat16))
     x, sigmas = jnp.zeros((2, 8, 8, 1)), jnp.ones(2)
     params = jax.eval_shape(functools.partial(model.init, jax.random.key(0)), x, sigmas)["params"]
     evaluate = lambda params, x: model.apply({"params": params}, x, sigmas).sum()  # noqa: E731

@@ -226,5 +226,5 @@ def test_the_benchmark_measures_a_cold_and_a_warm_start():
         phases = result[f"{kind}_phases"]
         assert list(phases) == ["total", *startup.PHASES]
         assert phases["total"] == pytest.approx(sum(phases[phase] for phase in startup.PHASES), abs=0.05)
-        assert 0 <= result[f"{kind}_seconds"] - phases["total"] < 1.0
+        assert -0.02 <= result[f"{kind}_seconds"] - phases["total"] < 1.0  # Linux knows the start to 0.01 s
     assert result["warm_phases"]["compile"] < result["cold_phases"]["compile"]

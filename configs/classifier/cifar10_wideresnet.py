@@ -13,13 +13,8 @@ python main.py --config configs/ve/cifar10_ncsnpp_continuous.py --mode train_cla
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.wide_resnet(config)
-    parts.cifar10(config)
-    return config
+    return parts.compose(parts.ve, parts.wide_resnet, parts.cifar10)

@@ -8,14 +8,8 @@ python main.py --config configs/subvp/cifar10_ddpmpp_deep_continuous.py --mode t
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.subvp(config)
-    parts.ddpmpp(config)
-    parts.deep(config)
-    parts.cifar10(config)
-    return config
+    return parts.compose(parts.subvp, parts.ddpmpp, parts.deep, parts.cifar10)

@@ -7,14 +7,8 @@ python main.py --config configs/subvp/cifar10_ncsnpp_deep_continuous.py --mode t
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.subvp(config)
-    parts.ncsnpp(config)
-    parts.deep(config)
-    parts.cifar10(config)
-    return config
+    return parts.compose(parts.subvp, parts.ncsnpp, parts.deep, parts.cifar10)

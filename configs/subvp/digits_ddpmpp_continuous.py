@@ -5,14 +5,8 @@ python main.py --config configs/subvp/digits_ddpmpp_continuous.py --mode train -
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.small_ncsnpp(config)
-    parts.digits(config)
-    parts.ddpmpp(config)
-    parts.subvp(config)
-    return config
+    return parts.compose(parts.small_ncsnpp, parts.digits, parts.ddpmpp, parts.subvp)

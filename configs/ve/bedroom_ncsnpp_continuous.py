@@ -7,13 +7,10 @@ python main.py --config configs/ve/bedroom_ncsnpp_continuous.py --mode train --w
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.ncsnpp_256(config)
+    config = parts.compose(parts.ve, parts.ncsnpp_256)
     parts.lsun(config, "bedroom")
     return config

@@ -7,15 +7,11 @@ python main.py --config configs/ve/celeba_ncsnpp.py --mode train --workdir W
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.ncsnpp(config)
-    parts.celeba(config)
+    config = parts.compose(parts.ve, parts.ncsnpp, parts.celeba)
     config.training.continuous = False
     config.model.sigma_max = 90.0
     config.sampling.snr = 0.17

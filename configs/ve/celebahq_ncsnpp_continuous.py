@@ -8,14 +8,8 @@ with --config.data.tfrecords_path FILE, the images in the layout of progressive 
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.ncsnpp_1024(config)
-    parts.celebahq(config)
-    parts.at_1024(config)
-    return config
+    return parts.compose(parts.ve, parts.ncsnpp_1024, parts.celebahq, parts.at_1024)

@@ -7,14 +7,11 @@ python main.py --config configs/ve/church_ncsnpp_continuous.py --mode train --wo
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.ncsnpp_256(config)
+    config = parts.compose(parts.ve, parts.ncsnpp_256)
     parts.lsun(config, "church_outdoor")
     config.model.sigma_max = 380.0
     return config

@@ -7,14 +7,10 @@ python main.py --config configs/ve/cifar10_ncsnpp.py --mode train --workdir W
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.ncsnpp(config)
-    parts.cifar10(config)
+    config = parts.compose(parts.ve, parts.ncsnpp, parts.cifar10)
     config.training.continuous = False
     return config

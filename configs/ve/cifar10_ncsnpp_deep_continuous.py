@@ -7,15 +7,10 @@ python main.py --config configs/ve/cifar10_ncsnpp_deep_continuous.py --mode trai
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.ncsnpp(config)
-    parts.deep(config)
-    parts.cifar10(config)
+    config = parts.compose(parts.ve, parts.ncsnpp, parts.deep, parts.cifar10)
     config.model.embedding_type = "fourier"
     return config

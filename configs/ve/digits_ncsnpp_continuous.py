@@ -5,16 +5,11 @@ python main.py --config configs/ve/digits_ncsnpp_continuous.py --mode train --wo
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.small_ncsnpp(config)
-    parts.digits(config)
-    parts.ncsnpp(config)
+    config = parts.compose(parts.ve, parts.small_ncsnpp, parts.digits, parts.ncsnpp)
     config.model.embedding_type = "fourier"
     config.model.sigma_max = 10.0  # about the largest distance between two of the 64-pixel images in [0, 1]
     return config

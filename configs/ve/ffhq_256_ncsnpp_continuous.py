@@ -8,14 +8,10 @@ with --config.data.tfrecords_path FILE, the images in the layout of progressive 
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.ncsnpp_256(config)
-    parts.ffhq(config)
+    config = parts.compose(parts.ve, parts.ncsnpp_256, parts.ffhq)
     config.model.sigma_max = 348.0
     return config

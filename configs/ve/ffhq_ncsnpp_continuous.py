@@ -8,15 +8,10 @@ with --config.data.tfrecords_path FILE, the images in the layout of progressive 
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.ncsnpp_1024(config)
-    parts.ffhq(config)
-    parts.at_1024(config)
+    config = parts.compose(parts.ve, parts.ncsnpp_1024, parts.ffhq, parts.at_1024)
     config.training.reduce_mean = True
     return config

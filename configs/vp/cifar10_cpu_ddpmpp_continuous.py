@@ -7,14 +7,8 @@ python main.py --config configs/vp/cifar10_cpu_ddpmpp_continuous.py --mode train
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.vp(config)
-    parts.ddpmpp(config)
-    parts.cifar10(config)
-    parts.cifar10_cpu(config)
-    return config
+    return parts.compose(parts.vp, parts.ddpmpp, parts.cifar10, parts.cifar10_cpu)

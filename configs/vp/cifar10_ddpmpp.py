@@ -7,13 +7,8 @@ python main.py --config configs/vp/cifar10_ddpmpp.py --mode train --workdir W
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ddpm_chain(config)
-    parts.ddpmpp(config)
-    parts.cifar10(config)
-    return config
+    return parts.compose(parts.ddpm_chain, parts.ddpmpp, parts.cifar10)

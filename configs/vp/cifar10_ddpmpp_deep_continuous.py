@@ -8,14 +8,8 @@ python main.py --config configs/vp/cifar10_ddpmpp_deep_continuous.py --mode trai
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.vp(config)
-    parts.ddpmpp(config)
-    parts.deep(config)
-    parts.cifar10(config)
-    return config
+    return parts.compose(parts.vp, parts.ddpmpp, parts.deep, parts.cifar10)

@@ -8,14 +8,10 @@ python main.py --config configs/vp/cifar10_ncsnpp.py --mode train --workdir W
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ddpm_chain(config)
-    parts.ncsnpp(config)
-    parts.cifar10(config)
+    config = parts.compose(parts.ddpm_chain, parts.ncsnpp, parts.cifar10)
     config.sampling.predictor = "reverse_diffusion"
     return config

@@ -7,14 +7,8 @@ python main.py --config configs/vp/cifar10_ncsnpp_deep_continuous.py --mode trai
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.vp(config)
-    parts.ncsnpp(config)
-    parts.deep(config)
-    parts.cifar10(config)
-    return config
+    return parts.compose(parts.vp, parts.ncsnpp, parts.deep, parts.cifar10)

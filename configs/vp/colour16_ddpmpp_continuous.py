@@ -7,15 +7,10 @@ python main.py --config configs/vp/colour16_ddpmpp_continuous.py --mode train --
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.small_ncsnpp(config)
-    parts.colour16(config)
-    parts.ddpmpp(config)
-    parts.vp(config)
+    config = parts.compose(parts.small_ncsnpp, parts.colour16, parts.ddpmpp, parts.vp)
     config.sampling.predictor = "reverse_diffusion"
     return config

@@ -12,7 +12,6 @@ from configs.vp import digits_ddpmpp_continuous
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
     config = digits_ddpmpp_continuous.get_config()
     config.model.num_classes = 10
     config.training.label_dropout = 0.1

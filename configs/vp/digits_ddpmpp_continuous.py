@@ -8,15 +8,10 @@ with machine and seed, are in the README.
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.small_ncsnpp(config)
-    parts.digits(config)
-    parts.ddpmpp(config)
-    parts.vp(config)
+    config = parts.compose(parts.small_ncsnpp, parts.digits, parts.ddpmpp, parts.vp)
     config.sampling.predictor = "reverse_diffusion"
     return config

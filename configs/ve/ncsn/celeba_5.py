@@ -7,15 +7,10 @@ python main.py --config configs/ve/ncsn/celeba_5.py --mode train --workdir W
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.ncsn(config)
-    parts.ncsn_levels(config)
-    parts.celeba(config)
+    config = parts.compose(parts.ve, parts.ncsn, parts.ncsn_levels, parts.celeba)
     config.model.ema_rate = 0.999
     return config

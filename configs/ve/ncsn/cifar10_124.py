@@ -7,14 +7,8 @@ python main.py --config configs/ve/ncsn/cifar10_124.py --mode train --workdir W
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.ncsn(config)
-    parts.cifar10_levels(config)
-    parts.cifar10(config)
-    return config
+    return parts.compose(parts.ve, parts.ncsn, parts.cifar10_levels, parts.cifar10)

@@ -7,15 +7,10 @@ python main.py --config configs/ve/ncsn/cifar10_1245.py --mode train --workdir W
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
-    parts.ncsn(config)
-    parts.cifar10_levels(config)
-    parts.cifar10(config)
+    config = parts.compose(parts.ve, parts.ncsn, parts.cifar10_levels, parts.cifar10)
     config.model.ema_rate = 0.999
     return config

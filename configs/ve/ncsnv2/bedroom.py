@@ -7,13 +7,11 @@ python main.py --config configs/ve/ncsnv2/bedroom.py --mode train --workdir W
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
+    config = parts.compose(parts.ve)
     parts.ncsnv2(config, "ncsnv2_128")
     parts.lsun(config, "bedroom", image_size=128)
     parts.annealing(config, sigma_max=190.0, num_scales=1086, n_steps_each=3, snr=0.095)

@@ -8,13 +8,11 @@ python main.py --config configs/ve/ncsnv2/celeba.py --mode train --workdir W
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ve(config)
+    config = parts.compose(parts.ve)
     parts.ncsnv2(config, "ncsnv2_64")
     parts.celeba_levels(config)
     parts.celeba(config)

@@ -7,13 +7,10 @@ python main.py --config configs/vp/ddpm/bedroom.py --mode train --workdir W
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ddpm_chain(config)
-    parts.ddpm_256(config)
+    config = parts.compose(parts.ddpm_chain, parts.ddpm_256)
     parts.lsun(config, "bedroom")
     return config

@@ -8,13 +8,8 @@ with --config.data.tfrecords_path FILE, the images in the layout of progressive 
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ddpm_chain(config)
-    parts.ddpm_256(config)
-    parts.celebahq(config)
-    return config
+    return parts.compose(parts.ddpm_chain, parts.ddpm_256, parts.celebahq)

@@ -8,13 +8,8 @@ python main.py --config configs/vp/ddpm/cifar10.py --mode train --workdir W
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ddpm_chain(config)
-    parts.ddpm(config)
-    parts.cifar10(config)
-    return config
+    return parts.compose(parts.ddpm_chain, parts.ddpm, parts.cifar10)

@@ -7,13 +7,8 @@ python main.py --config configs/vp/ddpm/cifar10_continuous.py --mode train --wor
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.vp(config)
-    parts.ddpm(config)
-    parts.cifar10(config)
-    return config
+    return parts.compose(parts.vp, parts.ddpm, parts.cifar10)

@@ -7,14 +7,10 @@ python main.py --config configs/vp/ddpm/cifar10_unconditional.py --mode train --
 
 from ml_collections import ConfigDict
 
-from configs import base, parts
+from configs import parts
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration."""
-    config = base.get_config()
-    parts.ddpm_chain(config)
-    parts.ddpm(config)
-    parts.cifar10(config)
+    config = parts.compose(parts.ddpm_chain, parts.ddpm, parts.cifar10)
     config.model.conditional = False
     return config
