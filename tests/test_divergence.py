@@ -126,7 +126,7 @@ def test_when_data_fail_what_was_trained_is_saved_and_nothing_else(tmp_path, has
         loop = train_loop._Loop(None, checkpoints, None, Presence(tmp_path), watch)
         if has_trained:
             watch.add(4, of_device([1.0]))
-        with pytest.raises(ValueError, match="does not exist"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
             loop.read(failing(), distributed.replicate(state), 4)
         newest = checkpoints.restore_newest()
     if has_trained:

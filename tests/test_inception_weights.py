@@ -61,7 +61,8 @@ def test_the_published_file_brings_no_warning(small, tmp_path, logs, monkeypatch
     legacy_writers.write_zip(tmp_path / "weights.pth", small)
     digest = inception.hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
     monkeypatch.setattr(inception, "PTH_SHA256", digest[:8])
-    assert run_lib.convert_weights(tmp_path / "weights.pth", tmp_path / "mine.npz") is None
+    path, _ = run_lib.convert_weights(tmp_path / "weights.pth", tmp_path / "mine.npz")
+    assert path == tmp_path / "mine.npz"
     assert [text.split(":")[0] for text in logs] == [f"wrote {tmp_path}/mine.npz"]
 
 
