@@ -154,7 +154,7 @@ class Restorer:
         self.judge = Judge(operator, experiment.scaler, noise)
         self.measurement = build_measuring(inputs, operator, experiment.scaler, key=mode_key(experiment), noise=noise)
         self.rounds = Rounds(
-            RestorationProgram(experiment, operator, drawing.batch_size(config, count * config.restore.num_draws)),
+            RestorationProgram(experiment, operator, drawing.batch_size(experiment, count * config.restore.num_draws)),
             distributed.replicate(snapshot.params),
             folder / ROUNDS,
             measurement=self.measurement,
@@ -252,12 +252,12 @@ def restore(
     workdirs.output_folder(workdir, output)
     inputs = load_inputs(config, operator, num_images)
     distributed.require_same({"content of restore.images": inputs.sha256()})
-    drawing.warn_of_batch(config)
+    drawing.warn_of_batch(experiment)
     restored = drawing.restore(experiment, workdir, snapshot)
     folder = workdirs.output_folder(workdir, output or default_output(config, restored.number))
     with locks.hold(folder, "--output"):
         contents = contents_of_restorations(config, inputs, operator)
-        kinds = (*drawing.kinds_of_samples(config), "restorations")
+        kinds = (*drawing.kinds_of_samples(experiment), "restorations")
         results.open_folder(folder, config, kinds, restored.params, flag="--output", contents=contents)
         restorer = Restorer(experiment, restored, inputs, operator, folder)
         images, shown, compile_seconds = [], [], 0.0
