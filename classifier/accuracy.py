@@ -92,9 +92,6 @@ def measure_levels(
     return rows
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
 def accuracy_figure(rows: Sequence[Mapping[str, float]], num_classes: int) -> Figure:
     """Draw the accuracy against the noise level, with two standard errors."""
     figure, axes = plots.blank_figure("noise level σ = std / mean coefficient", "test images classified correctly")

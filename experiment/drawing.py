@@ -24,9 +24,6 @@ from workdir.progress import track
 NUM_SHOWN = 100  # samples in a picture
 
 
-# --- what samples depend on ------------------------------------------------------------------------------------------
-
-
 def depends_on_batch(experiment: Experiment) -> bool:
     """Whether a sample depends on the others of its batch: the paper's Langevin corrector averages over them."""
     sampling = experiment.config.sampling
@@ -108,9 +105,6 @@ def picture(
         return plots.grid_of_levels(levels[:limit], num_levels)
     rows = rows_of_labels(len(levels), len(labels), limit)
     return plots.grid_of_levels(levels[rows.ravel()], num_levels, num_columns=rows.shape[1])
-
-
-# --- rounds ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

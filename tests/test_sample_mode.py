@@ -248,7 +248,7 @@ def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
 
 
 def test_samples_that_depend_on_their_batch_are_told_and_kept_apart(caplog):
-    langevin = {"sampling__corrector": "langevin"}
+    langevin = {"sampling__corrector": "langevin", "sampling__num_steps": 20}
     for changes, depends in ((langevin, True), (langevin | {"sampling__langevin_norm": "sample"}, False), ({}, False)):
         experiment = build_experiment(configure(**changes))
         caplog.clear()

@@ -48,9 +48,6 @@ def is_finite(tree: Any) -> bool:
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
-# --- watching --------------------------------------------------------------------------------------------------------
-
-
 class LossWatch:
     """The losses and gradient norms of steps, which stay on the devices until `look`.
 
@@ -114,9 +111,6 @@ class LossWatch:
             logging.warning("skipped %d step(s), whose loss or gradient is not finite: %s", len(skipped), named)
             values["skipped"] = len(skipped)
         return values
-
-
-# --- explaining ------------------------------------------------------------------------------------------------------
 
 
 def losses_by_level(trainer: Trainer, source: datasets.Source, params: Any, step: int) -> list[tuple[float, float]]:
