@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 import datasets
 import losses
@@ -40,14 +40,12 @@ def build_measure(experiment: Experiment, normalization: Normalization, test: da
 
     The noise of an image follows from (seed, index): it has the same direction at every time.
     """
-    prepare = datasets.build_preparation(experiment.config, train=False)
-    key = experiment.keys["eval"]
+    prepare, key = experiment.preparation(train=False), experiment.keys["eval"]
 
     def classify(
         params: Any, levels: UInt8[Array, "B H W C"], labels: Int[Array, "B"], indices: Int[Array, "B"], t: Array
     ) -> tuple[Array, Array]:
-        keys: PRNGKeyArray = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-        key_data, key_noise = rng.split(keys)
+        key_data, key_noise = rng.split(jax.vmap(jax.random.fold_in, (None, 0))(key, indices))
         logit_fn = make_logit_fn(experiment.model, params, mean=normalization.mean, std=normalization.std)
         return classify_noisy(key_noise, logit_fn, experiment.sde, prepare(key_data, levels), labels, t)
 
@@ -62,10 +60,10 @@ def build_measure(experiment: Experiment, normalization: Normalization, test: da
     return measure
 
 
-def spread_times(experiment: Experiment, num_images: int) -> Float[np.ndarray, "B"]:
+def spread_times(T: float, num_images: int) -> Float[np.ndarray, "B"]:
     """Return times spread evenly over those of training: a mean over them varies less than over drawn ones."""
     places = (np.arange(num_images) + 0.5) / num_images
-    return losses.TRAINING_EPS + places * (experiment.sde.T - losses.TRAINING_EPS)
+    return losses.TRAINING_EPS + places * (T - losses.TRAINING_EPS)
 
 
 def measure_levels(
@@ -74,8 +72,8 @@ def measure_levels(
     """Measure the averaged parameters on every test image at each of `NUM_SIGMAS` noise levels, ascending.
 
     Returns:
-      A row for each level: its time "t", its "sigma" = std / mean_coeff in units of the network's range, the "accuracy"
-      with its binomial standard error "stderr", and the mean "cross_entropy" in nats.
+      For each level its time "t", its "sigma" = std / mean_coeff in the network's range, the "accuracy" with its
+      binomial standard error "stderr", and the mean "cross_entropy" in nats.
     """
     params, sde = distributed.replicate(state.params_ema), experiment.sde
     grid = noise_levels.noise_levels(sde, noise_levels.time_grid(sde, NUM_SIGMAS - 1, "log_snr")[::-1])
@@ -92,9 +90,6 @@ def measure_levels(
         row = {"accuracy": accuracy, "stderr": stderr, "cross_entropy": float(cross_entropy.mean())}
         rows.append({"t": float(t), "sigma": float(sigma), **row})
     return rows
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def accuracy_figure(rows: Sequence[Mapping[str, float]], num_classes: int) -> Figure:
@@ -136,14 +131,8 @@ def _curve(records: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], 
 
 
 def write_report(folder: Path, rows: Sequence[Mapping[str, float]], facts: Mapping[str, Any]) -> None:
-    """Write accuracy.json, accuracy.png and training.png into the classifier's folder, which has its losses.jsonl.
-
-    `rows` are of `measure_levels`, `facts` are stated with them: "num_classes" and others.
-    """
+    """Write accuracy.json, accuracy.png and training.png into the classifier's folder, which has its losses.jsonl."""
     files.write_json(folder / "accuracy.json", {**facts, "levels": list(rows)})
     records = plots.read_losses(folder / plots.LOSSES_FILE)
-    for name, figure in (
-        ("accuracy.png", accuracy_figure(rows, facts["num_classes"])),
-        ("training.png", training_figure(records)),
-    ):
-        files.write_bytes(folder / name, plots.figure_bytes(figure))
+    files.write_bytes(folder / "accuracy.png", plots.figure_bytes(accuracy_figure(rows, facts["num_classes"])))
+    files.write_bytes(folder / "training.png", plots.figure_bytes(training_figure(records)))

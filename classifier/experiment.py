@@ -24,9 +24,6 @@ NORMALIZATION_FILE = "normalization.json"
 CHUNK = 1000  # images measured at once
 
 
-# --- what the images are normalized by -------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Normalization:
     """Mean and standard deviation of each channel of the training images, in the score network's range."""
@@ -64,18 +61,11 @@ class Normalization:
 
     @classmethod
     def read(cls, path: Path) -> Normalization:
-        """Read a file that `of_folder` has written.
-
-        Raises:
-          UserError: if it is damaged.
-        """
+        """Read a file that `of_folder` has written."""
         try:
             return guards.build(cls, guards.parse_json(distributed.once(lambda: path.read_text(errors="replace"))))
         except UserError as error:
             raise UserError(f"{path} is damaged ({error}); remove it and run --mode train_classifier again") from error
-
-
-# --- the experiment --------------------------------------------------------------------------------------------------
 
 
 def classifier_config(config: ConfigDict, num_classes: int) -> ConfigDict:
@@ -92,14 +82,11 @@ def classifier_config(config: ConfigDict, num_classes: int) -> ConfigDict:
 
 
 def build_classifier_experiment(config: ConfigDict, normalization: Normalization) -> Experiment:
-    """Build the experiment of a classifier from what `classifier_config` returned.
-
-    Raises:
-      UserError: naming the first setting that is wrong and what is expected.
-    """
+    """Build the experiment of a classifier from what `classifier_config` returned."""
     experiment, settings = build_experiment(config), config.classifier
     return dataclasses.replace(
         experiment,
+        group="classifier",
         loss_fn=make_classifier_loss(experiment.sde, experiment.model, mean=normalization.mean, std=normalization.std),
         optimizer=losses.make_optimizer(
             lr=settings.lr,
@@ -112,15 +99,15 @@ def build_classifier_experiment(config: ConfigDict, normalization: Normalization
     )
 
 
-def count_classes(config: ConfigDict, train: datasets.Source, test: datasets.Source) -> int:
-    """Return the number of classes that a classifier of these data tells apart.
+def count_classes(dataset: str, train: datasets.Source, test: datasets.Source) -> int:
+    """Return the number of classes of `data.dataset`.
 
     Raises:
       UserError: if the images carry no labels, or those of the two splits do not go together.
     """
-    name = f"data.dataset={config.data.dataset!r}"
+    name = f"data.dataset={dataset!r}"
     if not train.num_classes or not test.num_classes:
-        hint = "; give train.npz and test.npz an array 'labels'" if config.data.dataset == "npz" else ""
+        hint = "; give train.npz and test.npz an array 'labels'" if dataset == "npz" else ""
         raise UserError(f"{name} has no labels, which a classifier is trained on{hint}")
     if train.num_classes == 1:
         raise UserError(f"{name} has one class only, so that there is nothing to tell apart")

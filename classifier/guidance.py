@@ -35,9 +35,6 @@ COUNTS = (*NEEDED[:3], "classifier.snapshot_freq")
 SIZES = ("blocks_per_group", "channel_multiplier")  # of the network, in `config.model` of the classifier's folder
 
 
-# --- the guided score ------------------------------------------------------------------------------------------------
-
-
 def condition_on_class(
     score_fn: ScoreFn,
     classifier_grad_fn: Callable[[State, Scalars, Int[Array, "B"]], State],
@@ -76,7 +73,7 @@ class Classifier:
       model: the network.
       normalization: of its images.
       sde: forward SDE.
-      num_classes: that it tells apart.
+      num_classes: labels are 0 to num_classes - 1.
       scale: factor on its gradient; 1 is Bayes' rule.
     """
 
@@ -93,9 +90,6 @@ class Classifier:
         return condition_on_class(score_fn, make_classifier_grad_fn(logit_fn), self.sde, labels, scale=self.scale)
 
 
-# --- from its folder -------------------------------------------------------------------------------------------------
-
-
 def all_params(params: Any, classifier: Classifier | None) -> Any:
     """Return the parameters that samples depend on: the score network's and, if there is one, the classifier's."""
     return params if classifier is None else (params, classifier.params)
@@ -106,11 +100,10 @@ def load_classifier(experiment: Experiment, workdir: Path) -> Classifier | None:
 
     Args:
       experiment: of the score network.
-      workdir: of it; its sub-folder "classifier" is used if `sampling.classifier` is empty.
+      workdir: of the score network; its sub-folder "classifier" is used if `sampling.classifier` is empty.
 
     Raises:
-      UserError: if a setting is wrong, or the classifier is of other data or another SDE,
-        or if the folder holds no classifier.
+      UserError: if a setting is wrong, the classifier is of other data or another SDE, or the folder holds none.
       CheckpointError: if it holds no checkpoint that can be read.
     """
     sampling = experiment.config.sampling

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,17 +38,6 @@ def classify_noisy(
     return cross_entropy, logits.argmax(axis=1) == labels
 
 
-def make_loss_at_time(
-    sde: SDE, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Callable[[PRNGKeyArray, Params, Images, Labels, Scalars], Scalars]:
-    """Return the cross-entropy of each image at its time, in nats: log(num_classes) for an uninformed classifier."""
-
-    def loss(key: PRNGKeyArray, params: Params, x: Images, labels: Labels, t: Scalars) -> Scalars:
-        return classify_noisy(key, make_logit_fn(model, params, mean=mean, std=std), sde, x, labels, t)[0]
-
-    return loss
-
-
 def make_classifier_loss(
     sde: SDE, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], draw_times: DrawTimes | None = None
 ) -> LossFn:
@@ -64,7 +51,6 @@ def make_classifier_loss(
       draw_times: t and its weight; by default uniform on [1e-5, T], as of the score network.
     """
     draw_times = draw_times or make_uniform_times(sde)
-    loss_at_time = make_loss_at_time(sde, model, mean=mean, std=std)
 
     def loss(
         key: PRNGKeyArray, params: Params, x: Images, *, train: bool, class_labels: Labels | None = None
@@ -72,6 +58,7 @@ def make_classifier_loss(
         assert class_labels is not None  # the trainer of a classifier gives them
         key_t, key_z = rng.split(key)
         t, weight = draw_times(key_t, len(x))
-        return weight * loss_at_time(key_z, params, x, class_labels, t)
+        logit_fn = make_logit_fn(model, params, mean=mean, std=std)
+        return weight * classify_noisy(key_z, logit_fn, sde, x, class_labels, t)[0]
 
     return loss

@@ -1,4 +1,4 @@
-"""What a configuration builds: SDE, network, loss, optimizer, scaling; and the compiled programs made of them."""
+"""What a configuration builds: SDE, network, loss, optimizer, sampler, likelihood; and their compiled programs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import models
 import sde_lib
 from configs.settings import check, of_group
 from dequantization import Dequantize, build_dequantization
-from experiment import programs, smoke
+from experiment import programs, smoke, startup
 from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
 from models.factory import check_labels, num_classes_of, require_score_network
 from models.score import get_score_fn
@@ -33,6 +33,7 @@ from parallel import distributed, rng
 from sampling import Guide, build_classifier_free, build_labels, build_sampler, compose_score, labels_of_samples
 from sde_lib import SDE, ScoreFn
 from solvers import ode
+from solvers.interface import Sampler
 from variational_bound import VariationalBound, build_variational_bound
 from workdir import folder as workdirs
 
@@ -46,11 +47,15 @@ class Experiment:
     Attributes:
       config: the configuration itself.
       sde: forward SDE.
-      model: score network.
+      model: score network, or classifier.
       loss_fn: training objective.
       optimizer: of the parameters.
       scaler: between stored levels and the network's range.
+      dequantize: levels to continuous values, for the likelihood.
+      likelihood: by the probability-flow ODE.
+      bound: variational bound under the reverse SDE, from the same time on; None if it is not measured.
       keys: one key for each purpose, all derived from the seed.
+      group: of the settings with the training schedule: "training" for a score network, or "classifier".
     """
 
     config: ConfigDict
@@ -59,17 +64,59 @@ class Experiment:
     loss_fn: losses.LossFn
     optimizer: optax.GradientTransformation
     scaler: datasets.Scaler
+    dequantize: Dequantize
+    likelihood: Likelihood
+    bound: VariationalBound | None
     keys: dict[str, PRNGKeyArray]
+    group: str = "training"
+
+    # --- data and schedule -------------------------------------------------------------------------------------------
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels."""
         return datasets.image_shape(self.config)
 
+    @property
+    def num_classes(self) -> int:
+        """Classes that the score network is conditioned on; 0: none."""
+        return num_classes_of(self.config)
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether a training batch is (levels, class labels), not levels alone."""
+        return self.group == "classifier" or self.num_classes > 0
+
+    @property
+    def schedule(self) -> ConfigDict:
+        """Settings of the training: batch size, number of steps, frequencies."""
+        return self.config[self.group]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training: `n_iters`, rounded down to whole compiled calls."""
+        return self.schedule.n_iters // self.schedule.n_jitted_steps * self.schedule.n_jitted_steps
+
+    @property
+    def skips_nonfinite(self) -> bool:
+        """Whether a step whose loss or gradient is not finite is skipped."""
+        return bool(self.config.training.on_nan == "skip")
+
+    @property
+    def batch_shapes(self) -> Any:
+        """Shapes of the batches that a device gets for one compiled call of training."""
+        sizes = self.schedule.n_jitted_steps, self.schedule.batch_size // distributed.device_count()
+        levels = jax.ShapeDtypeStruct((*sizes, *self.image_shape), jnp.uint8)
+        return (levels, jax.ShapeDtypeStruct(sizes, jnp.int32)) if self.takes_labels else levels
+
+    def preparation(self, *, train: bool) -> Callable[[PRNGKeyArray, Array], Array]:
+        """Return the map from stored levels to the network's input."""
+        return datasets.build_preparation(self.config, train=train)
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
     @functools.cached_property
     def _init(self) -> Callable[[PRNGKeyArray], losses.TrainState]:
-        """The state before the first step as a function of the key; compiled at its first call."""
-
         def init(key: PRNGKeyArray) -> losses.TrainState:
             x, labels = jnp.zeros((1, *self.image_shape)), jnp.ones((1,))
             variables = self.model.init({"params": key}, x, labels, train=False)
@@ -83,58 +130,53 @@ class Experiment:
         return jax.eval_shape(self._init, self.keys["init"])
 
     def init_state(self) -> losses.TrainState:
-        """Returns the state before the first step."""
+        """Return the state before the first step."""
         return self._init(self.keys["init"])
 
     def state_template(self) -> losses.TrainState:
-        """Returns a state of zeros, for the structure that a checkpoint must have; nothing is compiled."""
+        """Return a state of zeros, for the structure that a checkpoint must have; nothing is compiled."""
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self.state_shapes)
 
+    # --- score, samples, likelihood ----------------------------------------------------------------------------------
+
+    def score_fn(self, params: Any, *, smooth: bool = False, class_labels: Int[Array, "B"] | None = None) -> ScoreFn:
+        """Return the score as a function of (x, t), without dropout.
+
+        Args:
+          params: of the network.
+          smooth: for solvers of the probability-flow ODE: evaluate a discretely trained VP network between its levels,
+            as the 2021 code does; see `SDE.interpolates_levels`.
+          class_labels: of the examples, for a class-conditional network; None: the score of images of any class.
+        """
+        continuous = self.config.training.continuous or (smooth and self.sde.interpolates_levels)
+        return get_score_fn(self.sde, self.model, params, train=False, continuous=continuous, class_labels=class_labels)
+
+    def sampler(self, batch_size: int) -> Sampler:
+        """Build the sampler for a device's batch."""
+        return build_sampler(self.config, self.sde, (batch_size, *self.image_shape))
+
+    @property
+    def steps_between_levels(self) -> bool:
+        """Whether the sampler evaluates the score between the noise levels of training, as all but "pc" do."""
+        return bool(self.config.sampling.method != "pc")
+
     def sampler_settings(self) -> dict[str, Any]:
-        """Returns what a sample depends on besides the network and the seed."""
+        """Return what a sample depends on besides the network and the seed."""
         steps = self.config.sampling.num_steps or self.config.model.num_scales
         chosen = of_group(self.config, "sampling")
         network = {} if self.config.model.dtype == "float32" else {"model.dtype": self.config.model.dtype}
         return {"training.sde": self.config.training.sde, **network, **chosen, "sampling.num_steps": steps}
 
-    def score_fn(self, params: Any, *, smooth: bool = False, class_labels: Int[Array, "B"] | None = None) -> ScoreFn:
-        """Returns the score as a function of (x, t), without dropout.
-
-        Args:
-          params: of the network.
-          smooth: for solvers of the probability-flow ODE: a discretely trained VP network is then asked between its
-            levels, as the 2021 code does; see `SDE.interpolates_levels`.
-          class_labels: of the examples, for a network that is told classes; None: the score of images of any class.
-        """
-        continuous = self.config.training.continuous or (smooth and self.sde.interpolates_levels)
-        return get_score_fn(self.sde, self.model, params, train=False, continuous=continuous, class_labels=class_labels)
-
-
-def _build_likelihoods(
-    config: ConfigDict, sde: SDE, scaler: datasets.Scaler
-) -> tuple[Dequantize, Likelihood, VariationalBound | None]:
-    """Builds the dequantization, the likelihood, and the variational bound or None, which all start at one time."""
-    eps, is_bounded = LIKELIHOOD_EPS, config.likelihood.bound_num_times != 0
-    return (
-        build_dequantization(config, scaler, sde, eps=eps),
-        build_likelihood(config, sde, eps=eps),
-        build_variational_bound(config, sde, eps=eps) if is_bounded else None,
-    )
-
 
 def check_sampling(config: ConfigDict, sde: SDE) -> None:
-    """Checks how samples are drawn, and of which classes if the network is told them; a guide may know others.
-
-    Raises:
-      UserError: naming the setting that is wrong.
-    """
+    """Check how samples are drawn, and of which classes if the network knows any; a guide may know others."""
     build_sampler(config, sde, (1, *datasets.image_shape(config)))
     if num_classes_of(config):
         build_classifier_free(config, sde, build_labels(config))
 
 
 def build_experiment(config: ConfigDict) -> Experiment:
-    """Builds and checks everything that a configuration describes; nothing is compiled.
+    """Build and check everything that a configuration describes; nothing is compiled.
 
     Raises:
       UserError: naming the first setting that is wrong and what is expected.
@@ -145,67 +187,94 @@ def build_experiment(config: ConfigDict) -> Experiment:
     check_labels(config, model)
     check_sampling(config, sde)  # a bad sampler must not come to light after days of training
     scaler = datasets.build_scaler(config)
-    _build_likelihoods(config, sde, scaler)
+    is_bounded, eps = config.likelihood.bound_num_times != 0, LIKELIHOOD_EPS
     keys = jax.random.split(jax.random.key(config.seed), len(PURPOSES))
     return Experiment(
         config=config,
         sde=sde,
         model=model,
+        scaler=scaler,
+        dequantize=build_dequantization(config, scaler, sde, eps=eps),
+        likelihood=build_likelihood(config, sde, eps=eps),
+        bound=build_variational_bound(config, sde, eps=eps) if is_bounded else None,
         loss_fn=losses.build_loss(config, sde, model),
         optimizer=losses.build_optimizer(config),
-        scaler=scaler,
         keys=dict(zip(PURPOSES, keys, strict=True)),
     )
 
 
+def open_experiment(config: ConfigDict, workdir: str | Path) -> Experiment:
+    """Build the experiment of a workdir that holds a training run of it.
+
+    Raises:
+      UserError: if a setting is wrong, or the workdir holds another experiment.
+    """
+    config = smoke.resolve(config)
+    require_score_network(config)
+    experiment = build_experiment(config)
+    workdirs.check_same_experiment(workdir, config)
+    describe(experiment)
+    return experiment
+
+
+def describe(experiment: Experiment) -> None:
+    """Log the size of the network and the devices."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(experiment.state_shapes.params)]
+    devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s) of {jax.process_count()} process(es)"
+    logging.info("network %s: %s parameters; %s", experiment.config.model.name, f"{sum(sizes):,}", devices)
+
+
+# --- compiled programs -----------------------------------------------------------------------------------------------
+
+
 def _device_keys(key: PRNGKeyArray, indices: np.ndarray) -> PRNGKeyArray:
-    """Returns one key for each example of this host, key[devices, B]."""
+    """Return one key for each example of this host, key[devices, B]."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, distributed.host_share(indices))
     return keys.reshape(jax.local_device_count(), -1)
 
 
-def map_train_steps(experiment: Experiment, group: str = "training") -> jax.stages.Wrapped:
-    """Maps training steps over the devices: (key, state, batches) -> (state, metrics), all but key with a device axis.
+def map_train_steps(experiment: Experiment) -> jax.stages.Wrapped:
+    """Map training steps over the devices: (key, state, batches) -> (state, metrics), all but key with a device axis.
 
     The state is donated: its buffers are reused for the new one.
-
-    Args:
-      experiment: what is trained.
-      group: of its settings that has `microbatches`: "training" for the score's, or "classifier".
     """
     step = losses.make_train_step(
         experiment.loss_fn,
         experiment.optimizer,
         ema_rate=experiment.config.model.ema_rate,
-        prepare=datasets.build_preparation(experiment.config, train=True),
-        microbatches=experiment.config[group].microbatches,
+        prepare=experiment.preparation(train=True),
+        microbatches=experiment.schedule.microbatches,
     )
-    if experiment.config.training.on_nan == "skip":
+    if experiment.skips_nonfinite:
         step = losses.skip_nonfinite(step)
     return distributed.pmap(losses.make_train_steps(step), donate_argnums=(1,), in_axes=(None, 0, 0))
 
 
-def build_train_program(experiment: Experiment, group: str = "training") -> Callable[..., Any]:
-    """Compiles `n_jitted_steps` training steps: (state, batches) -> (state, metrics); see `map_train_steps`.
+def build_train_program(experiment: Experiment) -> Callable[..., Any]:
+    """Compile `n_jitted_steps` training steps: (state, batches) -> (state, metrics); see `map_train_steps`.
 
-    They are compiled in the background from now on, or loaded from where an earlier run of the same configuration has
-    left them; the first call waits for it.
+    They compile in the background from now on, or load from where an earlier run of the same configuration left them;
+    the first call waits for it. With several processes they compile at the first call.
     """
-    steps, key = map_train_steps(experiment, group), experiment.keys["train"]
-    batch = programs.training_batch(experiment.config, group)
+    steps, key = map_train_steps(experiment), experiment.keys["train"]
+    if not distributed.is_alone():
+        return functools.partial(steps, key)
+    batch = experiment.batch_shapes
     settings = json.dumps(experiment.config.to_dict(), sort_keys=True, default=str)
-    call = programs.compile_in_background(
-        steps,
-        lambda: (key, *programs.on_devices((experiment.state_shapes, batch))),
-        # A classifier's are made of its data, too, by which it normalizes.
-        made_of=f"training steps of batches {batch} for {settings}" if group == "training" else None,
-    )
-    return lambda state, batches: call(key, state, batches)
+    # A classifier's steps follow from its data, too, by which it normalizes.
+    is_kept = experiment.group == "training"
+    path = programs.file_of(f"training steps of batches {batch} for {settings}") if is_kept else None
+    shapes = lambda: (key, *programs.on_devices((experiment.state_shapes, batch)))  # noqa: E731
+    # Traced here unless it is on disk: Python runs one thread at a time, while XLA compiles without Python.
+    lowered = None if path and path.exists() else steps.lower(*shapes())
+    startup.mark("trace")
+    call = programs.compile_in_background(lowered, path, lower=lambda: steps.lower(*shapes()))
+    return functools.partial(call, key)
 
 
 def build_loss_program(experiment: Experiment) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
-    """Compiles the loss of test images: (replicated params, levels, example indices) -> float32[B]."""
-    prepare = datasets.build_preparation(experiment.config, train=False)
+    """Compile the loss of test images: (replicated params, levels, example indices) -> float32[B]."""
+    prepare = experiment.preparation(train=False)
 
     def loss(key: PRNGKeyArray, params: Any, levels: UInt8[Array, "B H W C"]) -> Float[Array, "B"]:
         key_data, key_loss = rng.split(key)
@@ -223,39 +292,38 @@ def build_loss_program(experiment: Experiment) -> Callable[[Any, np.ndarray, np.
 class SamplingProgram:
     """The sampler as one compiled program: (replicated params, sample indices int[batch_size]) -> (levels, nfe).
 
-    Sample i follows from (seed, i) alone, its label too, whatever the batch or the device (but for a corrector whose
-    step size is a batch mean). It compiles at its first call, or before in `compile`, so that drawing can be timed by
-    itself.
+    Sample i follows from (seed, i) alone, its label too, whatever the batch or the device (except with a corrector
+    whose step size is a batch mean). It compiles at its first call, or before in `compile`.
 
     Args:
-      experiment: its configuration says which sampler, which labels, and how the network guides to them.
+      experiment: whose sampler, labels and classifier-free guidance are used.
       batch_size: samples of a call, over all devices.
       purpose: whose key the samples derive theirs from, one of `PURPOSES`.
       guide: applied to the network's score if there are labels; copied to all devices.
 
     Attributes:
       batch_size: as given.
-      labels: that samples have in turn; empty: none.
-      compile_seconds: what compiling took; None as long as it has not been done.
+      labels: of the samples, in turn; empty: none.
+      compile_seconds: time to compile; 0 before.
 
     Raises:
       UserError: if `sampling.labels` asks for what neither the network nor the guide knows.
     """
 
     def __init__(self, experiment: Experiment, batch_size: int, purpose: str = "sample", *, guide: Guide | None = None):
-        shape = (batch_size // distributed.device_count(), *experiment.image_shape)
-        sampler = build_sampler(experiment.config, experiment.sde, shape)
-        self.batch_size = batch_size
-        self.labels = build_labels(experiment.config, guide_classes=guide.num_classes if guide else 0)
-        self.compile_seconds: float | None = None
+        config = experiment.config
+        sampler = experiment.sampler(batch_size // distributed.device_count())
+        self.batch_size, self.compile_seconds = batch_size, 0.0
+        self.labels = build_labels(config, guide_classes=guide.num_classes if guide else 0)
         self._key = experiment.keys[purpose]
         self._guide = distributed.replicate(guide) if guide and self.labels else None
-        smooth = experiment.config.sampling.method != "pc"  # every other one steps between the levels of training
-        classifier_free = build_classifier_free(experiment.config, experiment.sde, self.labels)
-        evaluations = 1 if experiment.config.sampling.guidance_scale == 1 else 2  # of the network, in one of the score
+        classifier_free = build_classifier_free(config, experiment.sde, self.labels)
+        evaluations = 1 if config.sampling.guidance_scale == 1 else 2  # of the network, for one of the score
 
         def sample(key: PRNGKeyArray, params: Any, labels: Any, guide: Guide | None) -> tuple[Array, Array, Array]:
-            score_of = lambda labels: experiment.score_fn(params, smooth=smooth, class_labels=labels)  # noqa: E731
+            score_of = lambda labels: experiment.score_fn(  # noqa: E731
+                params, smooth=experiment.steps_between_levels, class_labels=labels
+            )
             guided = guide.guide if guide else None
             x, nfe = sampler(key, compose_score(score_of, labels, classifier_free=classifier_free, guide=guided))
             return experiment.scaler.to_levels(x), nfe * evaluations, x.sum(axis=(1, 2, 3))
@@ -264,17 +332,13 @@ class SamplingProgram:
         self._compiled: Callable[..., Any] | None = None
 
     def _inputs(self, params: Any, indices: np.ndarray) -> tuple[Any, ...]:
-        """Returns the arguments of the compiled program; without labels or guide nothing takes their place."""
-        labels = labels_of_samples(self.labels, indices) if self.labels else None
-        return (
-            _device_keys(self._key, indices),
-            params,
-            None if labels is None else distributed.shard(distributed.host_share(labels)),
-            self._guide,
-        )
+        labels = None
+        if self.labels:
+            labels = distributed.shard(distributed.host_share(labels_of_samples(self.labels, indices)))
+        return _device_keys(self._key, indices), params, labels, self._guide
 
     def compile(self, params: Any) -> Callable[..., Any]:
-        """Compiles the program if that has not been done, and returns it."""
+        """Compile the program unless that is done, and return it."""
         if self._compiled is None:
             start = time.monotonic()
             self._compiled = distributed.compile_ahead(self._mapped, *self._inputs(params, np.arange(self.batch_size)))
@@ -282,11 +346,7 @@ class SamplingProgram:
         return self._compiled
 
     def __call__(self, params: Any, indices: np.ndarray) -> tuple[np.ndarray, int]:
-        """Draws the samples of these indices.
-
-        Args:
-          params: of the network, replicated.
-          indices: int[batch_size].
+        """Draw the samples of these indices, with replicated parameters.
 
         Returns:
           Levels, uint8[batch_size, H, W, C], and the largest number of network evaluations of any device.
@@ -302,13 +362,13 @@ class SamplingProgram:
 def build_bpd_program(
     experiment: Experiment,
 ) -> Callable[[Any, np.ndarray, np.ndarray, int], dict[str, np.ndarray]]:
-    """Compiles bits/dim: (replicated params, levels, example indices, draw) -> arrays float[B].
+    """Compile bits/dim: (replicated params, levels, example indices, draw) -> arrays float[B].
 
-    The levels are dequantized anew in each draw. The arrays are "nats", log p(x), and "bpd" by the ODE, its "stderr"
-    over the probes and the "nfe" of its batch; and if `likelihood.bound_num_times` is set, of the same x by the SDE,
-    "bound_nats", which log p(x) is not below, "bound" in bits/dim and its "bound_stderr".
+    Each draw dequantizes the levels again. The arrays are "nats", log p(x), and "bpd" by the ODE, its "stderr" over the
+    probes and the "nfe" of its batch; and if `likelihood.bound_num_times` is set, of the same x by the SDE,
+    "bound_nats", a lower bound of log p(x), "bound" in bits/dim and its "bound_stderr".
     """
-    dequantize, likelihood, bound = _build_likelihoods(experiment.config, experiment.sde, experiment.scaler)
+    dequantize, likelihood, bound = experiment.dequantize, experiment.likelihood, experiment.bound
 
     def bpd(key: PRNGKeyArray, params: Any, levels: UInt8[Array, "B H W C"]) -> dict[str, Array]:
         key_data, key_probe, key_bound = rng.split(key, 3)
@@ -330,24 +390,3 @@ def build_bpd_program(
         return {name: distributed.gather(array) for name, array in outputs.items()}
 
     return measure
-
-
-def describe(experiment: Experiment) -> None:
-    """Logs the size of the network and the devices."""
-    sizes = [leaf.size for leaf in jax.tree.leaves(experiment.state_shapes.params)]
-    devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s) of {jax.process_count()} process(es)"
-    logging.info("network %s: %s parameters; %s", experiment.config.model.name, f"{sum(sizes):,}", devices)
-
-
-def open_experiment(config: ConfigDict, workdir: str | Path) -> Experiment:
-    """Build the experiment of a workdir that holds a training run of it.
-
-    Raises:
-      UserError: if a setting is wrong, or the workdir holds another experiment.
-    """
-    config = smoke.resolve(config)
-    require_score_network(config)
-    experiment = build_experiment(config)
-    workdirs.check_same_experiment(workdir, config)
-    describe(experiment)
-    return experiment

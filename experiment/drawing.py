@@ -1,9 +1,8 @@
-"""Samples of a checkpoint, drawn in rounds on disk that a killed run picks up again."""
+"""Samples of a checkpoint, drawn in rounds on disk that a killed run resumes from."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 from absl import logging
 from jaxtyping import Int, UInt8
-from ml_collections import ConfigDict
 
 import checks
 from experiment.build import Experiment, SamplingProgram
@@ -26,23 +24,20 @@ from workdir.progress import track
 NUM_SHOWN = 100  # samples in a picture
 
 
-# --- what samples depend on ------------------------------------------------------------------------------------------
-
-
-def depends_on_batch(config: ConfigDict) -> bool:
+def depends_on_batch(experiment: Experiment) -> bool:
     """Whether a sample depends on the others of its batch: the paper's Langevin corrector averages over them."""
-    sampling = config.sampling
+    sampling = experiment.config.sampling
     return (sampling.method, sampling.corrector, sampling.langevin_norm) == ("pc", "langevin", "batch")
 
 
-def kinds_of_samples(config: ConfigDict) -> tuple[str, ...]:
+def kinds_of_samples(experiment: Experiment) -> tuple[str, ...]:
     """Return the kinds of `settings.affecting` that samples are of."""
-    return ("samples", "batches") if depends_on_batch(config) else ("samples",)
+    return ("samples", "batches") if depends_on_batch(experiment) else ("samples",)
 
 
-def warn_of_batch(config: ConfigDict, sampler: str = "the sampler") -> None:
-    """Logs that the samples of a sampler depend on the batch, if they do."""
-    if depends_on_batch(config):
+def warn_of_batch(experiment: Experiment, sampler: str = "the sampler") -> None:
+    """Log a warning if samples depend on the batch."""
+    if depends_on_batch(experiment):
         logging.warning(
             "%s: a sample depends on the others of its batch, since sampling.langevin_norm='batch'; with "
             "sampling.langevin_norm='sample' it follows from the seed and its number alone",
@@ -60,12 +55,7 @@ class Snapshot:
 
 
 def restore(experiment: Experiment, workdir: Path, number: int = 0) -> Snapshot:
-    """Restores a snapshot of a workdir.
-
-    Args:
-      experiment: that the workdir holds.
-      workdir: of the run.
-      number: of the snapshot; 0: the newest that is there.
+    """Restore snapshot `number` of a workdir; 0: the newest that is there.
 
     Raises:
       UserError: if the number is negative.
@@ -91,20 +81,16 @@ def restore(experiment: Experiment, workdir: Path, number: int = 0) -> Snapshot:
 
 
 def evenly_chosen(num_images: int, num_shown: int) -> Int[np.ndarray, "n"]:
-    """Returns indices of images to show at even distances, since the first ones may all be of one class."""
+    """Return indices of images at even distances, since the first ones may all be of one class."""
     shown = min(num_shown, num_images)
     return np.arange(shown) * num_images // shown
 
 
 def rows_of_labels(num_images: int, num_labels: int, limit: int) -> Int[np.ndarray, "R C"]:
-    """Return the numbers of the samples that a picture with a row for each label shows.
+    """Return the numbers of the samples, at most `limit`, in a picture with a row for each label.
 
-    Only whole columns, so that every label is shown as often, unless there are fewer samples than labels.
-
-    Args:
-      num_images: samples that there are.
-      num_labels: K; sample i has label number i mod K.
-      limit: samples that are shown at the most.
+    Sample i has label number i mod num_labels. Only whole columns, so that every label is shown as often, unless there
+    are fewer samples than labels.
     """
     num_shown = min(num_images, limit)
     rows, columns = min(num_labels, num_shown), max(1, num_shown // num_labels)
@@ -114,21 +100,11 @@ def rows_of_labels(num_images: int, num_labels: int, limit: int) -> Int[np.ndarr
 def picture(
     levels: UInt8[np.ndarray, "N H W C"], labels: Sequence[int], num_levels: int, *, limit: int = NUM_SHOWN
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Lays out the first samples, with a row for each label if they have labels in turn.
-
-    Args:
-      levels: samples 0 .. N - 1.
-      labels: that they have in turn; empty: none.
-      num_levels: of the data.
-      limit: samples that are shown at the most.
-    """
+    """Lay out samples 0 .. N - 1, at most `limit`, with a row for each label if they have labels in turn."""
     if not labels:
         return plots.grid_of_levels(levels[:limit], num_levels)
     rows = rows_of_labels(len(levels), len(labels), limit)
     return plots.grid_of_levels(levels[rows.ravel()], num_levels, num_columns=rows.shape[1])
-
-
-# --- rounds ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,31 +125,31 @@ class Samples:
 
     @property
     def per_second(self) -> float:
-        """Samples drawn in a second."""
+        """Samples per second."""
         return len(self.levels) / self.seconds
 
     def to_arrays(self) -> dict[str, Any]:
-        """Returns the arrays of an .npz file."""
+        """Return the arrays of an .npz file."""
         costs = {"nfe": self.nfe, "seconds": self.seconds, "compile_seconds": self.compile_seconds}
         return {"samples": self.levels, **costs}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Samples:
-        """Builds them from what `to_arrays` returned."""
+        """Build them from what `to_arrays` returned."""
         costs = int(arrays["nfe"]), float(arrays["seconds"]), float(arrays["compile_seconds"])
         return cls(arrays["samples"], *costs)
 
 
-def batch_size(config: ConfigDict, num_images: int) -> int:
-    """Returns the samples of a round: eval.batch_size or all that are wanted, rounded up to what the devices divide."""
-    return distributed.round_up(min(config.eval.batch_size, num_images))
+def batch_size(experiment: Experiment, num_images: int) -> int:
+    """Return the samples of a round: eval.batch_size or all that are wanted, rounded up to what the devices divide."""
+    return distributed.round_up(min(experiment.config.eval.batch_size, num_images))
 
 
 def draw_samples(program: SamplingProgram, params: Any, folder: Path, num_images: int) -> Samples:
-    """Draws samples 0 .. num_images - 1, using the rounds that are in the folder already.
+    """Draw samples 0 .. num_images - 1 in rounds, reusing those that are in the folder.
 
     A round's file is named after its first sample and used if it holds as many as wanted from there: any batch size and
-    number of devices goes on from the rounds of any other.
+    number of devices resumes from the rounds of any other.
 
     Args:
       program: the sampler.
@@ -181,22 +157,17 @@ def draw_samples(program: SamplingProgram, params: Any, folder: Path, num_images
       folder: of the rounds.
       num_images: N.
     """
-
-    def compute(first: int) -> dict[str, Any]:
-        program.compile(params)
-        start = time.monotonic()
-        levels, nfe = program(params, np.arange(first, first + program.batch_size))
-        assert program.compile_seconds is not None
-        return Samples(levels, nfe, time.monotonic() - start, program.compile_seconds).to_arrays()
-
-    def draw(first: int) -> Samples:
-        wanted = min(program.batch_size, num_images - first)
-        path = folder / f"samples_from_{first}.npz"
-        is_enough = lambda arrays: len(arrays["samples"]) >= wanted  # noqa: E731
-        arrays = results.cached(path, functools.partial(compute, first), is_enough=is_enough)
-        return Samples.from_arrays(arrays | {"samples": arrays["samples"][:wanted]})
-
-    rounds = [draw(first) for first in track(range(0, num_images, program.batch_size), "samples")]
+    rounds = []
+    for first in track(range(0, num_images, program.batch_size), "samples"):
+        path, wanted = folder / f"samples_from_{first}.npz", min(program.batch_size, num_images - first)
+        arrays = results.read(path)
+        if arrays is None or len(arrays["samples"]) < wanted:
+            program.compile(params)
+            start = time.monotonic()
+            levels, nfe = program(params, np.arange(first, first + program.batch_size))
+            drawn = Samples(levels, nfe, time.monotonic() - start, program.compile_seconds)
+            arrays = results.write(path, drawn.to_arrays())
+        rounds.append(Samples.from_arrays(arrays | {"samples": arrays["samples"][:wanted]}))
     return Samples(
         levels=np.concatenate([each.levels for each in rounds]),
         nfe=max(each.nfe for each in rounds),

@@ -1,9 +1,9 @@
 """Training programs, compiled while parameters are drawn, and kept on disk for the next run.
 
-JAX's own cache finds a compiled program by the traced one, and tracing a network takes as long as loading what was
-compiled of it. Here a program is found by all that it follows from: the sources of this project, the configuration, the
-batch, the versions of packages, the settings of JAX and XLA, the processor. Any change makes another program. The
-files are pickles: whoever can write to the folder can run code as whoever reads it, as with JAX's own cache.
+JAX's own cache finds a compiled program by the traced one, and tracing a network takes as long as loading its program.
+Here a program is found by all that it follows from: the sources of this project, the configuration, the batch, the
+versions of packages, the settings of JAX and XLA, the processor. The files are pickles: whoever can write to the folder
+can run code as whoever reads it, as with JAX's own cache.
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ import pickle
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from jax.experimental import serialize_executable
-from ml_collections import ConfigDict
 
-import datasets
 from experiment import startup
-from models.factory import num_classes_of
 from parallel import distributed
 from storage import files
 
@@ -49,19 +45,6 @@ def on_devices(tree: Any) -> Any:
     """Return the shapes of a tree with the leading device axis of a mapped function."""
     devices = distributed.local_device_count()
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape), leaf.dtype), tree)
-
-
-def training_batch(config: ConfigDict, group: str = "training") -> Any:
-    """Return the shapes of the batches that a device gets for one compiled call.
-
-    Args:
-      config: experiment configuration.
-      group: its settings with the batch size: "training" for the score's, or "classifier", which has labels.
-    """
-    sizes = config[group].n_jitted_steps, config[group].batch_size // distributed.device_count()
-    levels = jax.ShapeDtypeStruct((*sizes, *datasets.image_shape(config)), jnp.uint8)
-    labels = jax.ShapeDtypeStruct(sizes, jnp.int32)
-    return (levels, labels) if group == "classifier" or num_classes_of(config) else levels
 
 
 @functools.cache
@@ -83,7 +66,7 @@ def _environment() -> str:
     return repr((platform.platform(), processor, cores, jax.device_count(), versions, settings, variables))
 
 
-def _file_of(made_of: str | None) -> Path | None:
+def file_of(made_of: str | None) -> Path | None:
     """Return where a program is kept, beside JAX's cache; None if it is not, as on anything but a CPU."""
     folder = jax.config.jax_compilation_cache_dir
     if made_of is None or folder is None or os.environ.get(SWITCH) == "0" or jax.default_backend() != "cpu":
@@ -121,10 +104,7 @@ def _save(path: Path, compiled: jax.stages.Compiled) -> None:
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
-    """Compile a program, and tell whether to save it.
-
-    What JAX finds in its own cache cannot be saved: XLA serializes a loaded program without its machine code.
-    """
+    """Compile a program; return whether to save it, which works for none from JAX's cache: its machine code is lost."""
     thread, events, start = threading.get_ident(), [], time.monotonic()
 
     def listen(event: str, **_: Any) -> None:
@@ -140,31 +120,25 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
 
 
 def compile_in_background(
-    mapped: jax.stages.Wrapped, shapes: Callable[[], Sequence[Any]], *, made_of: str | None = None
+    lowered: jax.stages.Lowered | None,
+    path: Path | None = None,
+    *,
+    lower: Callable[[], jax.stages.Lowered] | None = None,
 ) -> Callable[..., Any]:
-    """Compile a mapped function for arguments of these shapes in a thread; with several processes, at its first call.
+    """Compile a traced program in a thread; its first call waits for it, and raises what compiling raised.
 
     Args:
-      mapped: the function.
-      shapes: returns those of its arguments; only called if the function is traced.
-      made_of: all that function and shapes follow from, besides the sources: a program that an earlier process kept is
-        loaded, and nothing traced. None: neither load nor keep it.
-
-    Returns:
-      The function. Its first call waits until it is compiled, and raises what compiling raised.
+      lowered: the traced program; None: it is loaded from `path`.
+      path: where it is kept for the next run, see `file_of`; None: nowhere.
+      lower: trace it, if the file is damaged.
     """
-    if not distributed.is_alone():
-        return mapped
-    path = _file_of(made_of)
-    kept = path if path is not None and path.exists() else None
-    # Traced here unless it is kept: Python runs one thread at a time, while XLA compiles without Python.
-    lowered = None if kept else mapped.lower(*shapes())
-    startup.mark("trace")
 
     def build() -> tuple[jax.stages.Compiled, bool]:
-        if kept and (loaded := _load(kept)):
-            return loaded, False
-        return _compile(lowered or mapped.lower(*shapes()))
+        if lowered is not None:
+            return _compile(lowered)
+        assert path is not None
+        assert lower is not None
+        return (loaded, False) if (loaded := _load(path)) else _compile(lower())
 
     def save() -> None:
         compiled, is_new = building.result()

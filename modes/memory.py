@@ -53,13 +53,13 @@ def _analyze(compiled: jax.stages.Compiled) -> Any:
 
 def compile_training(experiment: Experiment) -> jax.stages.Compiled:
     """Compile the training steps of a run from the shapes of their arguments."""
-    state, batch = programs.on_devices((experiment.state_shapes, programs.training_batch(experiment.config)))
+    state, batch = programs.on_devices((experiment.state_shapes, experiment.batch_shapes))
     return _compile(map_train_steps(experiment), experiment.keys["train"], state, batch)
 
 
 def of_training(experiment: Experiment, compiled: jax.stages.Compiled) -> Footprint:
     """Return the memory of compiled training steps."""
-    state, batch, analysis = experiment.state_shapes, programs.training_batch(experiment.config), _analyze(compiled)
+    state, batch, analysis = experiment.state_shapes, experiment.batch_shapes, _analyze(compiled)
     steps, images = jax.tree.leaves(batch)[0].shape[:2]
     held = {
         "parameters": _bytes(state.params),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -12,11 +11,10 @@ from ml_collections import ConfigDict
 
 import checks
 from classifier import guidance as classifier_guidance
-from classifier.guidance import Classifier
 from errors import UserError
 from experiment import drawing
-from experiment.build import Experiment, SamplingProgram, open_experiment
-from experiment.drawing import Samples, Snapshot
+from experiment.build import SamplingProgram, open_experiment
+from experiment.drawing import Samples
 from parallel import distributed
 from report import plots
 from sampling import build_labels, labels_of_samples
@@ -43,27 +41,6 @@ def _default_output(config: ConfigDict, number: int) -> str:
 
 def _default_number(labels: Labels) -> int:
     return math.ceil(NUM_IMAGES / len(labels)) * len(labels) if labels else NUM_IMAGES
-
-
-def _draw(
-    experiment: Experiment,
-    snapshot: Snapshot,
-    folder: Path,
-    *,
-    labels: Labels,
-    num_images: int,
-    classifier: Classifier | None,
-) -> Samples:
-    """Draws the samples, or reads them if they are complete; the file has their labels, too."""
-
-    def compute() -> dict[str, Any]:
-        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, num_images), guide=classifier)
-        params = distributed.replicate(snapshot.params)
-        arrays = drawing.draw_samples(program, params, folder / ROUNDS, num_images).to_arrays()
-        return arrays | ({"labels": labels_of_samples(labels, np.arange(num_images))} if labels else {})
-
-    is_complete = lambda stored: len(stored["samples"]) == num_images  # noqa: E731
-    return Samples.from_arrays(results.cached(folder / SAMPLES_FILE, compute, is_enough=is_complete))
 
 
 def sample(
@@ -103,14 +80,20 @@ def sample(
     classifier = classifier_guidance.load_classifier(experiment, workdir)
     labels = build_labels(config, guide_classes=classifier.num_classes if classifier else 0)
     workdirs.output_folder(workdir, output)
-    drawing.warn_of_batch(config)
+    drawing.warn_of_batch(experiment)
     restored = drawing.restore(experiment, workdir, snapshot)
     folder = workdirs.output_folder(workdir, output or _default_output(config, restored.number))
     with locks.hold(folder, "--output"):
         params = classifier_guidance.all_params(restored.params, classifier)
-        results.open_folder(folder, config, drawing.kinds_of_samples(config), params, flag="--output")
+        results.open_folder(folder, config, drawing.kinds_of_samples(experiment), params, flag="--output")
         num_images = num_images or _default_number(labels)
-        samples = _draw(experiment, restored, folder, labels=labels, num_images=num_images, classifier=classifier)
+        arrays = results.read(folder / SAMPLES_FILE)
+        if arrays is None or len(arrays["samples"]) != num_images:
+            program = SamplingProgram(experiment, drawing.batch_size(experiment, num_images), guide=classifier)
+            drawn = drawing.draw_samples(program, distributed.replicate(restored.params), folder / ROUNDS, num_images)
+            of_samples = {"labels": labels_of_samples(labels, np.arange(num_images))} if labels else {}
+            arrays = results.write(folder / SAMPLES_FILE, drawn.to_arrays() | of_samples)
+        samples = Samples.from_arrays(arrays)
         if distributed.is_main_process():
             num_levels = experiment.scaler.num_levels
             plots.save_png(folder / "samples.png", drawing.picture(samples.levels, labels, num_levels))

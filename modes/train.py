@@ -11,9 +11,10 @@ import datasets
 from classifier import training as classifier_training
 from classifier.experiment import FOLDER
 from experiment import smoke, startup
-from experiment.build import build_experiment, describe
+from experiment.build import build_experiment, build_train_program, describe
 from models.factory import require_score_network
 from training import loop
+from training.trainer import ScoreTrainer
 from workdir import folder as workdirs
 from workdir import locks
 
@@ -39,7 +40,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         startup.mark("build")
         source = datasets.build_source(config, "train")
         startup.mark("data")
-        trainer = loop.build_trainer(experiment, workdir)
+        test = datasets.build_source(config, "test")
+        trainer = ScoreTrainer(experiment, build_train_program(experiment), workdir, test)
         describe(experiment)
         state = loop.train(trainer, source, workdir)
     logging.info("trained %d steps; checkpoints and samples are in %s", int(state.step), workdir)

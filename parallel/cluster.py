@@ -1,7 +1,7 @@
 """Which process of how many this is: by flags, or by the environment of SLURM, Open MPI or a pod of TPUs.
 
-`jax.distributed` finds process 0 by itself under SLURM, Open MPI 4 and on TPUs. It would also wait for others where a
-task is the only one, take one GPU a process whatever the node has, and need mpi4py for Open MPI 5: see here for these.
+`jax.distributed` finds process 0 by itself under SLURM, Open MPI 4 and on TPUs. But it waits for others where a task is
+the only one, takes one GPU a process whatever the node has, and needs mpi4py for Open MPI 5: handled here.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def find_place(
 ) -> Place | None:
     """Return the place of this process; None if it is the only one, or a worker of a pod of TPUs.
 
-    Flags come first. An address alone is enough where the environment says the rest. Open MPI comes before SLURM, under
-    which mpirun may itself run.
+    Flags come first; an address alone is enough where the environment has the rest. Open MPI comes before SLURM, under
+    which mpirun may run.
 
     Raises:
       UserError: naming a flag that is wrong or missing.

@@ -5,7 +5,7 @@ axis. Inside a mapped function `example_index` and `mean` see the whole global b
 would be on a single device, so that the same functions run in tests and on a pod.
 
 With several processes each has devices of its own. Process 0 alone reads and writes the files of a run, and decides
-what depends on them: `once` runs something there and gives all processes its result or its error.
+what depends on them: `once` runs a function there and returns its result or error on all processes.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from jaxtyping import Array, Int
 from errors import UserError
 from parallel.cluster import find_place, is_tpu_worker
 from parallel.membership import START_SECONDS, Membership
-from parallel.preemption import Preemption as Preemption
+from parallel.preemption import preemption as preemption
 
 AXIS = "batch"  # name of the mapped axis
-CHUNK_BYTES = 2**26  # that are sent to all processes at a time
+CHUNK_BYTES = 2**26  # sent to all processes at a time
 PyTree = Any
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -57,7 +57,7 @@ _part: contextvars.ContextVar[tuple[int | Int[Array, ""], int]] = contextvars.Co
 
 @contextlib.contextmanager
 def part_of_batch(index: Int[Array, ""], num_parts: int) -> Iterator[None]:
-    """Says that what is traced inside sees one of `num_parts` equal parts of the batch of a device, in their order."""
+    """Trace the body for part `index` of `num_parts` equal parts of a device's batch."""
     token = _part.set((index, num_parts))
     try:
         yield
@@ -66,16 +66,16 @@ def part_of_batch(index: Int[Array, ""], num_parts: int) -> Iterator[None]:
 
 
 def example_index(num_examples: int) -> Int[Array, "B"]:
-    """Returns the indices in the global batch of the `num_examples` examples on this device, or in this part of it."""
+    """Return the indices in the global batch of the `num_examples` examples on this device, or in this part of it."""
     part, num_parts = _part.get()
     index = jnp.arange(num_examples) + part * num_examples
     return index + jax.lax.axis_index(AXIS) * (num_examples * num_parts) if _in_mapped_function() else index
 
 
 def mean(tree: PyTree) -> PyTree:
-    """Averages arrays over the devices of a mapped function; the identity outside one, and on one device.
+    """Average arrays over the devices of a mapped function; the identity outside one, and on one device.
 
-    There XLA would copy all arrays to average each with nothing.
+    On one device XLA would copy all arrays.
     """
     return jax.lax.pmean(tree, AXIS) if _in_mapped_function() and jax.lax.axis_size(AXIS) > 1 else tree
 
@@ -83,14 +83,14 @@ def mean(tree: PyTree) -> PyTree:
 def pmap(
     fn: Callable[..., Any], *, donate_argnums: tuple[int, ...] = (), in_axes: int | tuple[int | None, ...] = 0
 ) -> jax.stages.Wrapped:
-    """Maps `fn` over the leading device axis of its arguments, with collectives along `AXIS`."""
+    """Map `fn` over the leading device axis of its arguments, with collectives along `AXIS`."""
     return jax.pmap(fn, axis_name=AXIS, donate_argnums=donate_argnums, in_axes=in_axes)
 
 
 def compile_ahead(mapped: jax.stages.Wrapped, *args: Any) -> Callable[..., Any]:
-    """Compiles a mapped function for arguments like these without running it, and returns what is to be called."""
+    """Compile a mapped function for arguments like these without running it; return the function to call."""
     compiled = mapped.lower(*args).compile()
-    # With several processes the compiled program wants arrays of all of them; the mapped function makes these, and
+    # With several processes the compiled program needs arrays of all of them; the mapped function makes these, and
     # finds its program in JAX's memory.
     return compiled if jax.process_count() == 1 else mapped
 
@@ -99,10 +99,10 @@ def compile_ahead(mapped: jax.stages.Wrapped, *args: Any) -> Callable[..., Any]:
 
 
 def check_batch_size(name: str, batch_size: int) -> None:
-    """Checks that the devices of all hosts divide a global batch.
+    """Check that the devices of all hosts divide a global batch, the value of the setting `name`.
 
     Raises:
-      UserError: naming the setting `name`, the number of devices and the nearest sizes that work.
+      UserError: naming the nearest sizes that work.
     """
     devices = device_count()
     if batch_size > 0 and batch_size % devices == 0:
@@ -113,23 +113,23 @@ def check_batch_size(name: str, batch_size: int) -> None:
 
 
 def device_count() -> int:
-    """Returns the number of devices of all hosts."""
+    """Return the number of devices of all hosts."""
     return jax.device_count()
 
 
 def local_device_count() -> int:
-    """Returns the number of devices of this host."""
+    """Return the number of devices of this host."""
     return jax.local_device_count()
 
 
 def round_up(batch_size: int) -> int:
-    """Returns the least batch size, of at least the given one, that the devices of all hosts divide."""
+    """Return the least batch size, of at least the given one, that the devices of all hosts divide."""
     devices = device_count()
     return -(-batch_size // devices) * devices
 
 
 def host_share(array: np.ndarray) -> np.ndarray:
-    """Returns the part of a global batch, split along its first axis, that this host works on."""
+    """Return this host's part of a global batch, split along its first axis."""
     share = len(array) // jax.process_count()
     return array[jax.process_index() * share : (jax.process_index() + 1) * share]
 
@@ -139,39 +139,36 @@ def _local_sharding() -> NamedSharding:
 
 
 def shard(array: np.ndarray, axis: int = 0) -> Array:
-    """Places a host's batch on its devices, split along `axis`; the device axis comes first in the result."""
+    """Place a host's batch on its devices, split along `axis`; the device axis comes first in the result."""
     parts = np.stack(np.split(array, jax.local_device_count(), axis=axis))
     return jax.device_put(parts, _local_sharding())
 
 
 def place_batch(array: np.ndarray) -> Array:
-    """Places a batch on this host's devices, split along its first axis, for a function that is jitted, not mapped.
-
-    The compiler spreads the work as the batch is spread. The devices of this host must divide the batch.
-    """
+    """Place a batch on this host's devices, which divide it, split along its first axis, for a jitted function."""
     return jax.device_put(array, _local_sharding())
 
 
 def place_copies(tree: PyTree) -> PyTree:
-    """Copies a tree of arrays to every device of this host, for a function that is jitted, not mapped."""
+    """Copy a tree of arrays to every device of this host, for a jitted function."""
     return jax.device_put(tree, NamedSharding(_local_sharding().mesh, PartitionSpec()))
 
 
 def replicate(tree: PyTree) -> PyTree:
-    """Copies a tree of arrays to every device of this host, on a new leading axis."""
+    """Copy a tree of arrays to every device of this host, on a new leading axis."""
     devices = jax.local_device_count()
     copy = lambda leaf: np.broadcast_to(np.asarray(leaf), (devices, *np.shape(leaf)))  # noqa: E731
     return jax.device_put(jax.tree.map(copy, tree), _local_sharding())
 
 
 def unreplicate(tree: PyTree) -> PyTree:
-    """Copies the first device's values of a replicated tree to numpy arrays on the host."""
+    """Copy the first device's values of a replicated tree to numpy arrays on the host."""
     # A true copy: on a CPU the host may otherwise see the very buffer that the next, donated step overwrites.
     return jax.tree.map(lambda leaf: np.array(leaf.addressable_data(0)[0], copy=True), tree)
 
 
 def gather(array: Array) -> np.ndarray:
-    """Joins the results [devices, B, ...] of a mapped function over all devices and hosts to numpy [global B, ...]."""
+    """Join the results [devices, B, ...] of a mapped function over all devices and hosts to numpy [global B, ...]."""
     local = np.asarray(jax.device_get(array))
     local = local.reshape(-1, *local.shape[2:])
     if jax.process_count() == 1:
@@ -180,7 +177,7 @@ def gather(array: Array) -> np.ndarray:
 
 
 def describe_devices() -> dict[str, Any]:
-    """Returns what computes, for reports: platform and kind of the devices, how many there are, and CPUs of a host."""
+    """Return platform, kind and number of the devices, and the CPUs of a host, for reports."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,
@@ -210,17 +207,16 @@ def initialize(
     start_seconds: float = START_SECONDS,
     preemptible: bool = False,
 ) -> None:
-    """Joins the processes of a run, if there are several; to be called before JAX looks for devices.
+    """Join the processes of a run, if there are several; call it before JAX looks for devices.
 
-    Without arguments tasks of SLURM, processes of Open MPI and workers of a pod of TPUs find each other. Where there is
-    none of these nothing is waited for and nobody asked.
+    Without arguments tasks of SLURM, processes of Open MPI and workers of a pod of TPUs find each other.
 
     Args:
       coordinator_address: HOST:PORT of process 0, a free port there.
       num_processes: of the run.
       process_id: of this process, counted from 0.
-      start_seconds: that processes wait for each other.
-      preemptible: SIGTERM is left to `Preemption`.
+      start_seconds: time limit to wait for the others.
+      preemptible: SIGTERM is left to `preemption`.
 
     Raises:
       UserError: if an argument is wrong or missing, or process 0 cannot be reached in time.
@@ -234,29 +230,26 @@ def initialize(
 
 
 def is_alone() -> bool:
-    """Says whether no other process has been joined."""
+    """Return whether this process is the only one."""
     return _membership is None
 
 
 def is_main_process() -> bool:
-    """Says whether this process reads and writes the files that all processes share."""
+    """Return whether this process reads and writes the files that all processes share."""
     return _membership is None or _membership.index == 0
 
 
-_onces = itertools.count()  # every process comes by the same ones in the same order
+_onces = itertools.count()  # every process calls the same ones in the same order
 _deciding = False  # process 0 is inside one, alone
 
 
 def once(fn: Callable[[], Result]) -> Result:
-    """Runs `fn` on process 0 and returns its result on all processes; they wait without holding up a device.
+    """Run `fn` on process 0 and return its result on all processes, after a round trip through JSON.
 
-    Inside another one it is a plain call: there process 0 is alone.
-
-    Args:
-      fn: its result can be written as JSON, and is as it reads back from that if there are several processes.
+    The others wait without blocking a device. Nested, it is a plain call.
 
     Raises:
-      ProcessError: on the other processes, if `fn` raised an error on process 0; there it is raised itself.
+      ProcessError: on the other processes, if `fn` raised an error on process 0.
     """
     global _deciding
     if _membership is None or _deciding:
@@ -265,24 +258,24 @@ def once(fn: Callable[[], Result]) -> Result:
     if is_main_process():
         _deciding = True
         try:
-            told = json.dumps({"result": fn()})
+            answer = json.dumps({"result": fn()})
         except Exception as error:
             _membership.publish(key, json.dumps({"error": str(error)}))
             raise
         finally:
             _deciding = False
-        _membership.publish(key, told)
+        _membership.publish(key, answer)
     else:
-        told = _membership.wait_for(key)
-    answer = json.loads(told)
-    if "error" in answer:
-        raise ProcessError(f"process 0 stopped: {answer['error']}")
-    result: Result = answer["result"]
+        answer = _membership.wait_for(key)
+    content = json.loads(answer)
+    if "error" in content:
+        raise ProcessError(f"process 0 stopped: {content['error']}")
+    result: Result = content["result"]
     return result
 
 
 def on_main(fn: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Makes a function run `once`: on process 0, with its result or error on all."""
+    """Make a function run `once`: on process 0, with its result or error on all."""
 
     @functools.wraps(fn)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -292,7 +285,7 @@ def on_main(fn: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def _to_all(content: bytes | None, size: int) -> bytes:
-    """Sends bytes of process 0 to all, through the devices; `content` is looked at on process 0 alone."""
+    """Send bytes of process 0, where alone `content` counts, to all through the devices."""
     parts = []
     for start in range(0, size, CHUNK_BYTES):
         length = min(CHUNK_BYTES, size - start)
@@ -304,11 +297,7 @@ def _to_all(content: bytes | None, size: int) -> bytes:
 
 
 def once_arrays(fn: Callable[[], dict[str, Any] | None]) -> dict[str, np.ndarray] | None:
-    """Runs `fn`, which returns arrays by name or None, on process 0 and returns its result on all processes.
-
-    Raises:
-      ProcessError: as `once`.
-    """
+    """Run `fn`, which returns arrays by name or None, on process 0; return its result on all; see `once`."""
     held: list[np.ndarray] = []
 
     def describe() -> list[tuple[str, str, tuple[int, ...]]] | None:
@@ -316,7 +305,7 @@ def once_arrays(fn: Callable[[], dict[str, Any] | None]) -> dict[str, np.ndarray
         if arrays is None:
             return None
         held.extend(np.asarray(array) for array in arrays.values())
-        # bfloat16 and the like have no code of numpy's, but a name.
+        # bfloat16 has no type code in numpy, only a name.
         types = [array.dtype.name if array.dtype.kind == "V" else array.dtype.str for array in held]
         return [(name, dtype, array.shape) for name, dtype, array in zip(arrays, types, held, strict=True)]
 
@@ -335,18 +324,14 @@ def once_arrays(fn: Callable[[], dict[str, Any] | None]) -> dict[str, np.ndarray
 
 
 def once_tree(fn: Callable[[], Tree | None], template: Tree) -> Tree | None:
-    """Runs `fn`, which returns a tree of arrays like the template or None, on process 0; see `once_arrays`."""
+    """Run `fn`, which returns a tree of arrays like the template or None, on process 0; see `once_arrays`."""
     leaves_of = lambda tree: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}  # noqa: E731
     found = once_arrays(lambda: None if (tree := fn()) is None else leaves_of(tree))
     return None if found is None else jax.tree.unflatten(jax.tree.structure(template), list(found.values()))
 
 
 def require_same(values: dict[str, Any]) -> None:
-    """Checks that values by name, which can be written as JSON, are the same on all processes.
-
-    Raises:
-      UserError: on a process where one differs from that of process 0.
-    """
+    """Check that values by name, which can be written as JSON, are the same on all processes."""
     expected, own = once(lambda: values), json.loads(json.dumps(values))
     for name in sorted(expected.keys() | own.keys()):
         if repr(expected.get(name)) != repr(own.get(name)):  # NaN equals itself here; settings.check refuses it
@@ -357,7 +342,7 @@ def require_same(values: dict[str, Any]) -> None:
 
 
 def divide(fn: Callable[[np.ndarray], tuple[np.ndarray, ...]], rows: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Applies to each process's share of the rows what works on the rows one by one; returns the results of all."""
+    """Apply a function of single rows to each process's part of the rows; return all results."""
     processes = jax.process_count()
     if processes == 1:
         return fn(rows)
@@ -371,12 +356,12 @@ def divide(fn: Callable[[np.ndarray], tuple[np.ndarray, ...]], rows: np.ndarray)
     return tuple(joined)
 
 
-# What JAX says if another process has gone, by what was waiting for it: the CPU's collectives, or the service.
+# Words of JAX's errors if another process has gone: from the CPU's collectives, or the service.
 _SIGNS_OF_LOSS = ("Gloo", "Connection closed", "Connection reset", "coordination", "UNAVAILABLE", "heartbeat", "NCCL")
 
 
 def explain(error: BaseException) -> BaseException:
-    """Returns what an error means: that another process stopped or is gone, or nothing but itself."""
+    """Return the error itself, or a `ProcessError` if it means that another process stopped or is gone."""
     if _membership is None or isinstance(error, ProcessError):
         return error
     if not isinstance(error, jax.errors.JaxRuntimeError | ValueError) or not any(
@@ -387,13 +372,13 @@ def explain(error: BaseException) -> BaseException:
         return ProcessError(f"process {stopped[0]} stopped: {stopped[1]}")
     first = str(error).partition("\n")[0]
     return ProcessError(
-        f"another process is gone ({first}): see the end of its log for why; what was complete is kept, and all "
-        "processes started again with the same commands go on from it"
+        f"another process is gone ({first}): see the end of its log for why; completed work is kept: start all "
+        "processes again with the same commands to resume from it"
     )
 
 
 def stop(message: str, code: int) -> NoReturn:
-    """Ends the program, and with it all other processes of the run within seconds: they log the message."""
+    """End the program and, within seconds, all other processes of the run, which log the message."""
     if _membership is not None:
         _membership.stop(message, code)
     raise SystemExit(code)

@@ -34,11 +34,7 @@ _STOPPED, _HEARD, _ENDED = "score_sde/stopped", "score_sde/heard/", "score_sde/e
 
 
 def _connect(place: Place, seconds: float) -> None:
-    """Return once process 0 listens.
-
-    Raises:
-      UserError: if it does not in time.
-    """
+    """Wait until process 0 listens."""
     assert place.coordinator_address is not None
     deadline = time.monotonic() + seconds
     while True:
@@ -52,7 +48,7 @@ def _connect(place: Place, seconds: float) -> None:
             raise UserError(
                 f"process {place.process_id} of {place.num_processes} could not reach process 0 at "
                 f"{place.coordinator_address} within {seconds:g} s ({reason}): start process 0 on that machine, and "
-                "see that the port is free there and no firewall closes it"
+                "check that the port is free there and no firewall closes it"
             )
         time.sleep(min(POLL_SECONDS, max(deadline - time.monotonic(), 0.1)))
 
@@ -87,7 +83,7 @@ class Membership:
     Args:
       place: which process this is; None: a worker of a pod of TPUs, which JAX knows.
       start_seconds: that processes wait for each other at the start.
-      preemptible: SIGTERM is for `distributed.Preemption`, not for the operating system.
+      preemptible: SIGTERM is for `distributed.preemption`, not for the operating system.
 
     Raises:
       UserError: if process 0 cannot be reached in time.
@@ -108,8 +104,6 @@ class Membership:
         assert client is not None
         return client
 
-    # --- strings for all -------------------------------------------------------------------------------------------
-
     def publish(self, key: str, value: str) -> None:
         """Publish a string to every process; a key is used once."""
         self._client.key_value_set(f"score_sde/{key}", value)
@@ -122,8 +116,6 @@ class Membership:
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
-
-    # --- errors ----------------------------------------------------------------------------------------------------
 
     def _first_error(self) -> tuple[int, str] | None:
         """Return the process that stopped first, and why; None if none has."""
@@ -166,8 +158,6 @@ class Membership:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)  # the way out of Python would wait for those that are gone
-
-    # --- end -------------------------------------------------------------------------------------------------------
 
     def end(self) -> None:
         """Wait for the others and leave the run; called when Python ends."""

@@ -97,9 +97,9 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(monkeypatch, group, c
 def test_rounds_of_samples_are_rounded_up(monkeypatch):
     """The modes that draw: what is drawn in vain is less than one image for each device."""
     monkeypatch.setattr(distributed, "device_count", lambda: 8)
-    assert drawing.batch_size(tiny.make_config(eval__batch_size=10), 100) == 16
-    assert drawing.batch_size(tiny.make_config(eval__batch_size=100), 10) == 16
-    assert train_loop._grid_size(tiny.make_config(training__snapshot_num_samples=9)) == 16
+    assert drawing.batch_size(build_experiment(tiny.make_config(eval__batch_size=10)), 100) == 16
+    assert drawing.batch_size(build_experiment(tiny.make_config(eval__batch_size=100)), 10) == 16
+    assert distributed.round_up(9) == 16  # of a snapshot's grid
 
 
 def test_encoding_checks_its_batch(monkeypatch, tmp_path):

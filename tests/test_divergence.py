@@ -1,5 +1,7 @@
 """Steps whose loss or gradient is not finite: noticed, explained, skipped."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from solvers import noise_levels
 from training import divergence
 from training import loop as train_loop
 from training.divergence import LossWatch, NotFiniteError
+from training.trainer import ScoreTrainer
 from workdir.folder import Presence
 
 OPTIMIZER = losses.make_optimizer(lr=1e-2, beta1=0.9, eps=1e-8, weight_decay=0.0, warmup=3, grad_clip=1.0)
@@ -169,7 +172,7 @@ def _source(trainer):
 def test_the_denoising_loss_of_a_network_that_predicts_nothing_is_one():
     """‖std · 0 + z‖² / D, z standard normal: 1 within four standard errors of 64 · 64 draws, at every level."""
     trainer = _Diverging()
-    trainer.loss_at_time = divergence.denoising_loss_at_time(trainer.experiment)
+    trainer.loss_at_time = functools.partial(ScoreTrainer.loss_at_time, trainer)
     params = jax.tree.map(jnp.zeros_like, trainer.experiment.state_template().params)
     measured = np.array(divergence.losses_by_level(trainer, _source(trainer), params, 1))[:, 1]
     np.testing.assert_allclose(measured, 1.0, atol=4 * np.sqrt(2 / 4096))

@@ -126,7 +126,7 @@ datasets.build_source = lambda *args, **kwargs: (print("paused", flush=True), ti
 @pytest.mark.parametrize(
     ("module", "function", "code"),
     [
-        ("training.loop", "build_trainer", -15),  # nothing is compiled yet
+        ("modes.train", "build_train_program", -15),  # nothing is compiled yet
         ("training.divergence", "LossWatch", -15),  # the state is restored, the first step is not compiled
     ],
 )
@@ -189,14 +189,14 @@ def test_a_disk_that_is_full_when_the_grid_is_drawn(unbroken, tmp_path):
         workdir = tmp_path / "disk" / "run"
         make_room = f"""
 import time
-from training import loop as train_loop
-after = train_loop.ScoreTrainer.after_snapshot
+from training.trainer import ScoreTrainer
+after = ScoreTrainer.after_snapshot
 def draw_and_make_room(self, state, step, progress):
     while not pathlib.Path({str(workdir / "checkpoints")!r}, str(step // 12)).exists():
         time.sleep(0.01)  # the checkpoint of this step is to have its room
     after(self, state, step, progress)
     pathlib.Path({str(tmp_path / "disk" / "filler")!r}).unlink(missing_ok=True)
-train_loop.ScoreTrainer.after_snapshot = draw_and_make_room
+ScoreTrainer.after_snapshot = draw_and_make_room
 """
         hook = FILL_AT.format(name="sample.npz", disk=tmp_path / "disk") + make_room
         result = succeed(train(workdir, hook=hook, training__snapshot_sampling=True))

@@ -80,7 +80,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with locks.hold(tmp_path):
-        assert "knows no locks: see that no other run writes there" in caplog.text
+        assert "does not support locks: make sure that no other run writes there" in caplog.text
 
 
 def test_only_the_first_process_locks(tmp_path, monkeypatch):

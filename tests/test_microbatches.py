@@ -56,9 +56,9 @@ def place(batch):
 class Program:
     """Compiled training steps and the state that they start from, on the host."""
 
-    def __init__(self, experiment, group="training"):
+    def __init__(self, experiment):
         self.key, self.first_state = experiment.keys["train"], jax.device_get(experiment.init_state())
-        steps = map_train_steps(experiment, group)
+        steps = map_train_steps(experiment)
         self.run = steps.lower(self.key, distributed.replicate(self.first_state), place(next(batches()))).compile()
 
     @property
@@ -156,7 +156,7 @@ def test_the_classifier_trains_in_microbatches(monkeypatch):
         changes = {"model__num_classes": 0, "classifier__blocks_per_group": 1, "classifier__channel_multiplier": 1}
         config = make_config(**changes, classifier__microbatches=microbatches, classifier__lr=1e-2)
         experiment = build_classifier_experiment(classifier_config(config, 10), Normalization((0.3,), (0.4,)))
-        return Program(experiment, "classifier")
+        return Program(experiment)
 
     assert_equal(program(4).train(), program(1).train())
     assert set(asked) == {1, 4}

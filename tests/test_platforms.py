@@ -25,7 +25,7 @@ def count(platforms, **settings):
     """(optimization barriers, blocks that are computed again) of a training step that is traced for these platforms."""
     config = tiny.make_config(**settings)
     experiment = build_experiment(config)
-    shapes = programs.on_devices((experiment.state_shapes, programs.training_batch(config)))
+    shapes = programs.on_devices((experiment.state_shapes, experiment.batch_shapes))
     with cpu.for_platform(platforms[0]):
         traced = jax.jit(map_train_steps(experiment)).trace(experiment.keys["train"], *shapes)
         texts = [traced.lower(lowering_platforms=(platform,)).as_text() for platform in platforms]

@@ -196,7 +196,9 @@ def test_what_is_there_is_not_drawn_again(workdir, sixteen, rounds_drawn):
 
 def test_a_round_is_no_larger_than_what_is_wanted_and_divided_by_the_devices(monkeypatch):
     monkeypatch.setattr(distributed, "device_count", lambda: 4)
-    sizes = [drawing.batch_size(configure(eval__batch_size=10), count) for count in (1, 4, 5, 10, 100)]
+    sizes = [
+        drawing.batch_size(build_experiment(configure(eval__batch_size=10)), count) for count in (1, 4, 5, 10, 100)
+    ]
     assert sizes == [4, 4, 8, 12, 12]
 
 
@@ -246,14 +248,14 @@ def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
 
 
 def test_samples_that_depend_on_their_batch_are_told_and_kept_apart(caplog):
-    langevin = {"sampling__corrector": "langevin"}
+    langevin = {"sampling__corrector": "langevin", "sampling__num_steps": 20}
     for changes, depends in ((langevin, True), (langevin | {"sampling__langevin_norm": "sample"}, False), ({}, False)):
-        config = configure(**changes)
+        experiment = build_experiment(configure(**changes))
         caplog.clear()
-        drawing.warn_of_batch(config)
+        drawing.warn_of_batch(experiment)
         assert ("depends on the others of its batch" in caplog.text) == depends
-        assert ("eval.batch_size" in affecting(config, *drawing.kinds_of_samples(config))) == depends
-    assert not drawing.depends_on_batch(configure(**langevin | QUICK_ODE))  # it has no corrector
+        assert ("eval.batch_size" in affecting(experiment.config, *drawing.kinds_of_samples(experiment))) == depends
+    assert not drawing.depends_on_batch(build_experiment(configure(**langevin | QUICK_ODE)))  # it has no corrector
 
 
 @pytest.mark.parametrize(("method", "smooth"), [("pc", False), ("ode", True), ("of_steps", True)])
@@ -261,8 +263,9 @@ def test_only_the_predictor_corrector_asks_a_discrete_network_at_its_levels_alon
     asked = []
     sampler = lambda key, score_fn: (score_fn(jax.numpy.zeros((2, 8, 8, 1)), key), jax.numpy.int32(1))  # noqa: E731
     monkeypatch.setitem(sampling.METHODS, method, lambda config, sde, shape: sampler)
-    score_fn = lambda self, params, smooth, class_labels: lambda x, t: asked.append(smooth) or x  # noqa: E731
-    monkeypatch.setattr(Experiment, "score_fn", score_fn)
+    monkeypatch.setattr(
+        Experiment, "score_fn", lambda self, params, **kwargs: lambda x, t: asked.append(kwargs["smooth"]) or x
+    )
     program = SamplingProgram(build_experiment(configure(sampling__method=method)), 2)
     program(np.zeros((1, 1), np.float32), np.arange(2))
     assert asked == [smooth]

@@ -85,7 +85,7 @@ def bits(tree):
 def test_a_function_that_is_compiled_in_the_background_is_called_with_what_it_is_given():
     mapped = distributed.pmap(lambda x: 2 * x)
     x = jnp.arange(3.0 * jax.local_device_count()).reshape(-1, 3)
-    call = programs.compile_in_background(mapped, lambda: (jax.ShapeDtypeStruct(x.shape, x.dtype),))
+    call = programs.compile_in_background(mapped.lower(jax.ShapeDtypeStruct(x.shape, x.dtype)))
     assert np.array_equal(call(x), 2 * x)
     assert np.array_equal(call(x + 1), 2 * x + 2)
 
@@ -94,8 +94,7 @@ def test_an_error_of_the_background_is_the_error_of_each_call():
     def refuse():
         raise ValueError("model.nf=3 is wrong; expected more")
 
-    mapped = types.SimpleNamespace(lower=lambda *shapes: types.SimpleNamespace(compile=refuse))
-    call = programs.compile_in_background(mapped, lambda: ("shape",))
+    call = programs.compile_in_background(types.SimpleNamespace(compile=refuse))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"^model\.nf=3 is wrong; expected more$"):
             call(jnp.zeros(3))
@@ -144,9 +143,9 @@ def test_a_program_that_was_kept_is_loaded_without_tracing_and_computes_the_same
 
 
 def test_a_program_is_found_by_all_that_it_is_made_of(kept, monkeypatch, tmp_path):
-    places = [programs._file_of(name) for name in ("a", "a", "b")]
+    places = [programs.file_of(name) for name in ("a", "a", "b")]
     with jax.default_matmul_precision("float32"):
-        places.append(programs._file_of("a"))
+        places.append(programs.file_of("a"))
     for name, value in (
         ("_sources", lambda: "other sources"),
         ("CPU_INFO", tmp_path / "nothing"),
@@ -154,19 +153,19 @@ def test_a_program_is_found_by_all_that_it_is_made_of(kept, monkeypatch, tmp_pat
     ):
         with monkeypatch.context() as changed:
             changed.setattr(programs, name, value)
-            places.append(programs._file_of("a"))
+            places.append(programs.file_of("a"))
     with monkeypatch.context() as changed:
         changed.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
-        places.append(programs._file_of("a"))
+        places.append(programs.file_of("a"))
     with monkeypatch.context() as changed:  # as on a Mac
         changed.delattr(programs.os, "sched_getaffinity")
         changed.setattr(programs.os, "cpu_count", lambda: 1024)
-        places.append(programs._file_of("a"))
+        places.append(programs.file_of("a"))
     assert places[0] == places[1]
     assert {place.parent for place in places} == {kept}
     assert len(set(places)) == len(places) - 1
     monkeypatch.setenv(programs.SWITCH, "0")
-    assert programs._file_of("a") is None
+    assert programs.file_of("a") is None
 
 
 def test_the_sources_are_all_of_the_project(monkeypatch, tmp_path):

@@ -1,35 +1,29 @@
-"""Steps whose loss or gradient is not finite: noticed step by step, explained, and counted where they are skipped."""
+"""Steps whose loss or gradient is not finite: found, explained, and counted where they are skipped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array
 
 import datasets
 from errors import UserError
 from experiment.build import Experiment
 from losses import TRAINING_EPS, TrainState
-from models.factory import num_classes_of
 from parallel import rng
-from sde_lib import expand
 from solvers import noise_levels
+from training.trainer import Trainer
 from workdir.checkpoints import CheckpointError, Checkpoints
 
 MAX_SKIPPED_IN_A_ROW = 100  # more of them are no accident
 NUM_LEVELS = 10  # noise levels of an explanation
 NUM_IMAGES = 64  # images of the step that it is made with, at the most
 MAX_NAMED = 10  # skipped steps that a line of the log names
-
-# (key, params, x, class labels, times) -> the loss of each image at its time, float[B].
-LossAtTime = Callable[
-    [PRNGKeyArray, Any, Float[Array, "B H W C"], Int[Array, "B"], Float[Array, "B"]], Float[Array, "B"]
-]
 
 
 class DivergedError(UserError):
@@ -41,7 +35,7 @@ class NotFiniteError(DivergedError):
 
     Attributes:
       step: the first that did, counted from 1.
-      looked_at: the last step that is known of.
+      looked_at: the last step that was checked.
     """
 
     def __init__(self, message: str, step: int, looked_at: int):
@@ -49,46 +43,19 @@ class NotFiniteError(DivergedError):
         self.step, self.looked_at = step, looked_at
 
 
-class Diverging(Protocol):
-    """What is told of a training that diverges; see `train_loop.Trainer`."""
-
-    @property
-    def group(self) -> str:
-        """Group of the configuration that has the schedule."""
-        ...
-
-    @property
-    def rate(self) -> str:
-        """Setting of the learning rate."""
-        ...
-
-    @property
-    def experiment(self) -> Experiment:
-        """What is trained."""
-        ...
-
-    @property
-    def loss_at_time(self) -> LossAtTime:
-        """Loss of each image at a time of its own."""
-        ...
-
-
 def is_finite(tree: Any) -> bool:
-    """Says whether every number of a tree of arrays on the host, such as a state, is finite."""
+    """Return whether every number of a tree of arrays on the host, such as a state, is finite."""
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
-# --- watching --------------------------------------------------------------------------------------------------------
-
-
 class LossWatch:
-    """The losses and gradient norms of steps, which stay on the devices until somebody looks.
+    """The losses and gradient norms of steps, which stay on the devices until `look`.
 
     Args:
       skips: steps that go wrong are skipped, and only counted here.
 
     Attributes:
-      has_moved: whether a step that was looked at since `mark_saved` was not skipped; if not, there is nothing to save.
+      has_moved: whether a step since `mark_saved` was not skipped; if not, there is nothing to save.
     """
 
     def __init__(self, *, skips: bool):
@@ -98,11 +65,11 @@ class LossWatch:
         self._skipped: list[int] = []
 
     def add(self, last_step: int, metrics: Mapping[str, Array]) -> None:
-        """Adds the metrics of one compiled call, [devices, steps], whose last step is given."""
+        """Add the metrics of one compiled call, [devices, steps], whose last step is given."""
         self._pending.append((last_step, metrics))
 
     def look(self) -> None:
-        """Waits for what is pending and checks it.
+        """Wait for pending metrics and check them.
 
         Raises:
           NotFiniteError: if a step went wrong and is not skipped, or too many were.
@@ -129,14 +96,11 @@ class LossWatch:
             raise NotFiniteError(f"{what}, the {self._in_a_row}th in a row that was skipped", step, looked_at)
 
     def mark_saved(self) -> None:
-        """Notes that the present state is saved."""
+        """Note that the present state is saved."""
         self.has_moved = False
 
     def take(self) -> dict[str, float]:
-        """Returns the mean "loss" of the steps since the last call, and how many were "skipped", if any were.
-
-        A loss that is not finite does not count; if none is, there is no mean.
-        """
+        """Return the mean of the finite "loss"es since the last call, if any, and how many were "skipped", if any."""
         self.look()
         losses, self._losses = np.concatenate([np.zeros(0, np.float32), *self._losses]), []
         skipped, self._skipped = self._skipped, []
@@ -149,46 +113,21 @@ class LossWatch:
         return values
 
 
-# --- explaining ------------------------------------------------------------------------------------------------------
-
-
-def denoising_loss_at_time(experiment: Experiment) -> LossAtTime:
-    """Returns ‖std s + z‖² / D of each image: about 1 for a network that knows nothing, whatever is trained on."""
-    is_told = num_classes_of(experiment.config) > 0
-
-    def loss(
-        key: PRNGKeyArray, params: Any, x: Float[Array, "B H W C"], labels: Int[Array, "B"], t: Float[Array, "B"]
-    ) -> Float[Array, "B"]:
-        score_fn = experiment.score_fn(params, smooth=True, class_labels=labels if is_told else None)
-        z = rng.normal(key, x.shape)
-        mean, std = experiment.sde.marginal_prob(x, t)
-        std = expand(std, x)
-        return jnp.square(std * score_fn(mean + std * z, t) + z).mean(axis=(1, 2, 3))
-
-    return loss
-
-
-def losses_by_level(trainer: Diverging, source: datasets.Source, params: Any, step: int) -> list[tuple[float, float]]:
-    """Measures the images of a step at noise levels spread evenly in log(sigma) over those of training.
-
-    Args:
-      trainer: what is trained.
-      source: training split.
-      params: of the network, on the host.
-      step: whose images and data order count, from 1.
+def losses_by_level(trainer: Trainer, source: datasets.Source, params: Any, step: int) -> list[tuple[float, float]]:
+    """Measure the images of a step, counted from 1, at noise levels spread evenly in log(sigma) over those of training.
 
     Returns:
       Pairs of sigma = std / mean_coeff, in units of the network's range, and the mean loss.
     """
-    experiment, config = trainer.experiment, trainer.experiment.config
-    batch_size = config[trainer.group].batch_size
-    indices = datasets.training_indices(config.seed, step - 1, batch_size, len(source))[:NUM_IMAGES]
+    experiment = trainer.experiment
+    seed, batch_size = experiment.config.seed, experiment.schedule.batch_size
+    indices = datasets.training_indices(seed, step - 1, batch_size, len(source))[:NUM_IMAGES]
     has_labels = source.num_classes > 0
     labels = source.labels(indices).astype(np.int32) if has_labels else np.zeros(len(indices), np.int32)
     sde = experiment.sde
     first, last = noise_levels.noise_levels(sde, np.array([TRAINING_EPS, sde.T])).log_snr
     times = noise_levels.time_of_log_snr(sde, np.linspace(first, last, NUM_LEVELS))
-    prepare = datasets.build_preparation(config, train=False)
+    prepare = experiment.preparation(train=False)
     key_data, key_loss = rng.split(jax.random.fold_in(experiment.keys["eval"], step))
 
     @jax.jit
@@ -202,7 +141,7 @@ def losses_by_level(trainer: Diverging, source: datasets.Source, params: Any, st
 
 
 def _good_state(checkpoints: Checkpoints, experiment: Experiment) -> tuple[TrainState, str]:
-    """Returns the last state that is known to be good, and where it is."""
+    """Return the last good state, and where it is."""
     try:
         checkpoints.wait()
         state = checkpoints.restore_newest()
@@ -215,22 +154,14 @@ def _good_state(checkpoints: Checkpoints, experiment: Experiment) -> tuple[Train
 
 
 def explain(
-    error: NotFiniteError, trainer: Diverging, source: datasets.Source, state: TrainState, checkpoints: Checkpoints
+    error: NotFiniteError, trainer: Trainer, source: datasets.Source, state: TrainState, checkpoints: Checkpoints
 ) -> DivergedError:
-    """Says where a training went wrong, at which noise levels, and what to do.
-
-    Args:
-      error: what was noticed.
-      trainer: what is trained.
-      source: training split.
-      state: the present one, on the host.
-      checkpoints: with the last good state.
-    """
+    """Return where a training went wrong, at which noise levels, and what to do; `state` is the present one."""
     good, place = _good_state(checkpoints, trainer.experiment)
     measured = losses_by_level(trainer, source, good.params, error.step)
     by_level = ", ".join(f"{sigma:.2g}: {loss:.3g}" for sigma, loss in measured)
     seen = f"{error.step - 1} was the last good step, {error.looked_at} the last that was taken"
-    skip = "" if trainer.experiment.config.training.on_nan == "skip" else ", or set training.on_nan='skip'"
+    skip = "" if trainer.experiment.skips_nonfinite else ", or set training.on_nan='skip'"
     return DivergedError(
         f"{error}; step {seen}; the parameters are {'still' if is_finite(state.params) else 'not'} finite; {place}; "
         f"its loss of the images of step {error.step} by noise level sigma: {by_level}; the checkpoints before it are "

@@ -5,26 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
-import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 import datasets
 from errors import UserError
-from experiment import drawing, startup
-from experiment.build import Experiment, SamplingProgram, build_loss_program, build_train_program
+from experiment import startup
 from losses import TrainState
-from models.factory import num_classes_of
 from parallel import distributed
-from report import plots
-from solvers.ode import SolverError
-from storage import files
 from training import divergence
-from training.divergence import LossAtTime, LossWatch, NotFiniteError
+from training.divergence import LossWatch, NotFiniteError
+from training.trainer import Trainer
 from workdir import folder as workdirs
 from workdir.checkpoints import Checkpoints
 from workdir.progress import TrainingProgress
@@ -33,21 +28,8 @@ FREQUENCIES = ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_pree
 SIGTERM_EXIT_CODE = 143  # 128 + 15: what shells and schedulers report for a job that SIGTERM ended
 
 
-def num_steps(config: ConfigDict, group: str = "training") -> int:
-    """Returns the steps of the whole training: `n_iters`, rounded down to whole compiled calls."""
-    return config[group].n_iters // config[group].n_jitted_steps * config[group].n_jitted_steps
-
-
 def check_schedule(config: ConfigDict, group: str = "training") -> None:
-    """Checks that everything that happens between compiled calls falls between them.
-
-    Args:
-      config: experiment configuration.
-      group: of its settings that has the schedule: "training" for the score's, or "classifier".
-
-    Raises:
-      UserError: naming the frequency that `n_jitted_steps` does not divide, or the batch size.
-    """
+    """Check that everything that happens between compiled calls falls between them; see `Experiment.group`."""
     settings, steps = config[group], config[group].n_jitted_steps
     for name in FREQUENCIES:
         freq = settings[name]
@@ -56,18 +38,14 @@ def check_schedule(config: ConfigDict, group: str = "training") -> None:
                 f"{group}.{name}={freq} is not a multiple of {group}.n_jitted_steps={steps}, the steps of one "
                 f"compiled call; the nearest that is: {max(round(freq / steps), 1) * steps}"
             )
-    if num_steps(config, group) == 0:
+    if settings.n_iters < steps:
         raise UserError(f"{group}.n_iters={settings.n_iters} is less than {group}.n_jitted_steps={steps}")
     distributed.check_batch_size(f"{group}.batch_size", settings.batch_size)
     _check_microbatches(f"{group}.microbatches", settings.microbatches, settings.batch_size)
 
 
 def _check_microbatches(name: str, microbatches: int, batch_size: int) -> None:
-    """Checks that the microbatches divide a device's part of a batch.
-
-    Raises:
-      UserError: naming the setting `name` and the nearest values that work.
-    """
+    """Check that the microbatches divide a device's part of a batch."""
     images = batch_size // distributed.device_count()
     if microbatches < 1 or images % microbatches:
         divisors = [count for count in range(1, images + 1) if images % count == 0]
@@ -79,11 +57,7 @@ def _check_microbatches(name: str, microbatches: int, batch_size: int) -> None:
 
 
 def check_first_step(config: ConfigDict, step: int, group: str = "training") -> None:
-    """Checks that a training that goes on from `step` comes by the steps at which something is due.
-
-    Raises:
-      UserError: naming a value of `n_jitted_steps` with which it would.
-    """
+    """Check that resuming at `step` still hits every log, eval and checkpoint step."""
     steps = config[group].n_jitted_steps
     if step % steps:
         raise UserError(
@@ -92,135 +66,9 @@ def check_first_step(config: ConfigDict, step: int, group: str = "training") -> 
         )
 
 
-def _grid_size(config: ConfigDict) -> int:
-    """Returns the samples of a snapshot's grid, rounded up so that the devices divide them."""
-    return distributed.round_up(config.training.snapshot_num_samples)
-
-
-class Trainer(Protocol):
-    """What the loop trains: the score network, or a classifier of noisy images."""
-
-    group: ClassVar[str]  # of the configuration: has the schedule
-    rate: ClassVar[str]  # setting of the learning rate
-
-    @property
-    def experiment(self) -> Experiment:
-        """What is trained."""
-        ...
-
-    @property
-    def train_steps(self) -> Callable[..., Any]:
-        """(state, batches) -> (state, metrics), compiled."""
-        ...
-
-    @property
-    def takes_labels(self) -> bool:
-        """Whether a batch of `train_steps` is (levels, class labels), not levels alone."""
-        ...
-
-    @property
-    def loss_at_time(self) -> LossAtTime:
-        """Loss of each image at a time of its own, to explain a training that diverges."""
-        ...
-
-    def test_values(self, state: TrainState, step: int) -> dict[str, float]:
-        """Measures "eval_loss", and what else there is, on a batch of test images."""
-        ...
-
-    def after_snapshot(self, state: TrainState, step: int, progress: TrainingProgress) -> None:
-        """Does what is due at a kept checkpoint."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreTrainer:
-    """The compiled programs of a run that trains a score network, and where it writes.
-
-    Attributes:
-      experiment: what is trained.
-      workdir: of the run.
-      test: the images that the eval loss is measured on.
-      train_steps: (state, batches) -> (state, metrics).
-      eval_loss: (params, levels, indices) -> losses.
-      draw_samples: (params, indices) -> (levels, nfe).
-    """
-
-    group: ClassVar[str] = "training"
-    rate: ClassVar[str] = "optim.lr"
-
-    experiment: Experiment
-    workdir: Path
-    test: datasets.Source
-    train_steps: Callable[..., Any]
-    eval_loss: Callable[..., np.ndarray]
-    draw_samples: SamplingProgram
-
-    @property
-    def takes_labels(self) -> bool:
-        """Whether the network is told classes."""
-        return num_classes_of(self.experiment.config) > 0
-
-    @property
-    def loss_at_time(self) -> LossAtTime:
-        """Denoising loss of each image at a time of its own."""
-        return divergence.denoising_loss_at_time(self.experiment)
-
-    def test_values(self, state: TrainState, step: int) -> dict[str, float]:
-        """Measures the loss of the averaged parameters on one batch of test images, which rotates with the step."""
-        size = self.experiment.config.training.batch_size
-        indices = np.arange(step, step + size) % len(self.test)
-        return {"eval_loss": float(self.eval_loss(state.params_ema, self.test.images(indices), indices).mean())}
-
-    def after_snapshot(self, state: TrainState, step: int, progress: TrainingProgress) -> None:
-        """Draws samples if so configured, with the averaged parameters.
-
-        Writes samples/iter_<step>/sample.png and sample.npz. Training goes on without those that
-        cannot be drawn or written.
-        """
-        if not self.experiment.config.training.snapshot_sampling:
-            return
-        try:
-            levels, nfe = self.draw_samples(state.params_ema, np.arange(_grid_size(self.experiment.config)))
-        except SolverError as error:
-            logging.warning("no samples of step %d: %s", step, error)
-            return
-        if not distributed.is_main_process():
-            return
-        folder = self.workdir / "samples" / f"iter_{step}"
-        levels = levels[: self.experiment.config.training.snapshot_num_samples]
-        labels, num_levels = self.draw_samples.labels, self.experiment.config.data.num_levels
-        grid = drawing.picture(levels, labels, num_levels, limit=len(levels))
-        try:
-            files.write_atomically(folder / "sample.npz", lambda file: np.savez(file, samples=levels, nfe=nfe))
-            plots.save_png(folder / "sample.png", grid)
-        except OSError as error:
-            logging.warning("no samples of step %d: %s", step, files.explain(error))
-        progress.record_image(step, "samples", grid)
-
-
-def build_trainer(experiment: Experiment, workdir: str | Path) -> ScoreTrainer:
-    """Builds the programs of a training run; that of the steps begins to compile, the others do at their first call."""
-    return ScoreTrainer(
-        experiment=experiment,
-        workdir=Path(workdir),
-        test=datasets.build_source(experiment.config, "test"),
-        train_steps=build_train_program(experiment),
-        eval_loss=build_loss_program(experiment),
-        draw_samples=SamplingProgram(experiment, _grid_size(experiment.config), purpose="grid"),
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """What happens between compiled calls.
-
-    Attributes:
-      trainer: the compiled programs.
-      checkpoints: where states are saved.
-      progress: what is shown and recorded.
-      presence: of the workdir.
-      watch: the losses of the steps so far.
-    """
+    """What happens between compiled calls."""
 
     trainer: Trainer
     checkpoints: Checkpoints
@@ -229,12 +77,7 @@ class _Loop:
     watch: LossWatch
 
     def save(self, state: TrainState, step: int) -> None:
-        """Saves a replicated state, but for one that has diverged: it must not become the newest checkpoint.
-
-        Raises:
-          NotFiniteError: if it, or a step before it, is not finite.
-          WorkdirError: if the workdir is gone.
-        """
+        """Save a replicated state, unless it has diverged: it must not become the newest checkpoint."""
         self.watch.look()
         if not self.watch.has_moved:
             logging.warning("step %d is not saved: every step since the last saved one was skipped", step)
@@ -247,12 +90,12 @@ class _Loop:
         self.watch.mark_saved()
 
     def read(self, batches: Iterator[Any], state: TrainState, step: int) -> Any:
-        """Returns the next batch; if the data fail, the state is saved first."""
+        """Return the next batch; if the data fail, save the state first."""
         try:
             return next(batches)
         except Exception:
             self.watch.look()
-            # Several processes would have to save together, and the others know of nothing.
+            # Several processes would have to save together, and the others know nothing of the failure.
             if self.watch.has_moved and distributed.is_alone():
                 self.save(state, step)
                 self.checkpoints.wait()
@@ -260,13 +103,8 @@ class _Loop:
             raise
 
     def after_call(self, state: TrainState, step: int, *, is_last: bool, stop: bool) -> None:
-        """Records, tests, saves and draws what is due after a call that ended with `step`.
-
-        Raises:
-          SystemExit: with code 143 if it is to stop, once the state is saved.
-        """
-        settings = self.trainer.experiment.config[self.trainer.group]
-        due = {name: step % settings[name] == 0 for name in FREQUENCIES}
+        """Record, test, save and draw what is due after a call that ended with `step`."""
+        due = {name: step % self.trainer.experiment.schedule[name] == 0 for name in FREQUENCIES}
         values: dict[str, float] = {}
         if due["log_freq"] or is_last:
             values = self.watch.take()
@@ -288,26 +126,20 @@ class _Loop:
                 self.trainer.after_snapshot(state, step, self.progress)
 
     def run(self, state: TrainState, source: datasets.Source) -> TrainState:
-        """Trains from `state`, on the host, to the last step, whose state it returns, on the host.
-
-        Raises:
-          DivergedError: if the loss is no longer a number.
-          WorkdirError: if the workdir is gone.
-          SystemExit: with code 143 after SIGTERM, once the state is saved.
-        """
-        trainer, config = self.trainer, self.trainer.experiment.config
-        settings, step, last = config[trainer.group], int(state.step), num_steps(config, trainer.group)
+        """Train from `state`, on the host, to the last step; return its state, on the host."""
+        trainer, experiment = self.trainer, self.trainer.experiment
+        settings, step, last = experiment.schedule, int(state.step), experiment.num_steps
         state = distributed.replicate(state)
         startup.mark("init")
         batches = datasets.training_batches(
             source,
-            seed=config.seed,
+            seed=experiment.config.seed,
             first_step=step,
             batch_size=settings.batch_size,
             steps_per_call=settings.n_jitted_steps,
-            with_labels=trainer.takes_labels,
+            with_labels=experiment.takes_labels,
         )
-        preemption = None
+        stop_requested = None
         with contextlib.ExitStack() as stack:
             try:
                 while step < last:
@@ -316,10 +148,10 @@ class _Loop:
                     step += settings.n_jitted_steps
                     self.watch.add(step, metrics)
                     # Before the first call is compiled and done there is nothing to save: SIGTERM then ends at once.
-                    if preemption is None:
+                    if stop_requested is None:
                         startup.finish(metrics, settings.n_jitted_steps)
-                        preemption = stack.enter_context(distributed.Preemption())
-                    self.after_call(state, step, is_last=step == last, stop=preemption.requested())
+                        stop_requested = stack.enter_context(distributed.preemption())
+                    self.after_call(state, step, is_last=step == last, stop=stop_requested())
             except NotFiniteError as error:
                 on_host = distributed.unreplicate(state)
                 raise divergence.explain(error, trainer, source, on_host, self.checkpoints) from None
@@ -328,7 +160,7 @@ class _Loop:
 
 
 def train(trainer: Trainer, source: datasets.Source, workdir: str | Path) -> TrainState:
-    """Trains in a workdir, from its newest checkpoint if there is one; returns the last state, on the host.
+    """Train in a workdir, from its newest checkpoint if there is one; return the last state, on the host.
 
     Args:
       trainer: what is trained.
@@ -341,18 +173,16 @@ def train(trainer: Trainer, source: datasets.Source, workdir: str | Path) -> Tra
       DivergedError: if the loss is no longer a number.
       SystemExit: with code 143 after SIGTERM, once the state is saved.
     """
-    experiment, group = trainer.experiment, trainer.group
-    settings = experiment.config[group]
-    with Checkpoints(
-        workdir, snapshot_freq=settings.snapshot_freq, template=experiment.state_template()
-    ) as checkpoints:
+    experiment, settings = trainer.experiment, trainer.experiment.schedule
+    template = experiment.state_template()
+    with Checkpoints(workdir, snapshot_freq=settings.snapshot_freq, template=template) as checkpoints:
         presence = workdirs.Presence(workdir)
         state = checkpoints.restore_newest() or experiment.init_state()
-        check_first_step(experiment.config, int(state.step), group)
+        step = int(state.step)
+        check_first_step(experiment.config, step, experiment.group)
         workdirs.record_config(workdir, experiment.config)
-        steps = num_steps(experiment.config, group)
         with TrainingProgress(
-            workdir, first_step=int(state.step), num_steps=steps, batch_size=settings.batch_size
+            workdir, first_step=step, num_steps=experiment.num_steps, batch_size=settings.batch_size
         ) as progress:
-            watch = LossWatch(skips=experiment.config.training.on_nan == "skip")
+            watch = LossWatch(skips=experiment.skips_nonfinite)
             return _Loop(trainer, checkpoints, progress, presence, watch).run(state, source)

@@ -1,10 +1,8 @@
 """Checkpoints by Orbax: written in the background, visible only when complete, verified when read.
 
 `checkpoints/` keeps every snapshot, number k taken at step k * snapshot_freq; `checkpoints-meta/` keeps the two newest
-states to resume from. A checksum of each array is stored beside the arrays, so that a damaged file is noticed. What a
-run finds damaged it moves to `checkpoints-damaged/`: the number is then free to be written again, and nothing is lost.
-
-The state is the same on all processes: process 0 alone reads and writes it, so that no other needs the folder.
+states to resume from. Checksums of the arrays reveal damaged files, which a run moves to `checkpoints-damaged/`: their
+numbers are then free to be written again. Process 0 alone reads and writes; no other process needs the folder.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,13 +31,11 @@ from storage import files
 NUM_RESUMABLE = 2  # a damaged newest state leaves the one before it
 POLL_SECONDS = 1.0
 
-# What Orbax and TensorStore raise for files that are missing, cut short or changed.
+# Errors of Orbax and TensorStore for files that are missing, cut short or changed.
 _READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-
-
 DAMAGED = "checkpoints-damaged"  # folder beside those of the checkpoints
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # folders that Orbax writes in, until it renames them
-# In what TensorStore raises: the system's number, where it tells it, and the kind of every error.
+# In TensorStore's errors: the system's number, where there is one, and the kind of every error.
 _OS_ERROR, _STATUS = re.compile(r"os_error_code='(\d+)'"), re.compile(r"[A-Z]{4}[A-Z_]*: ")
 
 
@@ -53,39 +49,23 @@ def _checksums(tree: Any) -> dict[str, int]:
 
 
 def _short(error: BaseException) -> str:
-    """Returns what an error of TensorStore or Orbax says, without the pages of settings and trees that follow."""
+    """Return the message of an error of TensorStore or Orbax, without the pages of settings and trees that follow."""
     return str(error).split(" [tensorstore_spec", 1)[0].partition("\n")[0]
-
-
-def _number_of(error: BaseException) -> int | None:
-    """Returns the number of the system's error that one of Orbax or TensorStore stands for; None if it is none."""
-    if isinstance(error, OSError):
-        return error.errno
-    told = _OS_ERROR.search(str(error))
-    return int(told.group(1)) if told else None
-
-
-def _remove_unfinished(directory: Path) -> None:
-    """Removes what is left of a write that failed, which may fill the very disk that is full."""
-    for folder in directory.glob(_UNFINISHED):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Turns what the system refused, now or before in the background, into a sentence.
-
-    Raises:
-      CheckpointError: naming the disk.
-    """
+    """Turn an error of the system, now or before in the background, into a `CheckpointError`."""
     directory = Path(manager.directory)
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        number = _number_of(error)
+        found = _OS_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(found.group(1)) if found else None
         if number is None and not _STATUS.match(str(error)):
             raise
-        _remove_unfinished(directory)
+        for folder in directory.glob(_UNFINISHED):  # they may fill the very disk that is full
+            shutil.rmtree(folder, ignore_errors=True)
         reason = f"{directory}: {_short(error)}"
         if number is not None:
             reason = files.explain(OSError(number, os.strerror(number), str(directory)))
@@ -115,7 +95,7 @@ def _restore(manager: ocp.CheckpointManager, number: int, template: TrainState) 
 
 
 class Checkpoints:
-    """The checkpoints of one workdir; every process calls the same methods, and gets what process 0 finds.
+    """The checkpoints of one workdir; every process calls the same methods and gets the results of process 0.
 
     Args:
       workdir: of the run.
@@ -128,32 +108,27 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, *, snapshot_freq: int, template: TrainState, read_only: bool = False):
-        root = Path(workdir).absolute()
-        self.directory = root / "checkpoints"  # of the kept snapshots
-        self._snapshot_freq, self._read_only = snapshot_freq, read_only
-        self._damaged = root / DAMAGED
+        self._root = Path(workdir).absolute()
+        self.directory = self._root / "checkpoints"  # of the kept snapshots
         self.restored_from: Path | None = None
+        self._snapshot_freq, self._read_only = snapshot_freq, read_only
         self._template = jax.tree.map(np.asarray, template)
-        self._open(root, read_only)
+        self._open()
 
     @distributed.on_main
-    def _open(self, root: Path, read_only: bool) -> None:
-        self._snapshots = self._manager(self.directory, max_to_keep=None, read_only=read_only)
-        self._resumable = self._manager(root / "checkpoints-meta", max_to_keep=NUM_RESUMABLE, read_only=read_only)
+    def _open(self) -> None:
+        self._snapshots = self._manager(self.directory, None)
+        self._resumable = self._manager(self._root / "checkpoints-meta", NUM_RESUMABLE)
 
     def __enter__(self) -> Checkpoints:
-        """Returns itself."""
+        """Return itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for what is being written and frees the threads.
-
-        Raises:
-          CheckpointError: if something could not be written, unless another error is on its way already.
-        """
-        if not distributed.is_main_process():  # not `on_main`: after an error the others may not come by here
+        """Wait for pending writes and free the threads; a failure is raised unless another error is on its way."""
+        if not distributed.is_main_process():  # not `on_main`: after an error the others may not arrive here
             return
         for manager in (self._snapshots, self._resumable):
             try:
@@ -164,15 +139,14 @@ class Checkpoints:
                     raise
                 logging.warning("%s", _short(failure))
 
-    @staticmethod
-    def _manager(directory: Path, *, max_to_keep: int | None, read_only: bool) -> ocp.CheckpointManager:
-        if not read_only:
+    def _manager(self, directory: Path, max_to_keep: int | None) -> ocp.CheckpointManager:
+        if not self._read_only:
             directory.mkdir(parents=True, exist_ok=True)  # Orbax makes it for all processes or not at all
-        # Not Orbax's own read_only: all that it adds to opening without cleaning up is three warnings.
+        # Not Orbax's own read_only, which adds only three warnings.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
             create=False,
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=not self._read_only,
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 primary_host=0, active_processes={0}, barrier_sync_key_prefix=directory.name
             ),
@@ -182,12 +156,12 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{directory} cannot be opened: a _CHECKPOINT_METADATA in it is damaged ({error}); delete that file, "
-                "which only says when its checkpoint was written"
+                "which only holds the time when its checkpoint was written"
             ) from error
 
     @distributed.on_main
     def save(self, state: TrainState) -> None:
-        """Writes a state, numpy arrays on the host: to the snapshots if its step is one, else as resumable."""
+        """Write a state, numpy arrays on the host: to the snapshots if its step is one, else as resumable."""
         step = int(state.step)
         number, offset = divmod(step, self._snapshot_freq)
         manager, number = (self._snapshots, number) if offset == 0 else (self._resumable, step)
@@ -196,33 +170,28 @@ class Checkpoints:
 
     @distributed.on_main
     def save_snapshot(self, number: int, state: TrainState) -> None:
-        """Writes a state as snapshot `number`, whatever its step is: one that another program took.
-
-        Raises:
-          CheckpointError: if there is such a snapshot.
-        """
+        """Write a state of another program as snapshot `number`, whatever its step; refuse to overwrite one."""
         if number in self._snapshots.all_steps():
             raise CheckpointError(f"checkpoint {number} is in {self.directory} already; it was not overwritten")
         _save(self._snapshots, number, state)
 
     @distributed.on_main
     def wait(self) -> None:
-        """Returns when everything saved so far is on disk; raises what failed in the background."""
+        """Return when everything saved so far is on disk; raise what failed in the background."""
         for manager in (self._snapshots, self._resumable):
             with _writing(manager):
                 manager.wait_until_finished()
 
     @distributed.on_main
     def numbers(self) -> list[int]:
-        """Returns the numbers of the complete snapshots, ascending."""
+        """Return the numbers of the complete snapshots, ascending."""
         self._snapshots.reload()
         return sorted(self._snapshots.all_steps())
 
     def restore_newest(self) -> TrainState | None:
-        """Restores the newest readable state of either folder; None if there is none at all.
+        """Restore the newest readable state of either folder; None if there is none at all.
 
-        A damaged state is named in the log and the one before it is taken. A run that writes then moves the damaged
-        ones aside: it will come by their steps again, and must not find the numbers taken.
+        The log names damaged states, which a run that writes moves aside: it will reach their steps again.
 
         Raises:
           CheckpointError: if there are states, but every one is damaged.
@@ -253,29 +222,25 @@ class Checkpoints:
             reasons = "; ".join(reason for _, _, reason in damaged)
             raise CheckpointError(
                 f"no checkpoint of this workdir can be read: {reasons}; nothing was changed: put a copy of one in its "
-                "place, or choose a new --workdir to begin anew"
+                "place, or choose a new --workdir to start again"
             )
         return None
 
     def _set_aside(self, manager: ocp.CheckpointManager, number: int) -> None:
-        """Moves a damaged checkpoint to a folder where it is in nobody's way."""
-        source = Path(manager.directory) / str(number)
+        """Move a damaged checkpoint to the folder for these."""
+        source, damaged = Path(manager.directory) / str(number), self._root / DAMAGED
         if source.exists():
-            self._damaged.mkdir(exist_ok=True)
+            damaged.mkdir(exist_ok=True)
             name = f"{source.parent.name}-{number}"
-            taken = len(list(self._damaged.glob(f"{name}*")))
-            target = self._damaged / (f"{name}-{taken + 1}" if taken else name)
+            taken = len(list(damaged.glob(f"{name}*")))
+            target = damaged / (f"{name}-{taken + 1}" if taken else name)
             source.rename(target)
-            logging.warning("moved the damaged checkpoint %d to %s; the run writes it anew", number, target)
+            logging.warning("moved the damaged checkpoint %d to %s; the run writes it again", number, target)
         manager.reload()
 
     @distributed.on_main
     def require(self, numbers: Iterable[int]) -> None:
-        """Checks that snapshots are there.
-
-        Raises:
-          CheckpointError: naming the first that is missing, and those that are there.
-        """
+        """Check that snapshots are there."""
         present = self.numbers()
         missing = [number for number in numbers if number not in present]
         if missing:
@@ -286,18 +251,16 @@ class Checkpoints:
             )
 
     def restore_snapshot(self, number: int, *, wait_seconds: float = 0.0) -> TrainState:
-        """Restores one kept snapshot.
-
-        Args:
-          number: of the snapshot.
-          wait_seconds: how long to wait for it if it is not there yet.
+        """Restore one kept snapshot, waiting up to `wait_seconds` for it.
 
         Raises:
           CheckpointError: if it is missing after that time, or damaged.
         """
 
         def read() -> TrainState:
-            _wait_until(lambda: number in self.numbers(), wait_seconds)
+            deadline = time.monotonic() + wait_seconds
+            while number not in self.numbers() and (left := deadline - time.monotonic()) > 0:
+                time.sleep(min(POLL_SECONDS, left))
             self.require([number])
             try:
                 return _restore(self._snapshots, number, self._template)
@@ -311,9 +274,3 @@ class Checkpoints:
         state = distributed.once_tree(read, self._template)
         assert state is not None
         return state
-
-
-def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition() and (left := deadline - time.monotonic()) > 0:
-        time.sleep(min(POLL_SECONDS, left))

@@ -1,4 +1,4 @@
-"""The folder of a run: that it can be written, and that it belongs to this experiment."""
+"""The folder of a run: check that it can be written and belongs to this experiment; its config.json."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class WorkdirError(UserError):
 
 
 def commit() -> str:
-    """Returns the git commit of this code, marked if there are uncommitted changes; "unknown" outside a checkout."""
+    """Return the git commit of this code, marked if there are uncommitted changes; "unknown" outside a checkout."""
     root = Path(__file__).parent
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -38,21 +38,13 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of the packages that a number may depend on."""
+    """Return the versions of the packages that a number may depend on."""
     return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 @distributed.on_main
 def check_writable(workdir: str | Path, flag: str = "--workdir") -> None:
-    """Makes a folder if need be and checks that files can be written in it.
-
-    Args:
-      workdir: the folder.
-      flag: of the command line that names it.
-
-    Raises:
-      WorkdirError: if they cannot.
-    """
+    """Make a folder, which `flag` of the command line names, if needed, and check that files can be written in it."""
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()
@@ -64,20 +56,14 @@ def check_writable(workdir: str | Path, flag: str = "--workdir") -> None:
 
 
 class Presence:
-    """Notices that a folder, such as the workdir of a run that goes on, is removed or replaced.
-
-    What is open in it could be written on, and would be lost. Of several processes the first one looks.
-
-    Args:
-      folder: that is there now.
-    """
+    """Notices that a folder, such as the workdir of a run, is removed or replaced: open files in it would be lost."""
 
     def __init__(self, folder: str | Path):
         self._folder = Path(folder)
         self._status = os.stat(folder) if distributed.is_main_process() else None
 
     def require(self) -> None:
-        """Raises a WorkdirError if the folder is no longer what it was."""
+        """Raise a WorkdirError if the folder is no longer what it was; process 0 looks."""
         if self._status is None:
             return
         try:
@@ -87,29 +73,20 @@ class Presence:
         if not is_there:
             raise WorkdirError(
                 f"{self._folder} is gone: somebody has removed, moved or replaced it while the run wrote there; put it "
-                "back and give the same command again, or choose a new --workdir"
+                "back and rerun the same command, or choose a new --workdir"
             )
 
 
 @distributed.on_main
 def check_trained(workdir: str | Path) -> None:
-    """Checks that the workdir holds a training run and can be written.
-
-    Raises:
-      WorkdirError: if it does not, or cannot.
-    """
+    """Check that the workdir holds a training run and can be written."""
     if not (Path(workdir) / CONFIG_FILE).exists():
         raise WorkdirError(f"--workdir={workdir} holds no training run; run --mode train there first")
     check_writable(workdir)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Returns the flat configuration of a config.json.
-
-    Raises:
-      WorkdirError: if it is damaged.
-      UserError: if there is none.
-    """
+    """Return the flat configuration of a config.json."""
     way_out = "put a copy in its place, or move it away to have the settings that you give taken for the run's"
     try:
         stored = guards.read_json(path).get("config")
@@ -123,12 +100,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def check_same(stored: Mapping[str, Any], given: Mapping[str, Any], holder: str, way_out: str) -> None:
     """Check that results on disk were made with the settings that are given now.
 
-    A setting that was not stored was not there yet, and had its default. What JAX was set to is not known then.
+    A setting that was not stored did not exist yet, and had its default; those of JAX are unknown then.
 
     Args:
-      stored: settings by name; those that are not given do not matter.
+      stored: settings by name.
       given: settings that matter, see `settings.affecting`.
-      holder: what has the stored ones, and with the article "of other settings" or the like.
+      holder: beginning of the message, such as "<folder> holds results of other settings".
       way_out: what to do if they differ.
 
     Raises:
@@ -166,11 +143,7 @@ def check_same_experiment(workdir: str | Path, config: ConfigDict, kind: str = "
 
 
 def output_folder(workdir: str | Path, output: str) -> Path:
-    """Returns the folder that --output names.
-
-    Raises:
-      UserError: if it is not inside the workdir.
-    """
+    """Return the folder that --output names, inside the workdir."""
     folder = Path(workdir) / output
     if not folder.resolve().is_relative_to(Path(workdir).resolve()):
         raise UserError(f"--output={output} is outside --workdir={workdir}; give the name of a folder inside it")
@@ -179,7 +152,7 @@ def output_folder(workdir: str | Path, output: str) -> Path:
 
 @distributed.on_main
 def record_config(workdir: str | Path, config: ConfigDict) -> None:
-    """Writes config.json: the exact configuration, the versions of the packages and the commit of this code."""
+    """Write config.json: the exact configuration, the versions of the packages and the commit of this code."""
     given = settings.flatten(config) | settings.of_jax()
     path = Path(workdir) / CONFIG_FILE
     if path.exists():

@@ -41,11 +41,10 @@ def hold(folder: str | Path, flag: str = "--workdir") -> Iterator[None]:
     """Hold the lock of a folder while the body runs.
 
     The system releases the lock when the process ends, however it ends; the content of the file is only for messages.
-    Unfinished files of killed runs are removed. One process of several locks for all. A folder that the body leaves
-    empty is removed again if it was not there.
+    Removes unfinished files of killed runs, and a new folder that the body leaves empty. Process 0 locks for all.
 
     Args:
-      folder: made if need be.
+      folder: made if needed.
       flag: of the command line that names it.
 
     Raises:
@@ -73,7 +72,7 @@ def hold(folder: str | Path, flag: str = "--workdir") -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        logging.warning("%s knows no locks: see that no other run writes there", folder)
+        logging.warning("%s does not support locks: make sure that no other run writes there", folder)
     try:
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         content = json.dumps(holder).encode()

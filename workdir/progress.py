@@ -1,4 +1,4 @@
-"""What a training run tells while it works: a progress bar or log lines, TensorBoard, and the loss curve on disk."""
+"""Progress of a training run: a progress bar or log lines, TensorBoard, and the loss curve on disk."""
 
 from __future__ import annotations
 
@@ -24,20 +24,13 @@ Item = TypeVar("Item")
 
 
 def _step_of(line: str) -> float:
-    """Returns the step of a line of losses.jsonl; infinite if the line is damaged."""
+    """Return the step of a line of losses.jsonl; infinite if the line is damaged."""
     record = read_record(line)
     return math.inf if record is None else record["step"]
 
 
 class TrainingProgress:
-    """Records and shows the progress of training; does nothing on all processes but the first.
-
-    Args:
-      workdir: of the run.
-      first_step: steps that an earlier run has done.
-      num_steps: steps of the whole training.
-      batch_size: images of a step.
-    """
+    """Records and shows the progress of training from `first_step` to `num_steps`, on process 0."""
 
     def __init__(self, workdir: str | Path, *, first_step: int, num_steps: int, batch_size: int):
         self._active = distributed.is_main_process()
@@ -55,20 +48,20 @@ class TrainingProgress:
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not terminal, smoothing=0.05)
 
     def __enter__(self) -> TrainingProgress:
-        """Returns itself."""
+        """Return itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes the files and the progress bar."""
+        """Close the files and the progress bar."""
         if self._active:
             self._bar.close()
             self._file.close()
             self._board.close()
 
     def _forget_after(self, step: int) -> None:
-        """Drops what a killed run recorded after the state that this one resumes from."""
+        """Drop what a killed run recorded after the state that this one resumes from."""
         if not self._path.exists():
             return
         lines = self._path.read_text(errors="replace").splitlines(keepends=True)
@@ -76,7 +69,7 @@ class TrainingProgress:
         write_bytes(self._path, "".join(kept).encode())
 
     def show(self, step: int, loss: float) -> None:
-        """Shows the progress at `step` with the mean loss since the last call."""
+        """Show the progress at `step` with the mean loss since the last call."""
         if not self._active:
             return
         now = time.monotonic()
@@ -91,7 +84,7 @@ class TrainingProgress:
         logging.info("step %d/%d: loss %.4f, %.0f images/s, %s left", step, self._num_steps, loss, images, left)
 
     def record(self, step: int, **values: float) -> None:
-        """Adds named values at `step` to losses.jsonl and to TensorBoard."""
+        """Add named values at `step` to losses.jsonl and to TensorBoard."""
         if not self._active:
             return
         self._file.append((json.dumps({"step": step, **values}) + "\n").encode())
@@ -99,20 +92,20 @@ class TrainingProgress:
             self._board.add_scalar(name, value, step)
 
     def record_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Adds an image, uint8[H, W, C], to TensorBoard."""
+        """Add an image, uint8[H, W, C], to TensorBoard."""
         if self._active:
             self._board.add_image(name, image, step)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Keeps the time spent inside out of the images per second."""
+        """Exclude the time spent inside from the images per second."""
         start = time.monotonic()
         yield
         self._since += time.monotonic() - start
 
 
 def track(items: Sequence[Item], name: str, units: str = "batches") -> Iterator[Item]:
-    """Yields the items, of which `units` says what they are, under a progress bar on a terminal; logs their number."""
+    """Yield the items under a progress bar on a terminal; log their number, counted in `units`."""
     show = distributed.is_main_process()
     terminal = show and sys.stderr.isatty()
     start = time.monotonic()

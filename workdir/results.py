@@ -1,4 +1,4 @@
-"""Results on disk that a killed run picks up again, and that results of other settings are never mixed with."""
+"""Results on disk: a killed run resumes from them; results of different settings are never mixed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,30 @@ FACTS = "facts"  # key of settings.json under which the results are described; n
 
 
 def describe_data(config: ConfigDict, train: datasets.Source, test: datasets.Source) -> DataInfo:
-    """Says in a report which images there are."""
+    """Describe the images for a report."""
     name, num_levels = config.data.dataset, config.data.num_levels
     return DataInfo(name, len(train), len(test), num_levels, files.content_hash(train.fingerprint, test.fingerprint))
+
+
+def read(path: Path) -> dict[str, np.ndarray] | None:
+    """Return the arrays of an .npz file on all processes; None if it is not there or damaged."""
+
+    def on_main() -> dict[str, np.ndarray] | None:
+        if not path.exists():
+            return None
+        try:
+            return files.read_npz(path)
+        except UserError as error:
+            logging.warning("%s; computing it again", error)
+            return None
+
+    return distributed.once_arrays(on_main)
+
+
+def write(path: Path, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Write an .npz file, whole or not at all, on process 0; return its arrays."""
+    distributed.once(lambda: files.write_atomically(path, lambda file: np.savez(file, **arrays)))
+    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 def cached(
@@ -37,32 +58,9 @@ def cached(
     *,
     is_enough: Callable[[dict[str, np.ndarray]], bool] = lambda stored: True,
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of an .npz file, computing and writing it, whole or not at all, if it is not there.
-
-    Process 0 looks, reads and writes; all processes get the arrays, and all compute them if they must be.
-
-    Args:
-      path: of the file.
-      compute: returns the arrays.
-      is_enough: whether the arrays of a file that is there will do.
-    """
-
-    def read() -> dict[str, np.ndarray] | None:
-        if not path.exists():
-            return None
-        try:
-            stored = files.read_npz(path)
-        except UserError as error:
-            logging.warning("%s; computing it again", error)
-            return None
-        return stored if is_enough(stored) else None
-
-    stored = distributed.once_arrays(read)
-    if stored is not None:
-        return stored
-    arrays = compute()
-    distributed.once(lambda: files.write_atomically(path, lambda file: np.savez(file, **arrays)))
-    return {name: np.asarray(array) for name, array in arrays.items()}
+    """Return the arrays of an .npz file; compute and write them if it is not there, or not enough."""
+    stored = read(path)
+    return stored if stored is not None and is_enough(stored) else write(path, compute())
 
 
 @distributed.on_main
@@ -75,16 +73,15 @@ def open_folder(
     flag: str,
     contents: Mapping[str, str] | None = None,
 ) -> None:
-    """Makes a folder of results, or checks that what it holds was made with the same settings and parameters.
+    """Make a folder of results, or check that what it holds was made with the same settings and parameters.
 
     Args:
-      folder: of the results; its settings.json says what they depend on.
+      folder: of the results; its settings.json holds what they depend on.
       config: experiment configuration.
       kinds: of results, see `settings.affecting`.
       params: of the network, numpy arrays.
       flag: of the command line that names the folder, for the message.
-      contents: hashes of what the results depend on besides, by name; one that the folder does not state yet, since
-        nothing in it depended on that, is added.
+      contents: hashes of what else the results depend on, by name; one that settings.json lacks is added.
 
     Raises:
       WorkdirError: naming what differs.
@@ -102,13 +99,13 @@ def open_folder(
 
 
 def record_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Adds to the settings.json of an opened folder what is to be known of its results, in the place of what was."""
+    """Describe the results in the settings.json of an opened folder, in place of an earlier description."""
     path = folder / SETTINGS_FILE
     files.write_json(path, guards.read_json(path) | {FACTS: facts})
 
 
 def batches(source: datasets.Source, batch_size: int) -> Iterator[tuple[int, np.ndarray, int]]:
-    """Yields (round, indices int[batch_size], how many of them count); the last batch is filled up with image 0."""
+    """Yield (round, indices int[batch_size], how many of them count); the last batch is filled up with image 0."""
     for start in range(0, len(source), batch_size):
         indices = np.arange(start, min(start + batch_size, len(source)))
         padded = np.concatenate([indices, np.zeros(batch_size - len(indices), indices.dtype)])

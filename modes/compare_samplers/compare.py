@@ -46,11 +46,11 @@ class Comparer:
     def draw(self, spec: SamplerSpec, experiment: Experiment) -> tuple[Samples, int]:
         """Draw the samples of one sampler, reusing those in its folder; return them and the batch size."""
         folder = self.folder / spec.folder
-        kinds = drawing.kinds_of_samples(experiment.config)
+        kinds = drawing.kinds_of_samples(experiment)
         classifier = self.classifiers[spec.text]
         params = classifier_guidance.all_params(self.snapshot.params, classifier)
         results.open_folder(folder, experiment.config, kinds, params, flag="--output")
-        program = SamplingProgram(experiment, drawing.batch_size(experiment.config, self.num_images), guide=classifier)
+        program = SamplingProgram(experiment, drawing.batch_size(experiment, self.num_images), guide=classifier)
         samples = drawing.draw_samples(program, self.params, folder, self.num_images)
         if distributed.is_main_process():
             grid = plots.grid_of_levels(samples.levels[:NUM_SHOWN], experiment.scaler.num_levels)
@@ -119,7 +119,7 @@ def compare_samplers(
     workdirs.output_folder(workdir, output)
     chosen, skipped = choose_samplers(experiment, samplers)
     for spec, of_sampler in chosen:
-        drawing.warn_of_batch(of_sampler.config, spec.text)
+        drawing.warn_of_batch(of_sampler, spec.text)
     classifiers = {spec.text: classifier_guidance.load_classifier(each, workdir) for spec, each in chosen}
     train, test = (datasets.build_source(config, split) for split in ("train", "test"))
     restored = drawing.restore(experiment, workdir, snapshot)

@@ -139,17 +139,17 @@ def restore(
     inputs = load_inputs(config, operator, num_images)
     count = len(inputs.names)
     distributed.require_same({"content of restore.images": inputs.sha256()})
-    drawing.warn_of_batch(config)
+    drawing.warn_of_batch(experiment)
     restored = drawing.restore(experiment, workdir, snapshot)
     folder = workdirs.output_folder(workdir, output or default_output(config, restored.number))
     with locks.hold(folder, "--output"):
         contents = contents_of_restorations(config, inputs, operator)
-        kinds = (*drawing.kinds_of_samples(config), "restorations")
+        kinds = (*drawing.kinds_of_samples(experiment), "restorations")
         results.open_folder(folder, config, kinds, restored.params, flag="--output", contents=contents)
         judge = Judge(operator, scaler, noise)
         measurement = build_measuring(inputs, operator, scaler, key=mode_key(experiment), noise=noise)
         draws_of = build_draws(
-            RestorationProgram(experiment, operator, drawing.batch_size(config, count * num_draws)),
+            RestorationProgram(experiment, operator, drawing.batch_size(experiment, count * num_draws)),
             distributed.replicate(restored.params),
             folder / ROUNDS,
             measurement=measurement,
