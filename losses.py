@@ -391,7 +391,7 @@ def make_optimizer(
 
 
 def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Builds the optimizer that `config.optim` describes.
+    """Build the optimizer that `config.optim` describes.
 
     Raises:
       UserError: if the optimizer is unknown or a setting would silently train nothing.
@@ -435,12 +435,12 @@ TrainStep = Callable[[PRNGKeyArray, TrainState, Batch], tuple[TrainState, Mappin
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step; the moving average starts as the parameters."""
+    """Return the state before the first step; the moving average starts as the parameters."""
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, params_ema=params, opt_state=optimizer.init(params))
 
 
 def update_ema(params_ema: Params, params: Params, ema_rate: float) -> Params:
-    """Returns the exponential moving average after one more step: rate * average + (1 - rate) * params."""
+    """Return the exponential moving average after one more step: rate * average + (1 - rate) * params."""
     return jax.tree.map(lambda ema, p: ema_rate * ema + (1.0 - ema_rate) * p, params_ema, params)
 
 
@@ -449,7 +449,7 @@ Gradient = Callable[[Params, Batch], tuple[Array, Params]]
 
 
 def accumulate(gradient: Gradient, num_parts: int) -> Gradient:
-    """Returns the same mean loss and gradient, computed of one part of the batch after the other.
+    """Return the same mean loss and gradient, computed of one part of the batch after the other.
 
     The activations of one part at a time are in memory. Each example draws what it draws in the whole batch, see
     `distributed.part_of_batch`, and the loss of a batch is the mean of that of its examples, none of which looks at
@@ -481,7 +481,7 @@ def make_train_step(
     prepare: Callable[[PRNGKeyArray, Array], Array] = lambda key, x: x,
     microbatches: int = 1,
 ) -> TrainStep:
-    """Builds one training step, for use inside a mapped function or outside one.
+    """Build one training step, for use inside a mapped function or outside one.
 
     Args:
       loss_fn: loss of each image.
@@ -500,8 +500,8 @@ def make_train_step(
         key_data, key_loss = jax.random.split(jax.random.fold_in(key, state.step))
 
         def mean_loss(params: Params, batch: Batch) -> Array:
-            levels, told = (batch[0], {"class_labels": batch[1]}) if isinstance(batch, tuple) else (batch, {})
-            return loss_fn(key_loss, params, prepare(key_data, levels), train=True, **told).mean()
+            levels, given = (batch[0], {"class_labels": batch[1]}) if isinstance(batch, tuple) else (batch, {})
+            return loss_fn(key_loss, params, prepare(key_data, levels), train=True, **given).mean()
 
         gradient = accumulate(jax.value_and_grad(mean_loss), microbatches)
         loss, grads = distributed.mean(gradient(state.params, batch))
@@ -516,7 +516,7 @@ def make_train_step(
 
 
 def make_train_steps(train_step: TrainStep) -> TrainStep:
-    """Chains training steps over the leading axis of `batches` in one compiled loop; metrics gain that axis."""
+    """Chain training steps over the leading axis of `batches` in one compiled loop; metrics gain that axis."""
 
     def train_steps(key: PRNGKeyArray, state: TrainState, batches: Batch) -> tuple[TrainState, Mapping[str, Array]]:
         # A mapped function's arguments and results have a device axis. Unless the state is stored without it, XLA for
@@ -528,7 +528,7 @@ def make_train_steps(train_step: TrainStep) -> TrainStep:
 
 
 def skip_nonfinite(train_step: TrainStep) -> TrainStep:
-    """Returns the step that keeps parameters, moving average and optimizer as they were if it went wrong.
+    """Return the step that keeps parameters, moving average and optimizer as they were if it went wrong.
 
     The step is counted, so that the next one sees other data; the optimizer does not count it, nor does its warm-up.
     Loss and gradient are means over all devices, which therefore decide alike, and none of them asks the host.

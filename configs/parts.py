@@ -71,7 +71,7 @@ def deep(config: ConfigDict) -> None:
 
 
 def ncsnpp_skips(config: ConfigDict) -> None:
-    """NCSN++ for large images: growing input and output by skips, told log(sigma), sampled in 2,000 steps."""
+    """NCSN++ for large images: growing input and output by skips, conditioned on log(sigma), sampled in 2,000 steps."""
     ncsnpp(config)
     config.model.update(progressive="output_skip", progressive_input="input_skip")
     config.model.update(embedding_type="fourier", num_scales=2000)
@@ -112,20 +112,20 @@ def _refinenet(config: ConfigDict, name: str) -> None:
 
 
 def ncsn(config: ConfigDict) -> None:
-    """NCSN (Song and Ermon 2019): told the level by its norms, parameters not averaged."""
+    """NCSN (Song and Ermon 2019): conditioned on the noise level by its norms, parameters not averaged."""
     _refinenet(config, "ncsn")
     config.model.update(scale_by_sigma=False, ema_rate=0.0)
     config.optim.lr = 1e-3
 
 
 def ncsnv2(config: ConfigDict, name: str) -> None:
-    """NCSNv2 (Song and Ermon 2020): not told the level, its output divided by sigma (their Technique 3)."""
+    """NCSNv2 (Song and Ermon 2020): not conditioned on noise, its output divided by sigma (their Technique 3)."""
     _refinenet(config, name)
     config.optim.lr = 1e-4
 
 
 def wide_resnet(config: ConfigDict) -> None:
-    """The classifier Wide ResNet 28-10, told log(sigma)."""
+    """The classifier Wide ResNet 28-10, conditioned on log(sigma)."""
     config.model.update(name="wideresnet_noise_conditional", blocks_per_group=4, channel_multiplier=10, num_classes=10)
     config.model.update(embedding_type="fourier", scale_by_sigma=False)
 

@@ -1,4 +1,4 @@
-"""DDPM++ that is told the digit, with the VP SDE on the embedded 8x8 digits: samples of a class.
+"""Class-conditional DDPM++ with the VP SDE on the embedded 8x8 digits: samples of a class.
 
 No row of the paper. One image in ten is shown without its label, so that the network is unconditional, too, and guides
 itself: docs/controllable.md has pictures and numbers.

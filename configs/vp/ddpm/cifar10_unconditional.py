@@ -1,4 +1,4 @@
-"""DDPM on CIFAR-10, its network not told the noise level.
+"""DDPM on CIFAR-10, its network not conditioned on the noise level.
 
 No row of the paper.
 
