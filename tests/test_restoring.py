@@ -88,7 +88,9 @@ def _shared_programs():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(restoring, "RestorationProgram", shared)
-        patch.setattr(drawing, "batch_size", lambda config, num_images: config.eval.batch_size)  # one for all
+        patch.setattr(
+            drawing, "batch_size", lambda experiment, num_images: experiment.config.eval.batch_size
+        )  # one for all
         yield
 
 
