@@ -16,7 +16,7 @@ from classifier.loss import make_classifier_loss
 from errors import UserError
 from experiment.build import Experiment, build_experiment
 from parallel import distributed
-from storage import files, guards
+from storage import files, untrusted
 
 FOLDER = "classifier"  # inside the workdir of the score network
 NETWORK = "wideresnet_noise_conditional"
@@ -63,7 +63,9 @@ class Normalization:
     def read(cls, path: Path) -> Normalization:
         """Read a file that `of_folder` has written."""
         try:
-            return guards.build(cls, guards.parse_json(distributed.once(lambda: path.read_text(errors="replace"))))
+            return untrusted.build(
+                cls, untrusted.parse_json(distributed.once(lambda: path.read_text(errors="replace")))
+            )
         except UserError as error:
             raise UserError(f"{path} is damaged ({error}); remove it and run --mode train_classifier again") from error
 

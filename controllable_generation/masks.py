@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from errors import UserError
-from storage import guards
+from storage import untrusted
 
 _THRESHOLD = 128  # of 8 bits: pixels of a picture from this value on count as white
 
@@ -52,7 +52,7 @@ def _picture(path: str, H: int, W: int) -> Float[np.ndarray, "H W"]:
     if not Path(path).is_file():
         raise UserError(f"restore.mask={path!r}: no such file; expected {_FORMS}")
     try:
-        levels = guards.read_picture(guards.read_content(path), lambda picture: np.asarray(picture.convert("L")))
+        levels = untrusted.read_picture(untrusted.read_content(path), lambda picture: np.asarray(picture.convert("L")))
     except (UserError, OSError) as error:
         raise UserError(f"restore.mask={path!r} is not a picture that can be read ({error})") from error
     if levels.shape != (H, W):

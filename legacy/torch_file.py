@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from errors import UserError
-from storage import guards
+from storage import untrusted
 
 MAX_PICKLE_BYTES = 2**23  # names and shapes need a tenth of this; the values are stored beside the pickle
 MAX_SHARED_TUPLES = 4  # references to earlier tuples: each may double the time to hash a key
@@ -146,7 +146,7 @@ def _unpickle(data: bytes, load_storage: LoadStorage) -> tuple[Any, int]:
 
 def _read_zip(file: BinaryIO) -> Any:
     """Read the layout of PyTorch 1.6 and later: NAME/data.pkl, and NAME/data/KEY for each storage."""
-    with guards.open_zip(file.name) as archive:
+    with untrusted.open_zip(file.name) as archive:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.endswith("/data.pkl")]
         if len(pickles) != 1 or members[pickles[0]].file_size > MAX_PICKLE_BYTES:
@@ -155,7 +155,7 @@ def _read_zip(file: BinaryIO) -> Any:
             raise UserError("its pickle is compressed")
         root = pickles[0].removesuffix("data.pkl")
         order = f"{root}byteorder"
-        if order in members and (members[order].file_size > 8 or guards.read_entry(archive, order) != b"little"):
+        if order in members and (members[order].file_size > 8 or untrusted.read_entry(archive, order) != b"little"):
             raise UserError("its byte order is not little-endian")
         storages: dict[str, np.ndarray] = {}
 
@@ -164,10 +164,10 @@ def _read_zip(file: BinaryIO) -> Any:
                 info = members[f"{root}data/{key}"]
                 if info.compress_type != zipfile.ZIP_STORED or info.file_size != size * dtype.itemsize:
                     raise UserError(f"the size of {info.filename} is not what the tensors say")
-                storages[key] = np.frombuffer(guards.read_entry(archive, info), dtype)
+                storages[key] = np.frombuffer(untrusted.read_entry(archive, info), dtype)
             return storages[key]
 
-        return _unpickle(guards.read_entry(archive, pickles[0]), load)[0]
+        return _unpickle(untrusted.read_entry(archive, pickles[0]), load)[0]
 
 
 def _read_legacy(file: BinaryIO) -> Any:

@@ -15,7 +15,7 @@ from jaxtyping import Num
 
 import checks
 from errors import UserError
-from storage import guards
+from storage import untrusted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Metric:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Metric:
         """Build a metric from the JSON of `dataclasses.asdict`; ValueError for other fields."""
-        return guards.build(cls, values)
+        return untrusted.build(cls, values)
 
 
 def make_metric(

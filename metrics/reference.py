@@ -18,7 +18,7 @@ from jaxtyping import Float
 from errors import UserError
 from metrics.frechet import FeatureStatistics
 from metrics.metric import as_features, check_finite
-from storage import guards
+from storage import untrusted
 from storage.files import read_npz, write_atomically
 
 NOT_STATED = "not stated by the file"
@@ -128,7 +128,7 @@ def load_reference(path: str | Path) -> Reference:
     _check_statistics(path, mean, cov)
     try:
         stated = arrays.get("provenance")
-        provenance = Provenance() if stated is None else guards.build(Provenance, guards.parse_json(str(stated)))
+        provenance = Provenance() if stated is None else untrusted.build(Provenance, untrusted.parse_json(str(stated)))
     except UserError as error:
         raise UserError(
             f"{path} states its provenance in another way than this version ({error}); make it again with --mode stats"

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from configs.settings import flatten
 from errors import UserError
 from parallel import distributed
-from parallel.backend import check_platform
 from storage import files as storage
 from workdir import folder as workdirs
 from workdir import logs
@@ -176,7 +175,7 @@ def prepare(modes: Mapping[str, Mode], files: Sequence[str]) -> dict[str, Any]:
         distributed.require_same(given | config)
         logs.set_up_process()
     if mode.config is True:
-        check_platform()
+        distributed.check_platform()
     if mode.workdir in ("trained", "writable"):
         check = workdirs.check_trained if mode.workdir == "trained" else workdirs.check_writable
         check(FLAGS.workdir)

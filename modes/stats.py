@@ -26,7 +26,7 @@ from metrics.pixels import FarthestPair, LevelCounts, farthest_pair, radii_from
 from metrics.reference import Moments, Provenance, Reference, compact, load_reference, save_reference
 from modes.evaluate.real_features import build_configured_extractor, choose_extractor, extract
 from parallel import distributed
-from storage import guards
+from storage import untrusted
 from storage.files import cache_folder, content_hash, write_json
 from workdir import folder as workdirs
 
@@ -132,7 +132,7 @@ def _write(path: Path, reference: Reference, pixels: dict[str, Any]) -> None:
     """Write the statistics and, beside them, the numbers; log the numbers."""
     provenance, statistics = reference.provenance, reference.statistics
     stated = dataclasses.asdict(provenance) | {
-        "settings": guards.parse_json(provenance.settings),
+        "settings": untrusted.parse_json(provenance.settings),
         "hash": statistics.hash,
         "num_samples": statistics.num_samples,
         "num_features": len(statistics.mean),

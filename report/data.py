@@ -14,7 +14,7 @@ from typing import Any
 
 from errors import UserError
 from metrics.metric import Metric
-from storage import guards
+from storage import untrusted
 from storage.files import write_json
 
 
@@ -122,7 +122,7 @@ class Report:
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
         """Build a report from what `to_dict` returned."""
         try:
-            return guards.build(cls, values)
+            return untrusted.build(cls, values)
         except UserError as error:
             raise UserError(f"not a report of this version ({error})") from error
 
@@ -148,7 +148,7 @@ def save_report(folder: str | Path, report: Report) -> None:
 
 def read_report(path: str | Path) -> Report:
     """Read a report_<k>.json."""
-    return Report.from_dict(guards.parse_json(Path(path).read_bytes(), object))
+    return Report.from_dict(untrusted.parse_json(Path(path).read_bytes(), object))
 
 
 def read_reports(folder: str | Path) -> list[Report]:

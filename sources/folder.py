@@ -22,7 +22,7 @@ from sources import cache, listing
 from sources.base import AS_STORED, ArraySource, Selection, Source, held_out
 from sources.listing import PictureFiles
 from sources.pictures import Fit, decode_picture, fit_picture, named, to_levels
-from storage import files, guards
+from storage import files, untrusted
 
 NUM_CLASSES_NAMED = 20
 IMAGES, RECORD = "images.npy", "record.json"  # files of a prepared data set
@@ -132,7 +132,7 @@ def prepare(path: Path, rules: Rules) -> Prepared:
     keep = cache.fits(len(pictures.names), rules.fit.shape, rules.cache_gib)
     key = files.content_hash(f"pictures {VERSION} {rules.fit} {rules.num_levels} {keep}", content)
     folder = cache.prepared_folder(key, lambda folder: _fill(folder, pictures, rules, keep))
-    record = guards.read_json(folder / RECORD)
+    record = untrusted.read_json(folder / RECORD)
     digests, problems = record.get("digests"), record.get("problems")
     if not isinstance(digests, list) or len(digests) != len(pictures.names) or not isinstance(problems, dict):
         raise UserError(f"{folder / RECORD} is damaged; delete that folder and start again: it is then rebuilt")

@@ -18,7 +18,7 @@ from jaxtyping import Int64
 
 from errors import UserError
 from sources.pictures import SUFFIXES
-from storage import guards
+from storage import untrusted
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # in order of preference
@@ -59,7 +59,7 @@ class FolderPictures(PictureFiles):
 
     def read(self, name: str) -> bytes:
         try:
-            return guards.read_content(self.path / name)
+            return untrusted.read_content(self.path / name)
         except OSError as error:
             raise UserError(f"it cannot be read: {error.strerror}") from error
 
@@ -112,8 +112,8 @@ class ZipPictures(PictureFiles):
     def read(self, name: str) -> bytes:
         try:
             if not hasattr(self.archives, "file"):
-                self.archives.file = guards.open_zip(self.path)
-            return guards.read_picture_entry(self.archives.file, name)
+                self.archives.file = untrusted.open_zip(self.path)
+            return untrusted.read_picture_entry(self.archives.file, name)
         except UserError as error:
             raise UserError(f"it cannot be read: {error}") from error
 
@@ -124,7 +124,7 @@ class ZipPictures(PictureFiles):
 def list_zip(path: Path) -> ZipPictures:
     """List the pictures of a .zip file, without hidden ones. Nothing is unpacked."""
     try:
-        with guards.open_zip(path) as archive:
+        with untrusted.open_zip(path) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_hidden(entry.filename)]
     except UserError as error:
         raise UserError(f"data.path={str(path)!r} is damaged or no .zip file: {error}") from error

@@ -9,7 +9,7 @@ import numpy as np
 from errors import UserError
 from sources import cache
 from sources.base import ArraySource, Selection, Source, held_out
-from storage import guards
+from storage import untrusted
 from storage.files import content_hash, read_npz
 
 ARRAYS = ("samples", "images")  # names that the array of images may have
@@ -66,13 +66,13 @@ def load_npz(path: str | Path, image_shape: tuple[int, int, int], num_levels: in
 def _read_small(path: Path) -> tuple[str, dict[str, np.ndarray], str]:
     """Return which array of an .npz file holds the images, the other arrays, and the SHA-256 of its checksums."""
     try:
-        with guards.open_zip(path) as archive:
-            names = guards.array_names(archive)
+        with untrusted.open_zip(path) as archive:
+            names = untrusted.array_names(archive)
             name = next((name for name in ARRAYS if name in names), "")
             entries = [each for each in archive.infolist() if each.filename in (f"{LABELS}.npy", f"{NUM_CLASSES}.npy")]
-            guards.check_total(entries)
+            untrusted.check_total(entries)
             key = content_hash(*(f"{each.filename} {each.file_size} {each.CRC}" for each in archive.infolist()))
-            small = {each: guards.read_array_entry(archive, each) for each in names if each in (LABELS, NUM_CLASSES)}
+            small = {each: untrusted.read_array_entry(archive, each) for each in names if each in (LABELS, NUM_CLASSES)}
     except UserError as error:
         raise UserError(f"{path} is damaged or not an .npz file: {error}") from error
     return name or _name_of_images(path, names), small, key
@@ -80,9 +80,9 @@ def _read_small(path: Path) -> tuple[str, dict[str, np.ndarray], str]:
 
 def _extract(path: Path, name: str, folder: Path) -> None:
     """Write the images of an .npz file as images.npy, which can be memory-mapped."""
-    with guards.open_zip(path) as archive, open(folder / "images.npy", "wb") as file:
+    with untrusted.open_zip(path) as archive, open(folder / "images.npy", "wb") as file:
         cache.check_room(archive.getinfo(f"{name}.npy").file_size)
-        chunks = guards.array_chunks(archive, name)
+        chunks = untrusted.array_chunks(archive, name)
         while True:
             try:
                 chunk = next(chunks, b"")
@@ -96,7 +96,7 @@ def _extract(path: Path, name: str, folder: Path) -> None:
 def _map_array(path: Path) -> np.ndarray:
     try:
         with open(path, "rb") as file:
-            guards.check_array(file, path.stat().st_size)
+            untrusted.check_array(file, path.stat().st_size)
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise UserError(f"{path} is damaged or not an .npy file: {error}") from error

@@ -19,11 +19,11 @@ from PIL import Image, ImageOps
 from errors import UserError
 from sources.npz import load_npz
 from sources.resize import resize
-from storage import guards
+from storage import untrusted
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
 RESIZE = ("none", "crop", "stretch")  # values of `data.resize` and `restore.resize`
-MAX_VALUES = 4 * guards.MAX_PIXELS  # of an array: 1 GiB as float32
+MAX_VALUES = 4 * untrusted.MAX_PIXELS  # of an array: 1 GiB as float32
 NUM_NAMED = 5  # files that a message lists
 GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # luma of R, G and B by ITU-R BT.601, as Pillow's
 
@@ -108,7 +108,7 @@ def to_array(image: Image.Image, *, keep_alpha: bool = False) -> Float[np.ndarra
 
 def _decode_array(data: bytes) -> Float[np.ndarray, "H W C"]:
     """Decode a .npy file: uint8 or uint16 of shape [H, W] or [H, W, C], with any number of channels."""
-    array = guards.read_array(io.BytesIO(data), len(data))
+    array = untrusted.read_array(io.BytesIO(data), len(data))
     if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or not array.size:
         raise UserError(f"it is {array.dtype}{list(array.shape)}; expected uint8 or uint16 of [H, W] or [H, W, C]")
     if array.size > MAX_VALUES:
@@ -121,7 +121,7 @@ def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float
     try:
         if name.lower().endswith(".npy"):
             return _decode_array(data)
-        return guards.read_picture(data, lambda image: to_array(image, keep_alpha=keep_alpha))
+        return untrusted.read_picture(data, lambda image: to_array(image, keep_alpha=keep_alpha))
     except UserError as error:
         raise UserError(f"it cannot be read: {error}") from error
 
@@ -129,7 +129,7 @@ def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float
 def read_picture(path: str | Path, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
     """Read a picture from a file (see `decode_picture`)."""
     try:
-        data = guards.read_content(path)
+        data = untrusted.read_content(path)
     except OSError as error:
         raise UserError(f"it cannot be read: {error.strerror}") from error
     return decode_picture(data, str(path), keep_alpha=keep_alpha)

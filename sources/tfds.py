@@ -26,7 +26,7 @@ from sources import cache, resize
 from sources.base import AS_STORED, ArraySource, Selection, Source, held_out
 from sources.folder import Rules
 from sources.pictures import decode_picture, fit_picture, to_levels
-from storage import guards
+from storage import untrusted
 from storage.files import content_hash
 
 PREFIX = "tfds:"  # of `data.dataset`, before the TFDS name
@@ -78,7 +78,7 @@ def _class_names(stored: Any) -> Iterator[object]:
 def _check_features(folder: Path) -> None:
     """Allow only TFDS's own feature classes: TFDS would import any module that features.json names."""
     for path in sorted(folder.rglob("features.json")):
-        for name in _class_names(guards.read_json(path)):
+        for name in _class_names(untrusted.read_json(path)):
             if not str(name).startswith(OWN_CLASSES):
                 raise UserError(
                     f"{path} names the class {name!r}, which would be imported; only those of tensorflow-datasets are "
@@ -186,7 +186,7 @@ def decode_stored(data: bytes, channels: int | None) -> np.ndarray:
         mode = MODES.get(channels, image.mode)
         return np.asarray(image if image.mode == mode else image.convert(mode))
 
-    levels = guards.read_picture(data, convert)
+    levels = untrusted.read_picture(data, convert)
     return levels.reshape(*levels.shape[:2], -1)
 
 

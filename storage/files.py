@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from errors import UserError
-from storage import guards
+from storage import untrusted
 
 CACHE = "~/.cache/score_sde"  # $SCORE_SDE_CACHE replaces it
 _PERMISSIONS = "check its owner and permissions, or choose another folder"
@@ -173,12 +173,12 @@ def content_hash(*arrays: np.ndarray | str) -> str:
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """Read all arrays of an .npz file within the limits of `guards` and verify their checksums."""
+    """Read all arrays of an .npz file within the limits of `untrusted` and verify their checksums."""
     if not Path(path).is_file():
         raise UserError(f"{path} is not a file")
     try:
-        with guards.open_zip(path) as archive:
-            guards.check_total(archive.infolist())
-            return {name: guards.read_array_entry(archive, name) for name in guards.array_names(archive)}
+        with untrusted.open_zip(path) as archive:
+            untrusted.check_total(archive.infolist())
+            return {name: untrusted.read_array_entry(archive, name) for name in untrusted.array_names(archive)}
     except UserError as error:
         raise UserError(f"{path} is damaged or not an .npz file: {error}") from error

@@ -40,7 +40,7 @@ from sources.folder import Rules, load_folder
 from sources.listing import list_folder, root
 from sources.npz import load_npz_split
 from sources.pictures import Fit, decode_picture, read_picture
-from storage import files, guards
+from storage import files, untrusted
 from workdir import folder as workdirs
 from workdir.checkpoints import CheckpointError, Checkpoints
 from workdir.folder import WorkdirError
@@ -89,7 +89,7 @@ NEVER = (
 )
 CALLS = {name: set() for name in NEVER} | {
     "exec_module": {"controllable_generation/restoration.py"},  # FILE.py:FUNCTION, which docs/security.md names
-    "ZipFile": {"storage/guards.py"},
+    "ZipFile": {"storage/untrusted.py"},
 }
 
 
@@ -130,7 +130,7 @@ def check_that_nothing_is_run(path):
             keywords = {each.arg: getattr(each.value, "value", None) for each in node.keywords}
             assert keywords.get("allow_pickle") is False, f"{where}: np.load without allow_pickle=False"
         if (owner(node), function) == ("Image", "open"):
-            assert name == "storage/guards.py", f"{where} opens a picture without its bounds"
+            assert name == "storage/untrusted.py", f"{where} opens a picture without its bounds"
 
 
 # --- checkpoints of other programs -----------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_an_archive_is_not_believed(tmp_path, options, message):
 
 def test_a_bomb_of_zeros_is_not_unpacked(tmp_path, monkeypatch):
     """A real one: 16 MiB of zeros are 16 KiB deflated. What is stored, or expands by less, may have any size."""
-    monkeypatch.setattr(guards, "FREE_EXPANSION", MIB)
+    monkeypatch.setattr(untrusted, "FREE_EXPANSION", MIB)
     content = array_bytes(header(f"({16 * MIB},)"), bytes(16 * MIB))
     zip_of(tmp_path / "r.npz", content)
     peak, told = peak_of(files.read_npz, tmp_path / "r.npz")
@@ -619,7 +619,12 @@ def test_damaged_notes_of_a_checkpoint_are_named(tmp_path, name, text, message):
 def test_kinds_of_pictures_are_named_and_bounded():
     """A sign that the bounds are those that docs/security.md states."""
     text = (tiny.ROOT / "docs" / "security.md").read_text()
-    for number in (guards.MAX_PIXELS, guards.MAX_RATIO, guards.MAX_JSON_BYTES // MIB, guards.FREE_EXPANSION // MIB):
+    for number in (
+        untrusted.MAX_PIXELS,
+        untrusted.MAX_RATIO,
+        untrusted.MAX_JSON_BYTES // MIB,
+        untrusted.FREE_EXPANSION // MIB,
+    ):
         assert f"{number:,}" in text
-    for kind in guards.FORMATS:
+    for kind in untrusted.FORMATS:
         assert kind.lower() in text.lower()

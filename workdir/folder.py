@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from configs import settings
 from errors import UserError
 from parallel import distributed
-from storage import guards
+from storage import untrusted
 from storage.files import write_json
 
 CONFIG_FILE = "config.json"
@@ -89,7 +89,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """Return the flat configuration of a config.json."""
     way_out = "put a copy in its place, or move it away to have the settings that you give taken for the run's"
     try:
-        stored = guards.read_json(path).get("config")
+        stored = untrusted.read_json(path).get("config")
     except UserError as error:
         raise WorkdirError(f"{error}; {way_out}") from error
     if not isinstance(stored, dict):

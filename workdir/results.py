@@ -18,7 +18,7 @@ from configs import settings
 from errors import UserError
 from parallel import distributed
 from report import DataInfo
-from storage import files, guards
+from storage import files, untrusted
 from workdir import folder as workdirs
 
 SETTINGS_FILE = "settings.json"
@@ -90,7 +90,7 @@ def open_folder(
     given["params_crc32"] = functools.reduce(lambda crc, leaf: zlib.crc32(leaf, crc), jax.tree.leaves(params), 0)
     given |= {f"{name}_sha256": digest for name, digest in (contents or {}).items()}
     path = folder / SETTINGS_FILE
-    stored = guards.read_json(path) if path.exists() else {}
+    stored = untrusted.read_json(path) if path.exists() else {}
     if path.exists():
         holder = f"{folder} holds results of other settings"
         workdirs.check_same({"params_crc32": None} | stored, given, holder, f"choose a new {flag}")
@@ -101,7 +101,7 @@ def open_folder(
 def record_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Describe the results in the settings.json of an opened folder, in place of an earlier description."""
     path = folder / SETTINGS_FILE
-    files.write_json(path, guards.read_json(path) | {FACTS: facts})
+    files.write_json(path, untrusted.read_json(path) | {FACTS: facts})
 
 
 def batches(source: datasets.Source, batch_size: int) -> Iterator[tuple[int, np.ndarray, int]]:

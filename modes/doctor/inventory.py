@@ -29,7 +29,6 @@ from experiment.build import build_experiment
 from metrics import efficientnet, inception, tfgan
 from modes.evaluate.real_features import choose_extractor
 from parallel import distributed
-from parallel.backend import check_platform
 from parallel.cluster import find_place, is_tpu_worker
 from sources import tfds_build
 from sources.tfds import data_folder
@@ -112,7 +111,7 @@ def find_devices() -> Iterator[Finding]:
     """Examine what JAX computes on; if it is not available, use the CPU from here on."""
     finding = functools.partial(Finding, "devices")
     try:
-        check_platform()
+        distributed.check_platform()
     except UserError as error:
         yield finding("platform", BROKEN, f"{error}; the rest is examined on the CPU")
         jax.config.update("jax_platforms", "cpu")
