@@ -377,14 +377,14 @@ def test_a_transform_is_applied_where_each_step_arrives():
     [
         ("ddim", {"time_grid": "cosine"}, "sampling.time_grid='cosine' is unknown; known: karras, log_snr, quad"),
         ("ddim", {"num_steps": -1}, "sampling.num_steps=-1: expected 0 or more"),
-        ("ddim", {"eta": -0.1}, "sampling.eta=-0.1: expected 0 .deterministic. to [0-9.]+ with these 1000 steps"),
+        ("ddim", {"eta": -0.1}, "sampling.eta=-0.1: expected 0 or more"),
         (
             "ddim",
             {"eta": 1.5, "num_steps": 5},
             "sampling.eta=1.5: expected 0 .determ.* to 1.* with these 5 steps",
         ),
-        ("deis", {"solver_order": 4}, "sampling.solver_order=4: expected 1 to 3, or 0 for the method's own"),
-        ("unipc", {"solver_order": -1}, "sampling.solver_order=-1: expected 1 to 3"),
+        ("deis", {"solver_order": 4}, "sampling.solver_order=4: expected 0 to 3"),
+        ("unipc", {"solver_order": -1}, "sampling.solver_order=-1: expected 0 to 3"),
         ("heun", {"s_churn": -1.0}, "sampling.s_churn=-1.0: expected 0 or more"),
         ("adaptive_sde", {"adaptive_levels": 0.0}, "sampling.adaptive_levels=0.0: expected a positive number"),
         ("adaptive_sde", {"adaptive_rtol": -1.0}, "sampling.adaptive_rtol=-1.0: expected 0 or more"),

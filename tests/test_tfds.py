@@ -205,7 +205,7 @@ def test_data_too_large_to_keep_are_decoded_when_read(tmp_path):
         ("FASHION_MNIST", UserError, "'fashion_mnist' is not prepared"),
         ("tfds:nonesuch", ValueError, r"tensorflow-datasets .* has no data set 'nonesuch', and .* none of that name"),
         ("tfds:imagenete/320px", ValueError, "has no data set 'imagenete/320px'.*; did you mean imagenette?"),
-        ("tfds:", ValueError, "data.dataset='tfds:' names no data set of TFDS; expected one, such as tfds:mnist"),
+        ("tfds:", ValueError, "data.dataset='tfds:' is unknown; known: .*, tfds:NAME"),
         ("tfds:imagenette/3px", ValueError, "cannot open 'imagenette/3px' of .*BuilderConfig 3px not found"),
         ("tfds:cifar10:1.0.0", ValueError, "cannot open 'cifar10:1.0.0' of .*cannot be loaded at version 1.0.0"),
     ],
