@@ -172,6 +172,7 @@ def test_another_network_in_the_same_workdir_is_refused(unbroken):
     assert "holds another experiment (model.nf: 8 there, 16 now); choose a new --workdir" in result.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_diverges_stops_and_keeps_its_good_checkpoints(tmp_path):
     succeed(tiny.command("train", tmp_path, training__n_iters=12))
     result = tiny.run(tiny.command("train", tmp_path, optim__lr=1e30, optim__warmup=0, optim__grad_clip=-1.0))

@@ -97,6 +97,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_devices(stopped, res
     assert_close(state_of(tmp_path / "run"), state_of(alone))
 
 
+@pytest.mark.exhaustive
 def test_two_processes_evaluate_as_one(alone, tmp_path):
     settings = CHANGES | {"eval__num_samples": 40, "eval__batch_size": 160}
     shutil.copytree(alone, tmp_path / "run")

@@ -159,7 +159,7 @@ def test_a_closed_pipe_is_no_error():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("platform", ["cpuu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpuu", pytest.param("tpu", marks=pytest.mark.exhaustive)])
 def test_a_platform_that_is_not_there_is_one_sentence(monkeypatch, platform):
     monkeypatch.setenv("JAX_PLATFORMS", platform)
     result = tiny.run([*tiny.command("memory", "w")[:6]])

@@ -244,7 +244,7 @@ def real_network(leaf):
     return build_sde(config), model, jax.tree.map(fill, jax.eval_shape(init)["params"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_real_network_trains_inside_a_compiled_loop(monkeypatch):
     """Its own convolutions, which refuse forward mode, are differentiated twice here.
 

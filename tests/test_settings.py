@@ -217,7 +217,9 @@ def perturb(params):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", RESULTS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "samples" else pytest.param(kind, marks=pytest.mark.exhaustive) for kind in RESULTS]
+)
 def test_results_do_not_depend_on_what_does_not_affect_them(kind):
     """The same to the last bit when every setting that the table does not name is another one, all at once."""
     config = tiny.make_config(**TINY)
