@@ -75,7 +75,7 @@ flags.DEFINE_float("start_seconds", START_SECONDS, "How long processes wait for 
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the mode; returns the exit code."""
+    """Run the mode; return the exit code."""
     startup.begin(startup.process_start())
     startup.mark("imports")
     logs.set_up_console()

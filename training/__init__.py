@@ -1,1 +1,1 @@
-"""The training loop and how its programs start."""
+"""The training loop, what it trains, and what happens when it diverges."""

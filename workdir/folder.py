@@ -109,7 +109,7 @@ def check_same(stored: Mapping[str, Any], given: Mapping[str, Any], holder: str,
       way_out: what to do if they differ.
 
     Raises:
-      WorkdirError: naming every setting that differs, with both values, and the way out.
+      WorkdirError: with every setting that differs, both values and the fix.
     """
     known = settings.flatten(settings.defaults()) | dict(stored)
     differing = sorted(key for key in given.keys() & known.keys() if known[key] != given[key])
