@@ -34,8 +34,7 @@ MAX_PERIOD = 10_000.0  # ratio of the slowest to the fastest sine of the timeste
 
 def residual_sum(x: Array, h: Array, rescale: bool) -> Array:
     """Add a branch h to its input x; divide by sqrt(2), which keeps the variance, if `rescale`."""
-    # Stored: otherwise XLA fuses the chain of all earlier sums into each of its many uses.
-    return cpu.store((x + h) / math.sqrt(2.0) if rescale else x + h)
+    return (x + h) / math.sqrt(2.0) if rescale else x + h
 
 
 def call_block(block: nn.Module, *inputs: Any, remat: bool, **options: Any) -> Array:
@@ -85,8 +84,8 @@ def drop(key: PRNGKeyArray, x: Float[Array, "B *S"], rate: float) -> Float[Array
     """
     kept = 1.0 - rate
     draw = on_cpu.bernoulli if cpu.is_target() else rng.bernoulli
-    mask = cpu.store(draw(key, kept, x.shape))  # otherwise drawn twice: to be kept and to be used
-    return jnp.where(cpu.keep(mask), x / kept, 0.0)
+    mask = cpu.keep(draw(key, kept, x.shape))
+    return jnp.where(mask, x / kept, 0.0)
 
 
 class Dropout(nn.Module):

@@ -76,8 +76,6 @@ class GroupNorm(nn.Module):
         inverse_std = jax.lax.rsqrt(variance + self.epsilon)
         factor = jnp.repeat(inverse_std, C // groups, 1) * scale[None, :]
         offset = bias[None, :] - jnp.repeat(mean, C // groups, 1) * factor
-        # Stored, and so their gradients: otherwise XLA sums over all pixels once more for that of the bias.
-        factor, offset = cpu.store((factor, offset))
         return x * factor[:, None, None, :] + offset[:, None, None, :]
 
 

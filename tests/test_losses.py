@@ -1,7 +1,6 @@
 """Objectives, optimizer and train step against the arrays of the 2021 code and closed forms."""
 
 import json
-import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -13,7 +12,7 @@ import pytest
 
 import losses
 from configs import base
-from parallel import distributed, rng
+from parallel import rng
 from sde_lib import VESDE, VPSDE, expand, subVPSDE
 
 GOLDEN = Path(__file__).parent / "golden" / "losses"
@@ -259,13 +258,15 @@ def test_global_norm_is_that_of_all_values(sizes):
     assert float(losses.global_norm(arrays)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_update_is_that_of_optax():
-    """Of Adam and of clipping, over steps with and without it, up to rounding."""
+def test_clipping_is_that_of_optax():
+    """Before Adam, over steps with and without it, up to rounding."""
     rng = np.random.RandomState(0)
     gradients = [{"a": rng.randn(5, 3) * scale, "b": rng.randn(7) * scale} for scale in (1e-3, 3.0, 0.02, 50.0)]
     gradients = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gradients)
-    ours = optax.chain(losses.clip_by_global_norm(1.0), losses.scale_by_adam(0.9, 0.999, 1e-8))
-    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.999, 1e-8))
+    ours, theirs = (
+        optax.chain(clip(1.0), optax.scale_by_adam())
+        for clip in (losses.clip_by_global_norm, optax.clip_by_global_norm)
+    )
     states = [each.init(gradients[0]) for each in (ours, theirs)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
     for gradient in gradients:
@@ -275,25 +276,6 @@ def test_update_is_that_of_optax():
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=4e-7), (found, states[0]), (expected, states[1])
         )
-
-
-@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the XLA of JAX 0.10 drops barriers, and copies the state")
-def test_state_is_updated_in_place():
-    """A copy of each parameter, moment and average is what XLA makes if one of them is read again after its update."""
-    shape = (3, 3, 16, 16)
-    params = {"a": jnp.zeros(shape), "b": jnp.zeros(shape)}
-    optimizer = losses.make_optimizer(lr=1e-3, beta1=0.9, eps=1e-8, weight_decay=0.0, warmup=10, grad_clip=1.0)
-
-    def loss(key, params, x, train):
-        return sum(jnp.tanh(x * leaf.sum()) for leaf in params.values())
-
-    steps = losses.make_train_steps(losses.make_train_step(loss, optimizer, ema_rate=0.999))
-    mapped = distributed.pmap(steps, donate_argnums=(1,), in_axes=(None, 0, 0))
-    state = distributed.replicate(losses.init_state(params, optimizer))
-    text = mapped.lower(jax.random.key(0), state, jnp.zeros((1, 1, 4))).compile().as_text()
-    entry = text[text.index("ENTRY") :]
-    assert not re.findall(r"f32\[(?:1,)?3,3,16,16\]\S* copy\(", entry)
-    assert len(re.findall(r"f32\[1,3,3,16,16\]\S* parameter\(", entry)) == 4 * len(params)
 
 
 def test_optimizer_state_has_one_structure_for_all_settings():

@@ -169,11 +169,10 @@ def _pull_back(x: Array, kernel: Array, cotangent: Array, window: Window) -> tup
     h, w, C, features = kernel.shape
     if is_pointwise(kernel, window):
         x_gradient = correlate(cotangent, kernel.swapaxes(2, 3), window)
-        channels_first = lax.optimization_barrier(x.reshape(-1, C).swapaxes(0, 1))  # stored so, a product is faster
-        return x_gradient, (channels_first @ cotangent.reshape(-1, features)).reshape(kernel.shape)
+        return x_gradient, (x.reshape(-1, C).swapaxes(0, 1) @ cotangent.reshape(-1, features)).reshape(kernel.shape)
     input_window, kernel_window = _gradient_windows(window, (x.shape[1], x.shape[2]), (h, w))
-    # Flipped in space, then transposed in channels: in two steps, of which each is fast.
-    flipped = lax.optimization_barrier(jnp.flip(kernel.reshape(h * w, C, features), 0))
+    # Flipped in space, then transposed in channels.
+    flipped = jnp.flip(kernel.reshape(h * w, C, features), 0)
     x_gradient = correlate(cotangent, flipped.swapaxes(1, 2).reshape(h, w, features, C), input_window)
     if not _moves_by_pixels(window):
         images, taps = x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
