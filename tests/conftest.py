@@ -5,6 +5,9 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 runpy.run_path(str(ROOT / "tests" / "offline" / "sitecustomize.py"))  # from here on nothing reaches the network
@@ -18,6 +21,21 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
 os.environ["SCORE_SDE_KEEP_PROGRAMS"] = "0"
 # Weights and prepared images that the user has must not change what a test does.
 os.environ["SCORE_SDE_CACHE"] = str(ROOT / ".cache" / "score_sde")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The workdir of a tiny run that nothing disturbed, trained once for all workers without TensorFlow. Copy it."""
+    import tiny
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    workdir = folder / "finished"
+    with FileLock(f"{workdir}.lock"):
+        if not workdir.exists():
+            tiny.succeed(tiny.without_tensorflow(tiny.command("train", f"{workdir}.part")))
+            Path(f"{workdir}.part").rename(workdir)
+    return workdir
 
 
 SLOWEST = ("test_end_to_end.py", "test_hosts.py", "test_smoke.py")

@@ -4,9 +4,9 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
 import time
 
+import forks
 import tiny
 
 # Runs main.py; a process that is gone is noticed sooner than in a real run.
@@ -48,16 +48,9 @@ class Processes:
         for i, log in enumerate(self.logs):
             given = ["--coordinator_address", f"127.0.0.1:{self.port}", "--num_processes", str(count)]
             command = [*arguments, *given, "--process_id", str(i)] if flags else arguments
+            env = tiny.environment(devices) | {"JAX_COORDINATOR_PORT": str(self.port)} | environ(i)
             with log.open("w") as file:
-                self.running.append(
-                    subprocess.Popen(
-                        [*command, *own(i)],
-                        cwd=tiny.ROOT,
-                        env=tiny.environment(devices) | {"JAX_COORDINATOR_PORT": str(self.port)} | environ(i),
-                        stdout=file,
-                        stderr=file,
-                    )
-                )
+                self.running.append(forks.start([*command, *own(i)], cwd=tiny.ROOT, env=env, stdout=file, stderr=file))
 
     def __enter__(self):
         return self

@@ -1,13 +1,13 @@
 """One global batch on 1, 2, 4 and 8 devices: the same losses, parameters, samples, bits/dim and metrics."""
 
 import re
-import subprocess
 import sys
 
 import numpy as np
 import on_devices
 import pytest
 import tiny
+from cases import by_default
 
 from experiment import drawing
 from experiment.build import build_experiment
@@ -36,10 +36,8 @@ def measured(tmp_path_factory):
             stored[1] = on_devices.measure()
         if devices not in stored:
             path = folder / f"{devices}.npz"
-            environ = tiny.environment(devices)
-            environ["PYTHONPATH"] += f":{tiny.ROOT / 'tests'}"
-            command = [sys.executable, str(tiny.ROOT / "tests" / "on_devices.py"), str(path)]
-            subprocess.run(command, cwd=tiny.ROOT, env=environ, check=True, timeout=300)
+            result = tiny.run([sys.executable, tiny.ROOT / "tests" / "on_devices.py", path], devices=devices)
+            assert result.returncode == 0, result.stderr[-3000:]
             stored[devices] = dict(np.load(path))
         return stored[devices]
 
@@ -47,9 +45,7 @@ def measured(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "devices", [pytest.param(2, marks=pytest.mark.exhaustive), pytest.param(4, marks=pytest.mark.exhaustive), 8]
-)
+@pytest.mark.parametrize("devices", by_default([4], [2, 4, 8]))
 def test_the_numbers_do_not_depend_on_the_devices(measured, devices):
     one, several = measured(1), measured(devices)
     assert one.keys() == several.keys()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 
 import jax
@@ -16,28 +17,13 @@ from workdir.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.slow
 
-# Runs main.py where importing TensorFlow fails: training, sampling and likelihood must not need it.
-WITHOUT_TENSORFLOW = """
-import runpy, sys
-sys.modules["tensorflow"] = sys.modules["tensorflow_gan"] = None
-sys.argv = sys.argv[1:]
-runpy.run_path("main.py", run_name="__main__")
-"""
-
-
-def succeed(arguments, **kwargs):
-    result = tiny.run(arguments, **kwargs)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
-
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(finished_run, tmp_path_factory):
     """A run that nothing disturbed, on one device and without TensorFlow; trained and evaluated."""
-    workdir = tmp_path_factory.mktemp("unbroken")
-    for mode in ("train", "eval"):
-        arguments = tiny.command(mode, workdir)
-        succeed([arguments[0], "-c", WITHOUT_TENSORFLOW, *arguments[1:]])
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    shutil.copytree(finished_run, workdir)
+    tiny.succeed(tiny.without_tensorflow(tiny.command("eval", workdir)))
     return workdir
 
 
@@ -109,7 +95,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(unbroken, tmp_path):
     for name in ("samples_from_152.npz", "bpd_0_1.npz", "loss.npz"):
         (folder / name).unlink()
     (unbroken / "eval" / "report_2.json").unlink()
-    succeed(tiny.command("eval", unbroken, eval__begin_ckpt=2))
+    tiny.succeed(tiny.command("eval", unbroken, eval__begin_ckpt=2))
     after = report(unbroken)[0]
     assert kept.stat().st_mtime_ns == modified
     before["sampler"].pop("seconds")
@@ -160,7 +146,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(unbroken, tmp_path, sign, step, 
     assert result.returncode == code
     if sign == signal.SIGTERM:
         assert "is saved; the same command resumes from it" in (tmp_path / "stdout.txt").read_text()
-    succeed(arguments)
+    tiny.succeed(arguments)
     assert "restored step" in (tmp_path / "stdout.txt").read_text()
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), final_state(unbroken))
     assert losses(tmp_path) == losses(unbroken)
@@ -174,7 +160,7 @@ def test_another_network_in_the_same_workdir_is_refused(unbroken):
 
 @pytest.mark.exhaustive
 def test_a_run_that_diverges_stops_and_keeps_its_good_checkpoints(tmp_path):
-    succeed(tiny.command("train", tmp_path, training__n_iters=12))
+    tiny.succeed(tiny.command("train", tmp_path, training__n_iters=12))
     result = tiny.run(tiny.command("train", tmp_path, optim__lr=1e30, optim__warmup=0, optim__grad_clip=-1.0))
     assert result.returncode == 1
     assert "the checkpoints before it are kept: lower optim.lr" in result.stderr
@@ -196,7 +182,7 @@ def test_a_mixed_folder_trains_and_evaluates(tmp_path):
     settings = {f"data__{key}": value for key, value in changes.items()}
     settings |= {"eval__batch_size": 8, "eval__num_samples": 12, "training__n_iters": 12, "eval__end_ckpt": 1}
     for mode in ("train", "eval"):
-        result = succeed(tiny.command(mode, tmp_path / "run", **settings))
+        result = tiny.succeed(tiny.command(mode, tmp_path / "run", **settings))
         assert (
             "36 pictures to train on, 4 to test (held out by data.test_share=0.1), 2 classes: cat, dog" in result.stderr
         )

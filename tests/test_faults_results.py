@@ -8,24 +8,16 @@ import subprocess
 import disks
 import pytest
 import tiny
-from faulty import FILL_AT, KILL_AT_FILE, SHELLS_SAY, evaluation, hooked, refuse, succeed, train
+from faulty import FILL_AT, KILL_AT_FILE, SHELLS_SAY, evaluation, hooked, refuse, succeed
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """A run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("unbroken")
-    succeed(train(workdir))
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def evaluated(unbroken, tmp_path_factory):
+def evaluated(finished_run, tmp_path_factory):
     """The same run, evaluated at its last checkpoint and not disturbed."""
     workdir = tmp_path_factory.mktemp("evaluated") / "run"
-    shutil.copytree(unbroken, workdir)
+    shutil.copytree(finished_run, workdir)
     succeed(tiny.run(evaluation(workdir)))
     return workdir
 
@@ -44,10 +36,10 @@ def report(workdir, folder="eval"):
         ("report_2.json", ["samples_from_0.npz", "samples_from_152.npz", "bpd_0_0.npz", "bpd_0_1.npz", "loss.npz"]),
     ],
 )
-def test_a_kill_in_an_evaluation(unbroken, evaluated, tmp_path, name, complete):
+def test_a_kill_in_an_evaluation(finished_run, evaluated, tmp_path, name, complete):
     """In the middle of a file of samples, of bits/dim, or of the report; the rest is used, the numbers are equal."""
     workdir = tmp_path / "run"
-    shutil.copytree(unbroken, workdir)
+    shutil.copytree(finished_run, workdir)
     result = tiny.run(hooked(KILL_AT_FILE.format(name=name), evaluation(workdir)))
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
     of_checkpoint = workdir / "eval" / "ckpt_2"
@@ -60,9 +52,9 @@ def test_a_kill_in_an_evaluation(unbroken, evaluated, tmp_path, name, complete):
 
 
 @pytest.mark.parametrize("mode", ["eval", "sample"])
-def test_sigterm_in_evaluation_and_sampling_keeps_what_is_complete(unbroken, evaluated, tmp_path, mode):
+def test_sigterm_in_evaluation_and_sampling_keeps_what_is_complete(finished_run, evaluated, tmp_path, mode):
     workdir = tmp_path / "run"
-    shutil.copytree(unbroken, workdir)
+    shutil.copytree(finished_run, workdir)
     if mode == "eval":
         arguments, folder = evaluation(workdir), workdir / "eval" / "ckpt_2"
     else:
@@ -79,10 +71,10 @@ def test_sigterm_in_evaluation_and_sampling_keeps_what_is_complete(unbroken, eva
 
 
 @pytest.mark.parametrize("name", ["samples_from_152.npz", "bpd_0_1.npz", "report_2.json", "report.md"])
-def test_a_disk_that_is_full_in_an_evaluation(unbroken, evaluated, tmp_path, name):
+def test_a_disk_that_is_full_in_an_evaluation(finished_run, evaluated, tmp_path, name):
     with disks.small_disk(tmp_path / "disk", 16_000):
         workdir = tmp_path / "disk" / "run"
-        shutil.copytree(unbroken, workdir)
+        shutil.copytree(finished_run, workdir)
         result = tiny.run(hooked(FILL_AT.format(name=name, disk=tmp_path / "disk"), evaluation(workdir)))
         refuse(result, f"{name} (on the disk {tmp_path / 'disk'}): No space left on device; free some space there")
         (tmp_path / "disk" / "filler").unlink()
@@ -96,10 +88,10 @@ def test_a_disk_that_is_full_in_an_evaluation(unbroken, evaluated, tmp_path, nam
 # --- two at a time ---------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_results_has_one_writer_beside_a_training(unbroken, tmp_path):
+def test_a_folder_of_results_has_one_writer_beside_a_training(finished_run, tmp_path):
     """An evaluation runs beside a training of the same workdir, but not beside another one into its folder."""
     workdir = tmp_path / "run"
-    shutil.copytree(unbroken, workdir)
+    shutil.copytree(finished_run, workdir)
     wait = """
 import sys, time
 sys.path[:0] = ["."]

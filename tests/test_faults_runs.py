@@ -33,14 +33,6 @@ from faulty import (
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """A run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("unbroken")
-    succeed(train(workdir))
-    return workdir
-
-
 # --- SIGKILL ---------------------------------------------------------------------------------------------------------
 
 # Kills the process while Orbax writes the state of step 16: when its folder has just been made, when the arrays are
@@ -69,7 +61,7 @@ path.{method} = kill
         pytest.param("finalize", "16", marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_kill_while_a_checkpoint_is_written(unbroken, tmp_path, method, name):
+def test_a_kill_while_a_checkpoint_is_written(finished_run, tmp_path, method, name):
     hook = WAIT_FOR_SNAPSHOT.format(workdir=str(tmp_path)) + KILL_WHILE_WRITING.format(method=method, name=name)
     result = train(tmp_path, hook=hook)
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
@@ -79,7 +71,7 @@ def test_a_kill_while_a_checkpoint_is_written(unbroken, tmp_path, method, name):
     result = succeed(train(tmp_path))
     assert f"restored step 12 from {tmp_path / 'checkpoints'}" in result.stderr
     assert not half.exists()
-    assert_same_end(tmp_path, unbroken)
+    assert_same_end(tmp_path, finished_run)
 
 
 # --- SIGTERM ---------------------------------------------------------------------------------------------------------
@@ -130,20 +122,20 @@ datasets.build_source = lambda *args, **kwargs: (print("paused", flush=True), ti
         ("training.divergence", "LossWatch", -15),  # the state is restored, the first step is not compiled
     ],
 )
-def test_sigterm_before_the_first_step_loses_nothing(unbroken, tmp_path, module, function, code):
+def test_sigterm_before_the_first_step_loses_nothing(finished_run, tmp_path, module, function, code):
     succeed(train(tmp_path, training__n_iters=12))
     hook = TERMINATE_AT.format(module=module, function=function)
     if function == "LossWatch":
         hook = hook.replace("import training.divergence as module", "import training.loop as module")
     assert train(tmp_path, hook=hook).returncode == code
     succeed(train(tmp_path))
-    assert_same_end(tmp_path, unbroken)
+    assert_same_end(tmp_path, finished_run)
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_is_full_in_training(unbroken, tmp_path):
+def test_a_disk_that_is_full_in_training(finished_run, tmp_path):
     """Log, loss curve and TensorBoard go on without; a checkpoint that cannot be written ends the run. Then resume."""
     with disks.small_disk(tmp_path / "disk", 700) as resize:
         workdir = tmp_path / "disk" / "run"
@@ -156,7 +148,7 @@ def test_a_disk_that_is_full_in_training(unbroken, tmp_path):
         resize(16_000)
         result = succeed(train(workdir))
         assert f"restored step {reached} from" in result.stderr
-        assert_same_end(workdir, unbroken)
+        assert_same_end(workdir, finished_run)
 
 
 # Has the system refuse every file beyond a size from step 14 on.
@@ -174,16 +166,16 @@ progress.TrainingProgress.record = record_and_limit
 
 
 @pytest.mark.exhaustive
-def test_a_checkpoint_that_the_system_refuses(unbroken, tmp_path):
+def test_a_checkpoint_that_the_system_refuses(finished_run, tmp_path):
     """The same without a disk of its own."""
     hook = WAIT_FOR_SNAPSHOT.format(workdir=str(tmp_path)) + LIMIT_AT_14
     refuse(train(tmp_path, hook=hook), "File too large; raise the limit on the size of a file (ulimit -f)")
     assert "restored step 12 from" in succeed(train(tmp_path)).stderr
-    assert_same_end(tmp_path, unbroken)
+    assert_same_end(tmp_path, finished_run)
 
 
 @pytest.mark.exhaustive
-def test_a_disk_that_is_full_when_the_grid_is_drawn(unbroken, tmp_path):
+def test_a_disk_that_is_full_when_the_grid_is_drawn(finished_run, tmp_path):
     """Training goes on without it, and makes the checkpoints for which there is room."""
     with disks.small_disk(tmp_path / "disk", 16_000):
         workdir = tmp_path / "disk" / "run"
@@ -203,14 +195,14 @@ ScoreTrainer.after_snapshot = draw_and_make_room
         assert "no samples of step 12: " in result.stderr
         assert "No space left on device; free some space there" in result.stderr
         assert not (workdir / "samples" / "iter_12" / "sample.npz").exists()
-        assert_same_end(workdir, unbroken)
+        assert_same_end(workdir, finished_run)
 
 
 @pytest.mark.exhaustive
-def test_a_workdir_that_may_not_be_written(unbroken, tmp_path):
+def test_a_workdir_that_may_not_be_written(finished_run, tmp_path):
     with disks.small_disk(tmp_path / "disk", 16_000):
         workdir = tmp_path / "disk" / "run"
-        shutil.copytree(unbroken, workdir)
+        shutil.copytree(finished_run, workdir)
         disks.make_read_only(tmp_path / "disk")
         refuse(train(workdir), f"cannot write in --workdir={workdir}: Read-only file system; choose a folder")
         refuse(tiny.run(evaluation(workdir)), f"cannot write in --workdir={workdir}: Read-only file system")
@@ -226,10 +218,10 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 @pytest.mark.exhaustive
-def test_a_workdir_of_somebody_else(unbroken, tmp_path):
+def test_a_workdir_of_somebody_else(finished_run, tmp_path):
     """As a user whom the permissions hold for; root may write everywhere."""
     closed = tmp_path / "closed"
-    shutil.copytree(unbroken, closed / "run")
+    shutil.copytree(finished_run, closed / "run")
     for folder in (closed, closed / "run"):
         folder.chmod(0o555)
     for workdir in (closed / "new", closed / "run"):
@@ -262,10 +254,10 @@ def test_a_workdir_that_vanishes(tmp_path, step, log_freq):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("damage", ["cut short", "flipped", "array deleted", "emptied", "folder deleted"])
-def test_a_damaged_last_checkpoint(unbroken, tmp_path, damage):
+def test_a_damaged_last_checkpoint(finished_run, tmp_path, damage):
     """The run resumes from the one before, and writes the number again; until then an evaluation says which."""
     workdir = tmp_path / "run"
-    shutil.copytree(unbroken, workdir)
+    shutil.copytree(finished_run, workdir)
     folder = workdir / "checkpoints" / "2"
     arrays = [path for path in folder.rglob("d/*") if path.is_file()]
     if damage == "cut short":
@@ -289,7 +281,7 @@ def test_a_damaged_last_checkpoint(unbroken, tmp_path, damage):
     assert f"restored step 20 from {workdir / 'checkpoints-meta'}" in result.stderr
     assert ("moved the damaged checkpoint 2 to" in result.stderr) == (damage != "folder deleted")
     assert (workdir / "checkpoints-damaged" / "checkpoints-2").exists() == (damage != "folder deleted")
-    assert_same_end(workdir, unbroken)
+    assert_same_end(workdir, finished_run)
 
 
 # --- the clock -------------------------------------------------------------------------------------------------------
@@ -313,7 +305,7 @@ progress.TrainingProgress.record = record_and_turn
 
 
 @pytest.mark.exhaustive
-def test_a_clock_that_goes_back(unbroken, tmp_path):
+def test_a_clock_that_goes_back(finished_run, tmp_path):
     """Checkpoints go by steps: the run that goes on after a kill takes the last step, not the latest time."""
     result = train(tmp_path, hook=CLOCK_BACK, training__n_iters=20)
     succeed(result)
@@ -325,7 +317,7 @@ def test_a_clock_that_goes_back(unbroken, tmp_path):
     assert all(rate >= 0 for rate in rates)
     assert sorted(path.name for path in (tmp_path / "checkpoints-meta").iterdir()) == ["16", "20"]
     assert "restored step 20 from" in succeed(train(tmp_path, hook=CLOCK_BACK)).stderr
-    assert_same_end(tmp_path, unbroken)
+    assert_same_end(tmp_path, finished_run)
 
 
 # --- steps that go wrong ---------------------------------------------------------------------------------------------
@@ -348,7 +340,7 @@ losses.make_train_step = make_poisoned
 
 
 @pytest.mark.exhaustive
-def test_a_loss_that_is_not_a_number(unbroken, tmp_path):
+def test_a_loss_that_is_not_a_number(finished_run, tmp_path):
     """Under "stop" the run says which step, where, and what is good; under "skip" it goes on to the end."""
     sentence = refuse(
         train(tmp_path, hook=POISON),
@@ -366,7 +358,7 @@ def test_a_loss_that_is_not_a_number(unbroken, tmp_path):
     assert "skipped 1 step(s), whose loss or gradient is not finite: 7" in result.stderr
     records = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record.get("skipped")] == [8]
-    undisturbed = [json.loads(line) for line in (unbroken / "losses.jsonl").read_text().splitlines()]
+    undisturbed = [json.loads(line) for line in (finished_run / "losses.jsonl").read_text().splitlines()]
     assert records[:3] == undisturbed[:3]
     assert [record["step"] for record in records] == [record["step"] for record in undisturbed]
     with checkpoints_of(tmp_path) as checkpoints:

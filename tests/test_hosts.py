@@ -48,14 +48,6 @@ def assert_same_losses(workdir, expected):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A run in this process, on one device."""
-    workdir = tmp_path_factory.mktemp("alone")
-    run_lib.train(tiny.make_config(**CHANGES), workdir)
-    return workdir
-
-
-@pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A run of two processes, of which the second alone got SIGTERM; the workdir, and the processes."""
     workdir = tmp_path_factory.mktemp("stopped")
@@ -87,20 +79,20 @@ def test_sigterm_of_one_process_stops_both_after_one_step(stopped):
     }
 
 
-def test_a_run_goes_on_with_another_number_of_processes_and_devices(stopped, resumed, alone, tmp_path):
+def test_a_run_goes_on_with_another_number_of_processes_and_devices(stopped, resumed, finished_run, tmp_path):
     """Two processes of two devices, then one of four, or one of one: the numbers of an undisturbed run on one."""
-    assert_same_losses(resumed, alone)
-    assert_close(state_of(resumed), state_of(alone))
+    assert_same_losses(resumed, finished_run)
+    assert_close(state_of(resumed), state_of(finished_run))
     shutil.copytree(stopped[0], tmp_path / "run")
     run_lib.train(tiny.make_config(**CHANGES), tmp_path / "run")
-    assert_same_losses(tmp_path / "run", alone)
-    assert_close(state_of(tmp_path / "run"), state_of(alone))
+    assert_same_losses(tmp_path / "run", finished_run)
+    assert_close(state_of(tmp_path / "run"), state_of(finished_run))
 
 
 @pytest.mark.exhaustive
-def test_two_processes_evaluate_as_one(alone, tmp_path):
+def test_two_processes_evaluate_as_one(finished_run, tmp_path):
     settings = CHANGES | {"eval__num_samples": 40, "eval__batch_size": 160}
-    shutil.copytree(alone, tmp_path / "run")
+    shutil.copytree(finished_run, tmp_path / "run")
     run_lib.evaluate(tiny.make_config(**settings), tmp_path / "run", "alone")
     processes.run(tiny.command("eval", tmp_path / "run", **settings), tmp_path)
     one, two = (json.loads((tmp_path / "run" / name / "report_2.json").read_text()) for name in ("alone", "eval"))
@@ -145,9 +137,9 @@ def test_a_process_killed_in_training_leaves_its_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize(("victim", "seconds"), [(0, 15), (1, SECONDS)])
-def test_the_end_of_one_process_ends_the_other(alone, tmp_path, victim, seconds):
+def test_the_end_of_one_process_ends_the_other(finished_run, tmp_path, victim, seconds):
     """One is killed while process 0 waits for a checkpoint, and process 1 for process 0: no device is at work."""
-    shutil.copytree(alone, tmp_path / "run")
+    shutil.copytree(finished_run, tmp_path / "run")
     waiting = {"eval__begin_ckpt": 3, "eval__end_ckpt": 3, "eval__wait_seconds": 1000.0, "eval__enable_sampling": False}
     with Processes(tiny.command("eval", tmp_path / "run", **CHANGES | waiting), tmp_path) as run:
         run.wait_for(lambda: "network ncsnpp" in run.text(0))
@@ -182,9 +174,9 @@ def environ_of_open_mpi(i):
         pytest.param(None, marks=pytest.mark.exhaustive),
     ],
 )
-def test_an_error_of_one_process_ends_both_with_its_message(alone, tmp_path, environ):
+def test_an_error_of_one_process_ends_both_with_its_message(finished_run, tmp_path, environ):
     """Both are asked for a checkpoint that is not there; process 1, which has no files, hears of it."""
-    shutil.copytree(alone, tmp_path / "run")
+    shutil.copytree(finished_run, tmp_path / "run")
     missing = {"eval__begin_ckpt": 3, "eval__end_ckpt": 3, "eval__enable_sampling": False}
     command = tiny.command("eval", tmp_path / "run", **CHANGES | missing)
     started_by = {"flags": False, "environ": environ} if environ else {}
@@ -226,10 +218,10 @@ MODES = {
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_do_in_every_mode_what_one_does(alone, tmp_path, mode):
+def test_two_processes_do_in_every_mode_what_one_does(finished_run, tmp_path, mode):
     """They write the files of one, and the arrays in them are the same but for rounding and for times."""
     for name in ("one", "two"):
-        shutil.copytree(alone, tmp_path / name)
+        shutil.copytree(finished_run, tmp_path / name)
     command = functools.partial(tiny.command, mode, **CHANGES | {"eval__batch_size": 40})
     result = tiny.run(command(tmp_path / "one", *MODES[mode]))
     assert result.returncode == 0, result.stderr[-3000:]

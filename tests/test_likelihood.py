@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from analytic import GOLDEN, MIX, MU, QUICK, S0, SDES, Mixture, load, make_score_fn, sde_of
+from cases import by_default
 
 import likelihood
 from configs import base
@@ -37,7 +38,7 @@ def moments(sde, t):
 
 
 @pytest.mark.parametrize("trace", likelihood.TRACES)
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", by_default(["vesde"], SDES))
 def test_agrees_with_the_density_of_gaussian_data(name, trace):
     """The Jacobian of the Gaussian score is a multiple of the identity: Rademacher probes are exact, too."""
     sde, num_probes = SDES[name], 500 if trace == "gaussian" else 1
@@ -94,7 +95,7 @@ def draw_from(mixture, num, seed=0):
     return mixture.means[component] + mixture.std * random.standard_normal((num, mixture.means.shape[1]))
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", by_default(["vesde", "vpsde"], SDES))
 def test_exact_trace_of_a_mixture(name):
     """Within 1e-3 nats per dimension of log p(x) of the mixture, noised to the time where the integration starts."""
     x = draw_from(CLUSTERS, 16).astype(np.float32).reshape(16, 2, 2, 3)

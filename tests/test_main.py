@@ -1,6 +1,7 @@
 """The command line: one sentence for each mistake, within seconds and before anything is compiled."""
 
 import contextlib
+import functools
 import inspect
 import os
 import subprocess
@@ -118,11 +119,9 @@ app.run(main.main, flags_parser=main.command_line.parse_flags)
 """
 
 
-def run_failing(statement, mode, *flags, **options):
+def failing(statement, mode, *flags):
     program = FAILING.format(statement=statement, mode=mode)
-    arguments = [sys.executable, "-c", program, *tiny.command(mode, "w")[2:4], f"--mode={mode}", *flags]
-    environment = tiny.environment() | {"PYTHONPATH": str(tiny.ROOT)}
-    return subprocess.run(arguments, env=environment, stderr=subprocess.PIPE, text=True, check=False, **options)
+    return [sys.executable, "-c", program, *tiny.command(mode, "w")[2:4], f"--mode={mode}", *flags]
 
 
 @pytest.mark.slow
@@ -139,7 +138,7 @@ def run_failing(statement, mode, *flags, **options):
 @pytest.mark.parametrize("mode", ["memory", "train"])
 def test_a_bug_shows_its_traceback_and_nothing_else_does(tmp_path, statement, code, message, mode):
     flags = [f"--workdir={tmp_path}"] if mode == "train" else []
-    result = run_failing(statement, mode, *flags, stdout=subprocess.DEVNULL)
+    result = tiny.run(failing(statement, mode, *flags))
     assert result.returncode == code
     assert message in result.stderr
     is_bug = "score_sde: " not in message
@@ -153,9 +152,12 @@ def test_a_bug_shows_its_traceback_and_nothing_else_does(tmp_path, statement, co
 def test_a_closed_pipe_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)
-    result = run_failing("pass", "memory", stdout=writing)
+    run = functools.partial(
+        subprocess.run, env=tiny.environment(), stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    result = run(failing("pass", "memory"))
     assert (result.returncode, result.stderr) == (141, "")
-    assert run_failing("pass", "memory", "--help", stdout=writing).stderr == ""
+    assert run(failing("pass", "memory", "--help")).stderr == ""
 
 
 @pytest.mark.slow
@@ -166,6 +168,12 @@ def test_a_platform_that_is_not_there_is_one_sentence(monkeypatch, platform):
     assert result.returncode == 1
     assert result.stderr.startswith(f"score_sde: JAX_PLATFORMS='{platform}' is not available: ")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("platform", ["cpuu", "tpu"])
+def test_the_doctor_examines_the_rest_without_the_platform(monkeypatch, platform):
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
     examined = tiny.run([sys.executable, "main.py", "--mode=doctor"])
     assert examined.returncode == 1
     assert f"BROKEN   platform             JAX_PLATFORMS='{platform}' is not available" in examined.stdout

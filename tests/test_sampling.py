@@ -74,7 +74,9 @@ def pairs():
                 # Alone, a corrector must follow the noise level down: more steps; ALD's shrink with the noise: longer.
                 alone = {"langevin": (400, 3, 0.16), "ald": (500, 4, 0.6)}.get(corrector)
                 steps = alone if predictor == "none" else (400, 1, 0.1)
-                yield pytest.param(sde, predictor, corrector, *steps, id=f"{name}-{predictor}-{corrector}")
+                is_usual = "none" in (predictor, corrector) or (name, predictor) == ("vpsde", "reverse_diffusion")
+                marks = [] if is_usual else [pytest.mark.exhaustive]
+                yield pytest.param(sde, predictor, corrector, *steps, id=f"{name}-{predictor}-{corrector}", marks=marks)
     # Noise does not fade towards t = 0 here, so that the last step must be short: N = 2000.
     yield pytest.param(OrnsteinUhlenbeck(), "reverse_diffusion", "langevin", 2000, 1, 0.05, id="ou")
     yield pytest.param(OrnsteinUhlenbeck(), "euler_maruyama", "ald", 2000, 1, 0.05, id="ou-ald")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 from analytic import MU, QUICK, S0, SDES, TRIANGLE, OrnsteinUhlenbeck, make_score_fn
+from cases import by_default
 
 import sampling
 import solvers
@@ -143,7 +144,7 @@ ORDERS = {"ddim": 1, "heun": 2, "dpmpp_2m": 2, "dpmpp_3m": 3, "unipc": 3, "deis"
 
 
 @pytest.mark.parametrize("method", ORDERS)
-@pytest.mark.parametrize("name", ORDER_SDES)
+@pytest.mark.parametrize("name", by_default(["vpsde"], ORDER_SDES))
 def test_ode_solvers_converge_with_their_order(name, method):
     with jax.enable_x64(True):
         errors = flow_errors(name, method)
@@ -209,9 +210,7 @@ WEAK = {
 
 
 @pytest.mark.parametrize("method", WEAK)
-@pytest.mark.parametrize(
-    "name", [name if name == "vpsde" else pytest.param(name, marks=pytest.mark.exhaustive) for name in ORDER_SDES]
-)
+@pytest.mark.parametrize("name", by_default(["vpsde"], ORDER_SDES))
 def test_weak_error_of_sde_solvers_falls_with_their_order(name, method):
     """E|x|^2 of the mixture, from its exact marginal at T; the error falls at least 2^(order - 0.4) times."""
     sde, (order, numbers) = ORDER_SDES[name], WEAK[method]
@@ -241,7 +240,8 @@ def moment_cases():
     """Every solver on the SDE that is defined here by its primitives alone; those that draw noise on all."""
     for method in (*solvers.FIXED_GRID, "adaptive_sde"):
         for name in SDES if method in RANDOM or method == "adaptive_sde" else ("ou",):
-            yield pytest.param(name, method, id=f"{method}-{name}")
+            marks = [] if name in ("ou", "vesde") else [pytest.mark.exhaustive]
+            yield pytest.param(name, method, id=f"{method}-{name}", marks=marks)
 
 
 @pytest.mark.parametrize(("name", "method"), list(moment_cases()))
@@ -321,7 +321,9 @@ def test_a_score_that_is_nan_ends_the_adaptive_solver_at_once():
 # --- keys, counts, transforms, refusals -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [*solvers.FIXED_GRID, "adaptive_sde"])
+@pytest.mark.parametrize(
+    "method", by_default(["heun", "unipc", "dpmpp_sde", "adaptive_sde"], [*solvers.FIXED_GRID, "adaptive_sde"])
+)
 def test_a_sample_depends_on_its_own_key_alone(method):
     """A batch of 8 equals 8 batches of 1; and the count is that of the calls."""
     sde, calls = VPSDE(), []

@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import forks
 
 from configs.vp import digits_ddpmpp_continuous
 
@@ -53,6 +56,20 @@ def command(mode, workdir, *flags, program="main.py", **changes):
     return [sys.executable, program, "--config", config, "--mode", mode, "--workdir", str(workdir), *overrides, *flags]
 
 
+# Runs main.py where importing TensorFlow fails: training, sampling and likelihood must not need it.
+WITHOUT_TENSORFLOW = """
+import runpy, sys
+sys.modules["tensorflow"] = sys.modules["tensorflow_gan"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def without_tensorflow(arguments):
+    """The same command line, without TensorFlow."""
+    return [arguments[0], "-c", WITHOUT_TENSORFLOW, *arguments[1:]]
+
+
 def environment(devices=1):
     """The environment of a run on that many CPU devices, which cannot reach the network."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # see conftest.py
@@ -61,6 +78,24 @@ def environment(devices=1):
 
 def run(arguments, *, devices=1, timeout=300):
     """Runs a command to its end."""
-    return subprocess.run(
-        arguments, cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    env = environment(devices)
+    if not forks.can_start(arguments, env):
+        return subprocess.run(
+            arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = forks.start(arguments, cwd=ROOT, env=env, stdout=stdout, stderr=stderr)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
+
+
+def succeed(arguments, **options):
+    """Runs a command to its end, which must be a good one."""
+    result = run(arguments, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
