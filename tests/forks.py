@@ -115,10 +115,14 @@ def _serve(connection):
                 request = connection.recv()
             except EOFError:
                 return None
+            reading, writing = os.pipe()
             process = os.fork()
             if process == 0:
-                return request
+                return request | {"opened": writing}
             running.add(process)
+            os.close(writing)
+            os.read(reading, 1)  # returns when the child has opened its streams, which the other side may then close
+            os.close(reading)
             connection.send(process)
         for process in list(running):
             done, status = os.waitpid(process, os.WNOHANG)
@@ -127,15 +131,16 @@ def _serve(connection):
                 connection.send((process, os.waitstatus_to_exitcode(status)))
 
 
-def _become(arguments, folder, environ, streams):
-    """Run a program in this process."""
+def _become(arguments, folder, environ, streams, opened):
+    """Run a program in this process; close `opened` when the streams are open."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
-    opened = os.open(os.devnull, os.O_RDONLY), *(os.open(path, os.O_WRONLY | os.O_APPEND) for path in streams)
-    for number, stream in enumerate(opened):
-        os.dup2(stream, number)
-        os.close(stream)
+    files = os.open(os.devnull, os.O_RDONLY), *(os.open(path, os.O_WRONLY | os.O_APPEND) for path in streams)
+    os.close(opened)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
     if arguments[0] == "-c":
         sys.argv, sys.path[0] = ["-c", *arguments[2:]], ""
         exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
