@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
-from configs.settings import check
+from configs.settings import check, image_shape
 from errors import UserError
 from parallel import distributed, rng
 from sources.base import Source
@@ -126,11 +126,6 @@ def _check_same_on_all(source: Source, split: str) -> None:
     chosen = np.unique(np.linspace(0, len(source) - 1, NUM_COMPARED).astype(np.int64))
     seen = {"number of images": len(source), f"hash of {len(chosen)} images": content_hash(source.images(chosen))}
     distributed.require_same({f"{name} of the {split} split": value for name, value in seen.items()})
-
-
-def image_shape(config: ConfigDict) -> tuple[int, int, int]:
-    """Return (height, width, channels) of the configured images."""
-    return config.data.image_size, config.data.image_width or config.data.image_size, config.data.num_channels
 
 
 # --- order -----------------------------------------------------------------------------------------------------------

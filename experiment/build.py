@@ -23,7 +23,7 @@ import datasets
 import losses
 import models
 import sde_lib
-from configs.settings import check, of_group
+from configs.settings import check, image_shape, of_group
 from dequantization import Dequantize, build_dequantization
 from experiment import programs, smoke, startup
 from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
@@ -75,7 +75,7 @@ class Experiment:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels."""
-        return datasets.image_shape(self.config)
+        return image_shape(self.config)
 
     @property
     def num_classes(self) -> int:
@@ -170,7 +170,7 @@ class Experiment:
 
 def check_sampling(config: ConfigDict, sde: SDE) -> None:
     """Check how samples are drawn, and of which classes if the network knows any; a guide may know others."""
-    build_sampler(config, sde, (1, *datasets.image_shape(config)))
+    build_sampler(config, sde, (1, *image_shape(config)))
     if num_classes_of(config):
         build_classifier_free(config, sde, build_labels(config))
 

@@ -18,11 +18,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from configs.settings import image_shape
 from errors import UserError
 from models import blocks, create_model, layers, normalization, refinenet, wideresnet
 from models.convolution import Conv
 from models.ddpm import DDPM
-from models.factory import image_size, num_classes_of
+from models.factory import num_classes_of
 
 Path = tuple[str, ...]
 
@@ -96,8 +97,7 @@ def _trace_layers(model: nn.Module, *inputs: Any) -> tuple[dict[Path, nn.Module]
 
 
 def _network_inputs(config: ConfigDict) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    shape = (1, *image_size(config), config.data.num_channels)
-    return jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    return jax.ShapeDtypeStruct((1, *image_shape(config)), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
 
 
 def trace_network(config: ConfigDict) -> tuple[dict[Path, nn.Module], dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 from ml_collections import ConfigDict
 
-from configs.settings import check
+from configs.settings import check, image_shape
 from errors import UserError
 from models.blocks import BlockOptions
 from models.ddpm import DDPM
@@ -24,11 +24,6 @@ from models.refinenet import RefineOptions
 from models.resample import require_halvings
 from models.wideresnet import BASE_WIDTHS, WideResNet
 from sde_lib import VESDE
-
-
-def image_size(config: ConfigDict) -> tuple[int, int]:
-    """Return height and width of the configured images, in pixels."""
-    return config.data.image_size, config.data.image_width or config.data.image_size
 
 
 def _noise_levels(config: ConfigDict) -> VESDE | None:
@@ -132,7 +127,7 @@ def _ncsnv2(config: ConfigDict, resolution: int, is_ncsn: bool = False) -> nn.Mo
         )
     if is_ncsn:
         _require_normalization(config, "InstanceNorm++")
-    require_halvings(image_size(config), layout.num_halvings)
+    require_halvings(image_shape(config)[:2], layout.num_halvings)
     if model.normalization == "GroupNorm":
         for width, _ in layout.stages:
             num_groups(width * model.nf, DDPM_GROUPS)
@@ -149,7 +144,7 @@ def _wideresnet(config: ConfigDict) -> nn.Module:
         raise UserError(
             f"model.num_classes={model.num_classes}: a classifier needs 2 or more; set the data set's number"
         )
-    require_halvings(image_size(config), len(BASE_WIDTHS) - 1)
+    require_halvings(image_shape(config)[:2], len(BASE_WIDTHS) - 1)
     return WideResNet(
         model.blocks_per_group, model.channel_multiplier, model.num_classes, model.remat, DTYPES[model.dtype]
     )

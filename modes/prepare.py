@@ -9,6 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import datasets
+from configs.settings import image_shape
 from experiment import smoke
 from sources import tfds_build
 from sources.base import ArraySource, Selection, Source
@@ -41,7 +42,7 @@ def prepare(config: ConfigDict) -> None:
         tfds_build.prepare(name, config.data.path)
     for split in ("train", "test"):
         source = datasets.build_source(config, split)
-        height, width, channels = datasets.image_shape(config)
+        height, width, channels = image_shape(config)
         logging.info(
             "%s: %s images of %dx%d pixels, %d channel(s), %d levels, %s; %s; %s",
             *(split, f"{len(source):,}", height, width, channels, source.num_levels),
