@@ -381,8 +381,8 @@ def build_labels(config: ConfigDict, *, guide_classes: int = 0) -> tuple[int, ..
     Raises:
       UserError: if labels are asked for that nothing knows, or the list is malformed.
     """
-    text = config.sampling.labels
-    known = [classes for classes in (num_classes_of(config), guide_classes) if classes]
+    text, num_classes = config.sampling.labels, num_classes_of(config.model.name, config.model.num_classes)
+    known = [classes for classes in (num_classes, guide_classes) if classes]
     if text and not known:
         raise UserError(
             f"sampling.labels={text!r}, but the network was trained without labels (model.num_classes=0) and no "
@@ -409,7 +409,7 @@ def build_classifier_free(config: ConfigDict, sde: SDE, labels: Sequence[int]) -
       UserError: if a setting is out of range, or there is nothing to guide or to guide to.
     """
     check(config, "sampling")
-    settings, num_classes = config.sampling, num_classes_of(config)
+    settings, num_classes = config.sampling, num_classes_of(config.model.name, config.model.num_classes)
     low, high = settings.guidance_interval
     if num_classes and labels:
         return functools.partial(

@@ -140,7 +140,7 @@ def match_parameters(config: ConfigDict) -> list[Leaf]:
     Raises:
       UserError: if it is conditioned on classes, which no network of the original is.
     """
-    if num_classes_of(config):
+    if num_classes_of(config.model.name, config.model.num_classes):
         raise UserError(
             f"model.num_classes={config.model.num_classes}: score_sde has no class-conditional networks, so there "
             "is nothing to import or export; set model.num_classes=0"

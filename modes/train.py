@@ -31,7 +31,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       DivergedError: if the loss becomes infinite or NaN.
     """
     config = smoke.resolve(config)
-    require_score_network(config)
+    require_score_network(config.model.name)
     loop.check_schedule(config)
     experiment = build_experiment(config)
     workdirs.check_writable(workdir)

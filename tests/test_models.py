@@ -357,17 +357,16 @@ def test_widths_are_checked_where_the_network_normalizes(combine, kind):
 )
 def test_labels_that_training_does_not_give_are_refused(settings):
     config = config_of(SMALL | settings)
-    config.training.continuous = False
-    factory.check_labels(config, create_model(config))
-    config.training.continuous = True
+    model = create_model(config)
+    factory.check_labels(model, continuous=False)
     with pytest.raises(ValueError, match=r"takes the label for the index of a level .* set training.continuous=False"):
-        factory.check_labels(config, create_model(config))
+        factory.check_labels(model, continuous=True)
 
 
 def test_a_network_that_is_told_sigma_needs_no_levels():
     config = config_of(SMALL | {"model.scale_by_sigma": True, "model.embedding_type": "fourier"})
     config.training.continuous = True
-    factory.check_labels(config, create_model(config))
+    factory.check_labels(create_model(config), continuous=True)
 
 
 class Constant(nn.Module):
@@ -384,16 +383,16 @@ def test_a_new_network_is_one_function_and_one_line(monkeypatch):
     monkeypatch.setitem(factory.NETWORKS, "constant", lambda config: Constant(config.model.nf))
     config = config_of(SMALL | {"model.name": "constant"})
     model = create_model(config)
-    factory.check_labels(config, model)
+    factory.check_labels(model, continuous=config.training.continuous)
     x = jnp.ones((2, 8, 8, 1))
     np.testing.assert_array_equal(model.init_with_output(jax.random.key(0), x, jnp.ones(2))[0], 8 * np.ones(x.shape))
 
 
 def test_a_classifier_is_no_score_network():
     config = config_of({"training.continuous": True, "data.image_size": 8} | CLASSIFIER)
-    factory.check_labels(config, create_model(config))  # it is told sigma in any case
+    factory.check_labels(create_model(config), continuous=True)  # it is told sigma in any case
     with pytest.raises(ValueError, match=r"'wideresnet_noise_conditional' is a classifier, .*networks: ddpm, ncsn, "):
-        factory.require_score_network(config)
+        factory.require_score_network(config.model.name)
 
 
 def test_depths_of_ncsnv2_are_those_of_their_resolutions():
