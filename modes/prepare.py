@@ -38,7 +38,7 @@ def prepare(config: ConfigDict) -> None:
       UserError: if a setting is wrong, or files, the network or TensorFlow are missing.
     """
     config = smoke.resolve(config)
-    if name := datasets.tfds_name(config):
+    if name := datasets.tfds_name(config.data.dataset, config.data.category):
         tfds_build.prepare(name, config.data.path)
     for split in ("train", "test"):
         source = datasets.build_source(config, split)
