@@ -80,7 +80,7 @@ def _warn_of_differences(config: ConfigDict, source: legacy.LegacyCheckpoint) ->
                 *(key, value, config[group][name], key, value),
             )
     try:
-        check_first_step(config, source.step)
+        check_first_step(source.step, config.training.n_jitted_steps)
     except UserError as error:
         logging.warning("to train further: %s", error)
 
