@@ -216,7 +216,7 @@ def build_sampler(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampl
     sampler = METHODS[config.sampling.method](config, sde, tuple(shape))
     if not config.sampling.clip:
         return sampler
-    bounds = data_range(config)
+    bounds = data_range(centered=config.data.centered)
 
     def sample(
         key: PRNGKeyArray, score_fn: ScoreFn, x_init: State | None = None, transform: StepTransform | None = None
@@ -331,9 +331,9 @@ def clip_prediction(score_fn: ScoreFn, sde: SDE, bounds: tuple[float, float]) ->
     return clipped
 
 
-def data_range(config: ConfigDict) -> tuple[float, float]:
+def data_range(*, centered: bool) -> tuple[float, float]:
     """Return the lowest and the highest value of an image in the network's range."""
-    return (-1.0 if config.data.centered else 0.0), 1.0
+    return (-1.0 if centered else 0.0), 1.0
 
 
 # --- labels of samples -----------------------------------------------------------------------------------------------

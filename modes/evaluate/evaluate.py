@@ -60,7 +60,7 @@ class Evaluator:
     @functools.cached_property
     def data(self) -> DataInfo:
         """Data set as the report describes it."""
-        return results.describe_data(self.config, self.train, self.test)
+        return results.describe_data(self.config.data.dataset, self.train, self.test)
 
     @property
     def contents(self) -> dict[str, str]:
