@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
-from configs.settings import check
+from configs.settings import check, image_shape
 from errors import UserError
 from parallel import distributed, rng
 from sources.base import Source
@@ -30,29 +30,28 @@ from sources.tfrecord import load_tfrecord
 from storage.files import content_hash
 
 NUM_COMPARED = 16  # images that hosts compare
-# Data sets of TFDS: their TFDS names.
-TFDS_NAMES: dict[str, Callable[[ConfigDict], str]] = {
-    "CIFAR10": lambda config: "cifar10",
-    "SVHN": lambda config: "svhn_cropped",
-    "MNIST": lambda config: "mnist",
-    "FASHION_MNIST": lambda config: "fashion_mnist",
-    "CELEBA": lambda config: "celeb_a",
-    "LSUN": lambda config: scene_name(config.data.category),
+# Data sets of TFDS: their TFDS names, but for LSUN, of which each scene has one.
+TFDS_NAMES = {
+    "CIFAR10": "cifar10",
+    "SVHN": "svhn_cropped",
+    "MNIST": "mnist",
+    "FASHION_MNIST": "fashion_mnist",
+    "CELEBA": "celeb_a",
 }
 
 # Every data set by its name in `data.dataset`: (configuration, "train" or "test") -> Source.
 SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
     "digits": lambda config, split: load_digits(split),
-    "folder": lambda config, split: load_folder(config.data.path, split, rules_of(config)),
+    "folder": lambda config, split: load_folder(config.data.path, split, _build_rules(config)),
     "npz": lambda config, split: load_npz_split(
         config.data.path, split, image_shape(config), config.data.num_levels, config.data.test_share
     ),
-    "CIFAR10": lambda config, split: _keep(config, load_tfds(tfds_name(config), split, config.data.path)),
-    "SVHN": lambda config, split: _keep(config, load_tfds(tfds_name(config), split, config.data.path)),
-    "MNIST": lambda config, split: _load_any(config, split),
-    "FASHION_MNIST": lambda config, split: _load_any(config, split),
-    "CELEBA": lambda config, split: _keep(config, load_celeba(split, config.data.image_size, config.data.path)),
-    "LSUN": lambda config, split: _keep(
+    "CIFAR10": lambda config, split: _build_cached(config, load_tfds(TFDS_NAMES["CIFAR10"], split, config.data.path)),
+    "SVHN": lambda config, split: _build_cached(config, load_tfds(TFDS_NAMES["SVHN"], split, config.data.path)),
+    "MNIST": lambda config, split: _build_any(config, split),
+    "FASHION_MNIST": lambda config, split: _build_any(config, split),
+    "CELEBA": lambda config, split: _build_cached(config, load_celeba(split, config.data.image_size, config.data.path)),
+    "LSUN": lambda config, split: _build_cached(
         config, load_lsun(config.data.category, split, config.data.image_size, config.data.path)
     ),
     "FFHQ": lambda config, split: load_tfrecord(config.data.tfrecords_path, image_shape(config)),
@@ -60,32 +59,27 @@ SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
 }
 
 
-def _keep(config: ConfigDict, source: TfdsSource) -> Source:
+def _build_cached(config: ConfigDict, source: TfdsSource) -> Source:
     return keep(source, image_shape(config), config.data.cache_gib)
 
 
-def _load_any(config: ConfigDict, split: str) -> Source:
-    return load_any(tfds_name(config), split, config.data.path, rules_of(config))
+def _build_any(config: ConfigDict, split: str) -> Source:
+    name = tfds_name(config.data.dataset, config.data.category)
+    return load_any(name, split, config.data.path, _build_rules(config))
 
 
-def rules_of(config: ConfigDict) -> Rules:
+def _build_rules(config: ConfigDict) -> Rules:
     """Return how `config.data` prepares pictures of any size and kind."""
     data = config.data
     fit = Fit(image_shape(config), data.resize, convert_channels=True, group="data")
     return Rules(fit, data.num_levels, data.strict, data.test_share, data.cache_gib)
 
 
-def tfds_name(config: ConfigDict) -> str:
-    """Return the TFDS name of the configured data set; empty if it is not one of TFDS."""
-    name = config.data.dataset
-    return name.removeprefix(PREFIX) if name.startswith(PREFIX) else TFDS_NAMES.get(name, lambda config: "")(config)
-
-
-def open_source(config: ConfigDict, split: str) -> Source:
-    """Open one split of the configured data set, unchecked (see `build_source`)."""
-    check(config, "data")
-    load = _load_any if config.data.dataset.startswith(PREFIX) else SOURCES[config.data.dataset]
-    return load(config, split)
+def tfds_name(dataset: str, category: str) -> str:
+    """Return the TFDS name of a data set, for LSUN of its category; empty if it is not one of TFDS."""
+    if dataset == "LSUN":
+        return scene_name(category)
+    return dataset.removeprefix(PREFIX) if dataset.startswith(PREFIX) else TFDS_NAMES.get(dataset, "")
 
 
 def build_source(config: ConfigDict, split: str) -> Source:
@@ -95,7 +89,9 @@ def build_source(config: ConfigDict, split: str) -> Source:
       config: experiment configuration; reads `config.data` and `config.model.num_classes`.
       split: "train" or "test".
     """
-    source = open_source(config, split)
+    check(config, "data")
+    build = _build_any if config.data.dataset.startswith(PREFIX) else SOURCES[config.data.dataset]
+    source = build(config, split)
     found, expected = source.images(np.array([0])).shape[1:], image_shape(config)
     if found != expected:
         raise UserError(
@@ -126,11 +122,6 @@ def _check_same_on_all(source: Source, split: str) -> None:
     chosen = np.unique(np.linspace(0, len(source) - 1, NUM_COMPARED).astype(np.int64))
     seen = {"number of images": len(source), f"hash of {len(chosen)} images": content_hash(source.images(chosen))}
     distributed.require_same({f"{name} of the {split} split": value for name, value in seen.items()})
-
-
-def image_shape(config: ConfigDict) -> tuple[int, int, int]:
-    """Return (height, width, channels) of the configured images."""
-    return config.data.image_size, config.data.image_width or config.data.image_size, config.data.num_channels
 
 
 # --- order -----------------------------------------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def build_loss(config: ConfigDict, sde: SDE, model: nn.Module) -> LossFn:
         objective is asked for with an SDE that has none or with a setting of the continuous ones, or labels would be
         left out never or always.
     """
-    training, num_classes = config.training, num_classes_of(config)
+    training, num_classes = config.training, num_classes_of(config.model.name, config.model.num_classes)
     check(config, "training")
     if training.importance_sampling and training.continuous and not training.likelihood_weighting:
         raise UserError(

@@ -216,7 +216,7 @@ def build_sampler(config: ConfigDict, sde: SDE, shape: tuple[int, ...]) -> Sampl
     sampler = METHODS[config.sampling.method](config, sde, tuple(shape))
     if not config.sampling.clip:
         return sampler
-    bounds = data_range(config)
+    bounds = data_range(centered=config.data.centered)
 
     def sample(
         key: PRNGKeyArray, score_fn: ScoreFn, x_init: State | None = None, transform: StepTransform | None = None
@@ -331,9 +331,9 @@ def clip_prediction(score_fn: ScoreFn, sde: SDE, bounds: tuple[float, float]) ->
     return clipped
 
 
-def data_range(config: ConfigDict) -> tuple[float, float]:
+def data_range(*, centered: bool) -> tuple[float, float]:
     """Return the lowest and the highest value of an image in the network's range."""
-    return (-1.0 if config.data.centered else 0.0), 1.0
+    return (-1.0 if centered else 0.0), 1.0
 
 
 # --- labels of samples -----------------------------------------------------------------------------------------------
@@ -381,8 +381,8 @@ def build_labels(config: ConfigDict, *, guide_classes: int = 0) -> tuple[int, ..
     Raises:
       UserError: if labels are asked for that nothing knows, or the list is malformed.
     """
-    text = config.sampling.labels
-    known = [classes for classes in (num_classes_of(config), guide_classes) if classes]
+    text, num_classes = config.sampling.labels, num_classes_of(config.model.name, config.model.num_classes)
+    known = [classes for classes in (num_classes, guide_classes) if classes]
     if text and not known:
         raise UserError(
             f"sampling.labels={text!r}, but the network was trained without labels (model.num_classes=0) and no "
@@ -409,7 +409,7 @@ def build_classifier_free(config: ConfigDict, sde: SDE, labels: Sequence[int]) -
       UserError: if a setting is out of range, or there is nothing to guide or to guide to.
     """
     check(config, "sampling")
-    settings, num_classes = config.sampling, num_classes_of(config)
+    settings, num_classes = config.sampling, num_classes_of(config.model.name, config.model.num_classes)
     low, high = settings.guidance_interval
     if num_classes and labels:
         return functools.partial(

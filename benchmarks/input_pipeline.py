@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 import checks
 import datasets
 from benchmarks import measure as measuring
+from configs.settings import image_shape
 from parallel import distributed
 
 MIB = 2**20
@@ -62,7 +63,7 @@ def measure(
         jax.block_until_ready(next(batches))
         calls += 1
         peaks = {name: max(value, peaks[name]) for name, value in memory().items()}
-    num_images, shape = calls * steps_per_call * batch_size, datasets.image_shape(config)
+    num_images, shape = calls * steps_per_call * batch_size, image_shape(config)
     return {
         "dataset": config.data.dataset,
         "num_images": len(source),

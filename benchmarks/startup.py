@@ -24,8 +24,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import checks
-import datasets
 from benchmarks import measure
+from configs.settings import image_shape
 from experiment import startup
 
 NUM_IMAGES = {"train": 512, "test": 64}
@@ -37,7 +37,7 @@ def write_images(folder: Path, config: ConfigDict) -> None:
     random = np.random.default_rng(0)
     folder.mkdir()
     for split, count in NUM_IMAGES.items():
-        levels = random.integers(0, config.data.num_levels, (count, *datasets.image_shape(config)), np.uint8)
+        levels = random.integers(0, config.data.num_levels, (count, *image_shape(config)), np.uint8)
         labels = {"labels": np.arange(count) % config.model.num_classes} if config.model.num_classes else {}
         np.savez(folder / f"{split}.npz", images=levels, **labels)
 

@@ -46,7 +46,6 @@ from errors import UserError
 from experiment import drawing
 from experiment.build import Experiment, build_experiment, map_train_steps
 from models import cpu
-from models.factory import num_classes_of
 from modes import memory
 from parallel import distributed
 
@@ -70,7 +69,7 @@ def forward_shapes(experiment: Experiment, batch_size: int, devices: tuple[int, 
     """Return the shapes of the arguments of the score for so many images on each device."""
     shape = lambda dtype, *shape: jax.ShapeDtypeStruct((*devices, *shape), dtype)  # noqa: E731
     params = jax.tree.map(lambda leaf: shape(leaf.dtype, *leaf.shape), jax.eval_shape(experiment.init_state).params)
-    labels = shape(jnp.int32, batch_size) if num_classes_of(experiment.config) else None
+    labels = shape(jnp.int32, batch_size) if experiment.num_classes else None
     return params, shape(jnp.float32, batch_size, *experiment.image_shape), shape(jnp.float32, batch_size), labels
 
 
@@ -90,7 +89,7 @@ def trace_program(experiment: Experiment, what: str) -> jax.stages.Traced:
         mapped, batch = map_train_steps(experiment), (settings.n_jitted_steps, settings.batch_size)
         levels = jax.ShapeDtypeStruct((*batch, *experiment.image_shape), jnp.uint8)
         labels = jax.ShapeDtypeStruct(batch, jnp.int32)
-        images = (levels, labels) if num_classes_of(experiment.config) else levels
+        images = (levels, labels) if experiment.num_classes else levels
         inputs = experiment.keys["train"], jax.eval_shape(experiment.init_state), images
     with cpu.for_platform("cuda"):
         return jax.jit(inspect.unwrap(mapped)).trace(*inputs)  # without the mapping over devices
@@ -127,7 +126,7 @@ def choose_params(experiment: Experiment, workdir: str | None) -> tuple[Any, str
 
 def random_images(experiment: Experiment, *shape: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Return levels uint8[*shape, H, W, C] and class labels int32[*shape]; None for a network without classes."""
-    classes = num_classes_of(experiment.config)
+    classes = experiment.num_classes
     levels = np.random.default_rng(1).integers(0, 256, (*shape, *experiment.image_shape), np.uint8)
     return levels, np.random.default_rng(2).integers(0, classes, shape, np.int32) if classes else None
 

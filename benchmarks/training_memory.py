@@ -25,7 +25,7 @@ CALLS = 3
 
 def measure(config: ConfigDict) -> dict[str, Any]:
     """Train a few calls on random images."""
-    train_loop.check_schedule(config)
+    train_loop.check_schedule("training", config.training)
     experiment, devices, settings = build_experiment(config), distributed.device_count(), config.training
     steps = memory.compile_training(experiment)
     predicted = memory.of_training(experiment, steps)

@@ -371,6 +371,11 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """Return (height, width, channels) of the configured images."""
+    return config.data.image_size, config.data.image_width or config.data.image_size, config.data.num_channels
+
+
 # --- checking --------------------------------------------------------------------------------------------------------
 
 

@@ -36,26 +36,26 @@ class Conditional(NamedTuple):
 Restoration = Callable[[ScoreFn, State], Conditional]
 
 
-def _colorize(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
+def _colorize(image_shape: ImageShape) -> Operator:
     if image_shape[2] < 2:
         raise UserError(f"restore.operator='colorize': images have {image_shape[2]} channel and are grey already")
     return operators.grayscale(image_shape)
 
 
-def _super_resolution(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
-    if any(size % settings.factor for size in image_shape[:2]):
+def _super_resolution(image_shape: ImageShape, factor: int, downsampling: str) -> Operator:
+    if any(size % factor for size in image_shape[:2]):
         raise UserError(
-            f"restore.factor={settings.factor}: expected a divisor of both {image_shape[0]} and "
+            f"restore.factor={factor}: expected a divisor of both {image_shape[0]} and "
             f"{image_shape[1]}, the height and width of the images"
         )
-    return operators.super_resolution(image_shape, settings.factor, settings.downsampling)
+    return operators.super_resolution(image_shape, factor, downsampling)
 
 
-def _fourier(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operator:
-    """Measure whole lines of frequencies: the lowest, and others at random."""
+def _fourier(image_shape: ImageShape, center: float, share: float, seed: int) -> Operator:
+    """Measure whole lines of frequencies: the lowest, and others at random; `center` and `share` of all lines."""
     H, W, _ = image_shape
-    num_lines = max(round(settings.fourier_share * W), 1)
-    num_center = min(max(round(settings.fourier_center * W), 1), num_lines)
+    num_lines = max(round(share * W), 1)
+    num_center = min(max(round(center * W), 1), num_lines)
     nearest = np.argsort(np.abs(np.fft.fftfreq(W)), kind="stable")
     others = np.random.Generator(np.random.Philox(seed)).permutation(nearest[num_center:])
     sampled = np.zeros((H, W))
@@ -67,13 +67,13 @@ def _fourier(settings: ConfigDict, image_shape: ImageShape, seed: int) -> Operat
 # Kinds of measurement by the name that `restore.operator` gives them: (settings, image shape, seed) -> Operator.
 OPERATORS: dict[str, Callable[[ConfigDict, ImageShape, int], Operator]] = {
     "inpaint": lambda settings, shape, seed: operators.inpainting(read_mask(settings.mask, shape, seed)),
-    "colorize": _colorize,
-    "super_resolution": _super_resolution,
+    "colorize": lambda settings, shape, seed: _colorize(shape),
+    "super_resolution": lambda settings, shape, seed: _super_resolution(shape, settings.factor, settings.downsampling),
     "gaussian_blur": lambda settings, shape, seed: operators.gaussian_blur(shape, settings.blur_std),
     "motion_blur": lambda settings, shape, seed: operators.motion_blur(
         shape, settings.blur_length, settings.blur_angle
     ),
-    "fourier": _fourier,
+    "fourier": lambda settings, shape, seed: _fourier(shape, settings.fourier_center, settings.fourier_share, seed),
 }
 
 
@@ -109,13 +109,14 @@ def build_operator(config: ConfigDict, image_shape: ImageShape) -> Operator:
     return OPERATORS[name](config.restore, image_shape, config.seed)
 
 
-def noise_in_range(config: ConfigDict) -> float:
+def noise_in_range(noise: float, *, centered: bool) -> float:
     """Return the standard deviation of the measurement's noise in the network's range, [-1, 1] or [0, 1]."""
-    return float(config.restore.noise) * (2.0 if config.data.centered else 1.0)
+    return float(noise) * (2.0 if centered else 1.0)
 
 
 def _build_projection(config: ConfigDict, sde: SDE, operator: Operator) -> Restoration:
-    settings, method, noise = config.restore, config.sampling.method, noise_in_range(config)
+    settings, method = config.restore, config.sampling.method
+    noise = noise_in_range(settings.noise, centered=config.data.centered)
     if method in ADAPTIVE:
         raise UserError(
             f"restore.method={settings.method!r} changes the steps of a sampler, and sampling.method={method!r} has "
@@ -145,7 +146,8 @@ def _build_projection(config: ConfigDict, sde: SDE, operator: Operator) -> Resto
 
 
 def _build_guidance(config: ConfigDict, sde: SDE, operator: Operator) -> Restoration:
-    settings, noise, scale = config.restore, noise_in_range(config), config.restore.scale
+    settings, scale, centered = config.restore, config.restore.scale, config.data.centered
+    noise = noise_in_range(settings.noise, centered=centered)
     if settings.method == "dps":
         weight = guidance.dps_weighting(sde, scale=scale, num_steps=config.model.num_scales)
     elif settings.method == "pigdm":
@@ -153,7 +155,7 @@ def _build_guidance(config: ConfigDict, sde: SDE, operator: Operator) -> Restora
         weight = guidance.pigdm_weighting(operator, sde, noise=noise, scale=scale, data_std=data_std)
     else:
         weight = guidance.mmps_weighting(operator, sde, noise=noise, scale=scale, num_steps=settings.cg_steps)
-    bounds = data_range(config) if settings.clip else None
+    bounds = data_range(centered=centered) if settings.clip else None
     return lambda score_fn, y: Conditional(
         guidance.guide(score_fn, operator, y, sde, weight, bounds=bounds), None, None
     )

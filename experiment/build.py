@@ -23,7 +23,7 @@ import datasets
 import losses
 import models
 import sde_lib
-from configs.settings import check, of_group
+from configs.settings import check, image_shape, of_group
 from dequantization import Dequantize, build_dequantization
 from experiment import programs, smoke, startup
 from likelihood import LIKELIHOOD_EPS, Likelihood, build_likelihood
@@ -75,12 +75,12 @@ class Experiment:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels."""
-        return datasets.image_shape(self.config)
+        return image_shape(self.config)
 
     @property
     def num_classes(self) -> int:
         """Classes that the score network is conditioned on; 0: none."""
-        return num_classes_of(self.config)
+        return num_classes_of(self.config.model.name, self.config.model.num_classes)
 
     @property
     def takes_labels(self) -> bool:
@@ -170,8 +170,8 @@ class Experiment:
 
 def check_sampling(config: ConfigDict, sde: SDE) -> None:
     """Check how samples are drawn, and of which classes if the network knows any; a guide may know others."""
-    build_sampler(config, sde, (1, *datasets.image_shape(config)))
-    if num_classes_of(config):
+    build_sampler(config, sde, (1, *image_shape(config)))
+    if num_classes_of(config.model.name, config.model.num_classes):
         build_classifier_free(config, sde, build_labels(config))
 
 
@@ -184,7 +184,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     check(config)
     sde = sde_lib.build_sde(config)
     model = models.create_model(config)
-    check_labels(config, model)
+    check_labels(model, continuous=config.training.continuous)
     check_sampling(config, sde)  # a bad sampler must not come to light after days of training
     scaler = datasets.build_scaler(config)
     is_bounded, eps = config.likelihood.bound_num_times != 0, LIKELIHOOD_EPS
@@ -210,7 +210,7 @@ def open_experiment(config: ConfigDict, workdir: str | Path) -> Experiment:
       UserError: if a setting is wrong, or the workdir holds another experiment.
     """
     config = smoke.resolve(config)
-    require_score_network(config)
+    require_score_network(config.model.name)
     experiment = build_experiment(config)
     workdirs.check_same_experiment(workdir, config)
     describe(experiment)

@@ -2,6 +2,7 @@
 
 from legacy.checkpoint import GROUPS, LegacyCheckpoint, Row, read_checkpoint, write_score_sde
 from legacy.parameters import Leaf, match_layers, match_parameters, params_from_score_sde, params_to_score_sde
+from legacy.torch_names import match_torch_parameters
 
 __all__ = [
     "GROUPS",
@@ -10,6 +11,7 @@ __all__ = [
     "Row",
     "match_layers",
     "match_parameters",
+    "match_torch_parameters",
     "params_from_score_sde",
     "params_to_score_sde",
     "read_checkpoint",

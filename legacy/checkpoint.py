@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
 
 from errors import UserError
 from legacy.msgpack_file import read_msgpack, write_msgpack
 from legacy.parameters import Leaf
 from legacy.torch_file import is_torch_file, read_torch
-from legacy.torch_names import TorchLeaf, match_torch_parameters, plain_name
+from legacy.torch_names import TorchLeaf, plain_name
 
 # Parameters, their average, and the first and second moments of Adam.
 GROUPS = ("params", "params_ema", "mu", "nu")
@@ -246,11 +245,11 @@ def _from_torch(content: Mapping[Any, Any], leaves: list[TorchLeaf]) -> LegacyCh
     )
 
 
-def read_checkpoint(path: str | Path, config: ConfigDict, leaves: list[Leaf]) -> LegacyCheckpoint:
+def read_checkpoint(path: str | Path, match_torch: Callable[[], list[TorchLeaf]]) -> LegacyCheckpoint:
     """Read a checkpoint of score_sde or score_sde_pytorch; its first bytes show which.
 
-    `leaves` are the network's parameters, see `match_parameters`. Names in a PyTorch file follow from `config`. Every
-    error is a UserError that names the file.
+    `match_torch` is `match_torch_parameters` of the network, called for a PyTorch file alone. Every error is a
+    UserError that names the file.
     """
     try:
         with open(path, "rb") as file:
@@ -259,7 +258,7 @@ def read_checkpoint(path: str | Path, config: ConfigDict, leaves: list[Leaf]) ->
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     try:
         if is_torch_file(start):
-            return _from_torch(read_torch(path), match_torch_parameters(config, leaves))
+            return _from_torch(read_torch(path), match_torch())
         return _from_msgpack(read_msgpack(path))
     except UserError as error:
         reason = str(error)

@@ -18,13 +18,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from configs import settings
 from errors import UserError
 from models import blocks, create_model, layers, normalization, refinenet, wideresnet
 from models.convolution import Conv
 from models.ddpm import DDPM
-from models.factory import image_size, num_classes_of
+from models.ncsnpp import NCSNpp
 
 Path = tuple[str, ...]
+ImageShape = tuple[int, int, int]  # height, width, channels
 
 
 class _Original(NamedTuple):
@@ -95,14 +97,13 @@ def _trace_layers(model: nn.Module, *inputs: Any) -> tuple[dict[Path, nn.Module]
     return calls, shapes
 
 
-def _network_inputs(config: ConfigDict) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    shape = (1, *image_size(config), config.data.num_channels)
-    return jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+def _network_inputs(image_shape: ImageShape) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
 
 
-def trace_network(config: ConfigDict) -> tuple[dict[Path, nn.Module], dict[str, Any]]:
-    """Return the layers of the configured network by path, in the order of calls, and the tree of parameter shapes."""
-    return _trace_layers(create_model(config), *_network_inputs(config))
+def trace_network(model: nn.Module, image_shape: ImageShape) -> tuple[dict[Path, nn.Module], dict[str, Any]]:
+    """Return the layers of a network by path, in the order of calls, and the tree of parameter shapes."""
+    return _trace_layers(model, *_network_inputs(image_shape))
 
 
 def match_layers(model: nn.Module, *inputs: Any) -> list[Leaf]:
@@ -134,18 +135,18 @@ def match_layers(model: nn.Module, *inputs: Any) -> list[Leaf]:
     return leaves
 
 
-def match_parameters(config: ConfigDict) -> list[Leaf]:
-    """List the parameters of the configured network.
+def match_parameters(model: nn.Module, image_shape: ImageShape) -> list[Leaf]:
+    """List the parameters of a network for images of shape (H, W, C).
 
     Raises:
       UserError: if it is conditioned on classes, which no network of the original is.
     """
-    if num_classes_of(config):
+    if isinstance(model, NCSNpp) and model.num_classes:
         raise UserError(
-            f"model.num_classes={config.model.num_classes}: score_sde has no class-conditional networks, so there "
+            f"model.num_classes={model.num_classes}: score_sde has no class-conditional networks, so there "
             "is nothing to import or export; set model.num_classes=0"
         )
-    return match_layers(create_model(config), *_network_inputs(config))
+    return match_layers(model, *_network_inputs(image_shape))
 
 
 def params_from_score_sde(config: ConfigDict, flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def params_from_score_sde(config: ConfigDict, flat: Mapping[str, Any]) -> dict[s
     Raises:
       UserError: naming parameters that are missing, left over, or of another shape.
     """
-    leaves = match_parameters(config)
+    leaves = match_parameters(create_model(config), settings.image_shape(config))
     _check_names({leaf.original for leaf in leaves}, set(flat))
     params = {}
     for leaf in leaves:
@@ -176,7 +177,7 @@ def params_to_score_sde(config: ConfigDict, params: Mapping[str, Any]) -> dict[s
     Raises:
       UserError: if `params` is not the tree of this network.
     """
-    leaves, flat = match_parameters(config), flatten_dict(dict(params))
+    leaves, flat = match_parameters(create_model(config), settings.image_shape(config)), flatten_dict(dict(params))
     _check_names({"/".join(leaf.path) for leaf in leaves}, {"/".join(path) for path in flat})
     return {leaf.original: _reshape(flat[leaf.path], leaf.original_shape) for leaf in leaves}
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import flax.linen as nn
 import numpy as np
-from ml_collections import ConfigDict
 
 from errors import UserError
-from legacy.parameters import Leaf, trace_network
+from legacy.parameters import ImageShape, Leaf, trace_network
+from models.ddpm import DDPM
+from models.ncsnpp import NCSNpp
+from models.normalization import NORMS
 
 WRAPPER = "module."  # prefix of DataParallel
 _PARAMETERS = {"kernel": "weight", "scale": "weight"}
@@ -31,22 +34,24 @@ class TorchLeaf(NamedTuple):
         return value if self.axes is None or value.ndim != len(self.axes) else value.transpose(self.axes)
 
 
-def match_torch_parameters(config: ConfigDict, leaves: list[Leaf]) -> list[TorchLeaf]:
-    """List the configured network's parameters, `leaves`, with their names in score_sde_pytorch, if it has them."""
-    name = config.model.name
-    if name == "ddpm" and not config.model.conditional:
+def match_torch_parameters(name: str, model: nn.Module, image_shape: ImageShape, leaves: list[Leaf]) -> list[TorchLeaf]:
+    """List the parameters of a network, `leaves`, with their names in score_sde_pytorch, if it has such a network.
+
+    `name` is that of the network here, for the message if it has not.
+    """
+    if isinstance(model, DDPM) and not model.conditional:
         raise UserError(
             "model.name='ddpm' with model.conditional=False: score_sde_pytorch conditions this network on the noise "
             "level anyway, so it is another network; set model.conditional=True"
         )
-    if name == "ddpm" and config.model.normalization != "GroupNorm":
+    if isinstance(model, DDPM) and model.block.norm != NORMS["GroupNorm"]:
         raise UserError("score_sde_pytorch has model.name='ddpm' only with model.normalization='GroupNorm'")
-    if name not in ("ncsnpp", "ddpm"):
+    if not isinstance(model, NCSNpp):  # DDPM is one
         raise UserError(
             f"model.name={name!r} is not supported for PyTorch checkpoints, only 'ncsnpp' and 'ddpm': "
             "score_sde_pytorch interpolates the feature maps of NCSN and NCSNv2 between other points"
         )
-    names = [path[0] for path in trace_network(config)[0] if len(path) == 1]
+    names = [path[0] for path in trace_network(model, image_shape)[0] if len(path) == 1]
     ordered = list(names)
     # PyTorch upsamples a growing output before the next image is made from the features; we do it after.
     for own in [own for own in ordered if f"{own}_norm" in names]:

@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 from ml_collections import ConfigDict
 
-from configs.settings import check
+from configs.settings import check, image_shape
 from errors import UserError
 from models.blocks import BlockOptions
 from models.ddpm import DDPM
@@ -26,23 +26,18 @@ from models.wideresnet import BASE_WIDTHS, WideResNet
 from sde_lib import VESDE
 
 
-def image_size(config: ConfigDict) -> tuple[int, int]:
-    """Return height and width of the configured images, in pixels."""
-    return config.data.image_size, config.data.image_width or config.data.image_size
-
-
-def _noise_levels(config: ConfigDict) -> VESDE | None:
+def _build_noise_levels(config: ConfigDict) -> VESDE | None:
     """Return the levels by whose sigma the output is divided; None if it is not."""
     model = config.model
     return VESDE(model.sigma_min, model.sigma_max, model.num_scales) if model.scale_by_sigma else None
 
 
-def _require_normalization(config: ConfigDict, only: str) -> None:
-    if config.model.normalization != only:
-        raise UserError(f"model.normalization={config.model.normalization!r}: this network has {only!r} only; set that")
+def _require_normalization(given: str, only: str) -> None:
+    if given != only:
+        raise UserError(f"model.normalization={given!r}: this network has {only!r} only; set that")
 
 
-def _unet(config: ConfigDict) -> dict[str, Any]:
+def _build_unet_fields(config: ConfigDict) -> dict[str, Any]:
     """Return what DDPM and NCSN++ take from the same settings, after checking it."""
     model, multiples = config.model, tuple(config.model.ch_mult)
     shrinkage = 2 ** (len(multiples) - 1)
@@ -70,8 +65,8 @@ def _unet(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def _ddpm(config: ConfigDict) -> nn.Module:
-    model, unet = config.model, _unet(config)
+def _build_ddpm(config: ConfigDict) -> nn.Module:
+    model, unet = config.model, _build_unet_fields(config)
     if model.normalization == "GroupNorm":
         for width in normalized_widths(model.nf, unet["ch_mult"], model.num_res_blocks, doubled_input=False):
             num_groups(width, DDPM_GROUPS)
@@ -85,18 +80,18 @@ def _ddpm(config: ConfigDict) -> nn.Module:
         norm=NORMS[model.normalization],
         remat=model.remat,
     )
-    return DDPM(**unet, block=block, noise_levels=_noise_levels(config))
+    return DDPM(**unet, block=block, noise_levels=_build_noise_levels(config))
 
 
-def _ncsnpp(config: ConfigDict) -> nn.Module:
+def _build_ncsnpp(config: ConfigDict) -> nn.Module:
     model, is_fourier = config.model, config.model.embedding_type == "fourier"
     if is_fourier and not config.training.continuous:
         raise UserError(
             "model.embedding_type='fourier' embeds log(sigma), but training.continuous=False labels noise levels by "
             "index; set model.embedding_type='positional' or training.continuous=True"
         )
-    unet = _unet(config)
-    _require_normalization(config, "GroupNorm")
+    unet = _build_unet_fields(config)
+    _require_normalization(model.normalization, "GroupNorm")
     doubled = model.progressive_input == "input_skip" and model.progressive_combine == "cat"
     for width in normalized_widths(model.nf, unet["ch_mult"], model.num_res_blocks, doubled):
         num_groups(width)
@@ -118,11 +113,11 @@ def _ncsnpp(config: ConfigDict) -> nn.Module:
         progressive_combine=model.progressive_combine,
         embedding_type=model.embedding_type,
         fourier_scale=model.fourier_scale,
-        noise_levels=None if is_fourier else _noise_levels(config),
+        noise_levels=None if is_fourier else _build_noise_levels(config),
     )
 
 
-def _ncsnv2(config: ConfigDict, resolution: int, is_ncsn: bool = False) -> nn.Module:
+def _build_ncsnv2(config: ConfigDict, resolution: int, is_ncsn: bool = False) -> nn.Module:
     """Build the network made for a resolution; NCSN conditions every normalization on one of `num_scales` labels."""
     model, layout = config.model, LAYOUTS[resolution]
     if model.num_classes:
@@ -131,8 +126,8 @@ def _ncsnv2(config: ConfigDict, resolution: int, is_ncsn: bool = False) -> nn.Mo
             "networks that can: ddpm, ncsnpp; or set model.num_classes=0"
         )
     if is_ncsn:
-        _require_normalization(config, "InstanceNorm++")
-    require_halvings(image_size(config), layout.num_halvings)
+        _require_normalization(model.normalization, "InstanceNorm++")
+    require_halvings(image_shape(config)[:2], layout.num_halvings)
     if model.normalization == "GroupNorm":
         for width, _ in layout.stages:
             num_groups(width * model.nf, DDPM_GROUPS)
@@ -140,16 +135,16 @@ def _ncsnv2(config: ConfigDict, resolution: int, is_ncsn: bool = False) -> nn.Mo
     options = RefineOptions(
         model.nonlinearity, model.interpolation, NORMS[model.normalization], num_classes=labels, remat=model.remat
     )
-    return NCSNv2(model.nf, layout, options, config.data.centered, _noise_levels(config), DTYPES[model.dtype])
+    return NCSNv2(model.nf, layout, options, config.data.centered, _build_noise_levels(config), DTYPES[model.dtype])
 
 
-def _wideresnet(config: ConfigDict) -> nn.Module:
+def _build_wideresnet(config: ConfigDict) -> nn.Module:
     model = config.model
     if model.num_classes < 2:
         raise UserError(
             f"model.num_classes={model.num_classes}: a classifier needs 2 or more; set the data set's number"
         )
-    require_halvings(image_size(config), len(BASE_WIDTHS) - 1)
+    require_halvings(image_shape(config)[:2], len(BASE_WIDTHS) - 1)
     return WideResNet(
         model.blocks_per_group, model.channel_multiplier, model.num_classes, model.remat, DTYPES[model.dtype]
     )
@@ -158,15 +153,15 @@ def _wideresnet(config: ConfigDict) -> nn.Module:
 Build = Callable[[ConfigDict], nn.Module]
 # Score networks by the name that `model.name` gives them.
 SCORE_NETWORKS: dict[str, Build] = {
-    "ddpm": _ddpm,
-    "ncsn": functools.partial(_ncsnv2, resolution=64, is_ncsn=True),
-    "ncsnpp": _ncsnpp,
-    "ncsnv2_64": functools.partial(_ncsnv2, resolution=64),
-    "ncsnv2_128": functools.partial(_ncsnv2, resolution=128),
-    "ncsnv2_256": functools.partial(_ncsnv2, resolution=256),
+    "ddpm": _build_ddpm,
+    "ncsn": functools.partial(_build_ncsnv2, resolution=64, is_ncsn=True),
+    "ncsnpp": _build_ncsnpp,
+    "ncsnv2_64": functools.partial(_build_ncsnv2, resolution=64),
+    "ncsnv2_128": functools.partial(_build_ncsnv2, resolution=128),
+    "ncsnv2_256": functools.partial(_build_ncsnv2, resolution=256),
 }
 # All networks; a classifier returns logits instead of a score.
-NETWORKS: dict[str, Build] = {**SCORE_NETWORKS, "wideresnet_noise_conditional": _wideresnet}
+NETWORKS: dict[str, Build] = {**SCORE_NETWORKS, "wideresnet_noise_conditional": _build_wideresnet}
 
 
 def create_model(config: ConfigDict) -> nn.Module:
@@ -183,23 +178,23 @@ def create_model(config: ConfigDict) -> nn.Module:
     return NETWORKS[config.model.name](config)
 
 
-def num_classes_of(config: ConfigDict) -> int:
-    """Return the number of classes that condition the score network; 0 if none do, or if it is a classifier."""
-    return config.model.num_classes if config.model.name in SCORE_NETWORKS else 0
+def num_classes_of(name: str, num_classes: int) -> int:
+    """Return the number of classes that condition the network of this name; 0 if it is a classifier."""
+    return num_classes if name in SCORE_NETWORKS else 0
 
 
-def require_score_network(config: ConfigDict) -> None:
-    """Raise a UserError if the network is a classifier."""
-    if config.model.name not in SCORE_NETWORKS:
+def require_score_network(name: str) -> None:
+    """Raise a UserError if the network of this name is a classifier."""
+    if name not in SCORE_NETWORKS:
         raise UserError(
-            f"model.name={config.model.name!r} is a classifier, which this mode cannot use; score networks: "
+            f"model.name={name!r} is a classifier, which this mode cannot use; score networks: "
             f"{', '.join(sorted(SCORE_NETWORKS))}"
         )
 
 
-def check_labels(config: ConfigDict, model: nn.Module) -> None:
+def check_labels(model: nn.Module, *, continuous: bool) -> None:
     """Raise a UserError if the network takes its label for the index of a level, but training is in continuous time."""
-    if config.training.continuous and getattr(model, "counts_levels", False):
+    if continuous and getattr(model, "counts_levels", False):
         raise UserError(
             "this network takes the label for the index of a level (model.scale_by_sigma=True, or "
             "model.name='ncsn'), which it is not with training.continuous=True; set training.continuous=False, or "

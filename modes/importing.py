@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def _warn_of_differences(config: ConfigDict, source: legacy.LegacyCheckpoint) ->
                 *(key, value, config[group][name], key, value),
             )
     try:
-        check_first_step(config, source.step)
+        check_first_step(source.step, config.training.n_jitted_steps)
     except UserError as error:
         logging.warning("to train further: %s", error)
 
@@ -103,8 +104,10 @@ def import_checkpoint(
       CheckpointError: if the workdir has that snapshot already.
     """
     workdir, experiment = Path(workdir), build_experiment(config)
-    leaves = legacy.match_parameters(config)
-    source = legacy.read_checkpoint(checkpoint, config, leaves)
+    network = experiment.model, experiment.image_shape
+    leaves = legacy.match_parameters(*network)
+    match_torch = functools.partial(legacy.match_torch_parameters, config.model.name, *network, leaves)
+    source = legacy.read_checkpoint(checkpoint, match_torch)
     rows = source.compare(leaves)
     mismatch = _mismatch(rows)
     if dry_run:
@@ -159,7 +162,7 @@ def export_checkpoint(config: ConfigDict, workdir: str | Path, checkpoint: str |
     try:
         legacy.write_score_sde(
             checkpoint,
-            legacy.match_parameters(config),
+            legacy.match_parameters(experiment.model, experiment.image_shape),
             {"params": state.params, "params_ema": state.params_ema, "mu": adam.mu, "nu": adam.nu},
             step=int(state.step),
             optimizer_step=int(adam.count),

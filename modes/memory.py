@@ -139,7 +139,7 @@ def report(experiment: Experiment) -> Iterator[str]:
 def memory(config: ConfigDict) -> None:
     """Print the memory that training and evaluation need on each device; compiles both and runs neither."""
     config = smoke.resolve(config)
-    require_score_network(config)
-    check_schedule(config)
+    require_score_network(config.model.name)
+    check_schedule("training", config.training)
     for line in report(build_experiment(config)):
         print(line, flush=True)

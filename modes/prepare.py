@@ -9,6 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import datasets
+from configs.settings import image_shape
 from experiment import smoke
 from sources import tfds_build
 from sources.base import ArraySource, Selection, Source
@@ -37,11 +38,11 @@ def prepare(config: ConfigDict) -> None:
       UserError: if a setting is wrong, or files, the network or TensorFlow are missing.
     """
     config = smoke.resolve(config)
-    if name := datasets.tfds_name(config):
+    if name := datasets.tfds_name(config.data.dataset, config.data.category):
         tfds_build.prepare(name, config.data.path)
     for split in ("train", "test"):
         source = datasets.build_source(config, split)
-        height, width, channels = datasets.image_shape(config)
+        height, width, channels = image_shape(config)
         logging.info(
             "%s: %s images of %dx%d pixels, %d channel(s), %d levels, %s; %s; %s",
             *(split, f"{len(source):,}", height, width, channels, source.num_levels),

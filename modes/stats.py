@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 import checks
 import datasets
-from configs.settings import affecting
+from configs.settings import affecting, image_shape
 from datasets import Scaler, build_scaler
 from errors import UserError
 from experiment import smoke
@@ -101,7 +101,7 @@ def measure(
 
 
 def _default_output(config: ConfigDict, split: str, source: datasets.Source) -> Path:
-    size = "x".join(map(str, datasets.image_shape(config)))
+    size = "x".join(map(str, image_shape(config)))
     data = re.sub(r"[^A-Za-z0-9.-]+", "_", config.data.dataset)  # "tfds:x/y" is no name of a file
     # All folders of pictures have one name: the fingerprint of the images tells them apart.
     name = f"{data}_{size}_{split}_{choose_extractor(config)}_{content_hash(source.fingerprint)[:8]}"

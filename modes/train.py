@@ -31,8 +31,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       DivergedError: if the loss becomes infinite or NaN.
     """
     config = smoke.resolve(config)
-    require_score_network(config)
-    loop.check_schedule(config)
+    require_score_network(config.model.name)
+    loop.check_schedule("training", config.training)
     experiment = build_experiment(config)
     workdirs.check_writable(workdir)
     workdirs.check_same_experiment(workdir, config)
@@ -59,7 +59,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path) -> None:
       CheckpointError: if all checkpoints of the classifier are damaged.
     """
     config = smoke.resolve(config)
-    loop.check_schedule(config, "classifier")
+    loop.check_schedule("classifier", config.classifier)
     workdirs.check_same_experiment(workdir, config)
     with locks.hold(Path(workdir) / FOLDER):
         sources = (datasets.build_source(config, split) for split in ("train", "test"))

@@ -20,14 +20,10 @@ from solvers.interface import Sampler, StepResult, StepTransform
 __all__ = ["ADAPTIVE", "FIXED_GRID", "SOLVERS", "Sampler", "Solver", "StepResult", "StepTransform"]
 
 GREY_LEVELS = 256  # that `sampling.adaptive_levels` counts in, whatever the data's number of levels is
-DEFAULT_ORDER = {"deis": 3, "unipc": 2}
+DEIS_ORDER, UNIPC_ORDER = 3, 2  # with `sampling.solver_order=0`
 
 
-def _order(settings: ConfigDict) -> int:
-    return int(settings.solver_order or DEFAULT_ORDER[settings.method])
-
-
-def _heun(settings: ConfigDict, sde: SDE, grid: noise_levels.NoiseLevels) -> Solver:
+def _build_heun(settings: ConfigDict, sde: SDE, grid: noise_levels.NoiseLevels) -> Solver:
     return runge_kutta.heun(
         grid,
         sde,
@@ -40,14 +36,14 @@ def _heun(settings: ConfigDict, sde: SDE, grid: noise_levels.NoiseLevels) -> Sol
 
 FIXED_GRID: dict[str, Callable[[ConfigDict, SDE, noise_levels.NoiseLevels], Solver]] = {
     "ddim": lambda settings, sde, grid: multistep.ddim(grid, eta=settings.eta),
-    "deis": lambda settings, sde, grid: multistep.deis(grid, sde, order=_order(settings)),
+    "deis": lambda settings, sde, grid: multistep.deis(grid, sde, order=settings.solver_order or DEIS_ORDER),
     "dpmpp_2m": lambda settings, sde, grid: multistep.dpmpp_2m(grid),
     "dpmpp_3m": lambda settings, sde, grid: multistep.dpmpp_3m(grid),
     "dpmpp_sde": lambda settings, sde, grid: multistep.dpmpp_sde(grid),
-    "heun": _heun,
+    "heun": _build_heun,
     "rk4": lambda settings, sde, grid: runge_kutta.rk4(grid, sde),
     "stochastic_heun": lambda settings, sde, grid: runge_kutta.stochastic_heun(grid),
-    "unipc": lambda settings, sde, grid: multistep.unipc(grid, order=_order(settings)),
+    "unipc": lambda settings, sde, grid: multistep.unipc(grid, order=settings.solver_order or UNIPC_ORDER),
 }
 
 

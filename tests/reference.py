@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
+from configs.settings import image_shape
+from models import create_model
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -27,6 +30,11 @@ def config_of(settings: Mapping[str, Any]) -> ConfigDict:
         if key in config[room]:
             config[room][key] = type(config[room][key])(value)
     return config
+
+
+def model_and_shape(config: ConfigDict) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Returns the configured network and the shape (H, W, C) of its images."""
+    return create_model(config), image_shape(config)
 
 
 def _to_bfloat16(value: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The shape of the code: imports run one way, one file knows the devices, TensorFlow stays out."""
+"""The shape of the code: imports run one way, builders and modes read `config`, one file knows the devices."""
 
 import ast
 
@@ -56,6 +56,37 @@ def test_imports_run_one_way():
         for name in set(imports(path)) - {own}:
             assert name != "benchmarks", f"{path} imports {name}"
             assert FLOOR_OF.get(name, -1) < FLOOR_OF.get(own, 0), f"{path} imports {name}"
+
+
+# Functions that take `config` besides modes and those called build_*.
+TAKE_CONFIG = {
+    "models.create_model",  # builders of another name
+    "experiment.open_experiment",
+    "experiment.check_sampling",
+    "legacy.params_from_score_sde",
+    "legacy.params_to_score_sde",
+    "classifier.train_classifier",  # a mode
+    "classifier.classifier_config",  # make, compare or record a configuration as a whole
+    "experiment.resolve",
+    "experiment.shrink",
+    "workdir.check_same_experiment",
+    "workdir.record_config",
+    "workdir.open_folder",
+}
+
+
+def test_config_is_read_by_builders_and_modes():
+    """What is below them takes plain values."""
+    found = set()
+    for path in SOURCES:
+        if room(path) in {"benchmarks", "configs", "modes"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and not node.name.removeprefix("_").startswith("build_"):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if any(each.annotation and "ConfigDict" in ast.unparse(each.annotation) for each in arguments):
+                    found.add(f"{room(path)}.{node.name}")
+    assert found == TAKE_CONFIG
 
 
 def test_one_file_maps_over_devices():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from reference import config_of
+from reference import config_of, model_and_shape
 
 import datasets
 import legacy
@@ -79,7 +79,7 @@ def test_the_label_is_added_to_the_embedding_of_the_noise_level():
 def test_the_original_has_no_such_networks():
     config = config_of({"model.num_classes": 3})
     with pytest.raises(ValueError, match=r"model.num_classes=3: score_sde has no class-conditional networks"):
-        legacy.match_parameters(config)
+        legacy.match_parameters(*model_and_shape(config))
 
 
 # --- labels in training ----------------------------------------------------------------------------------------------

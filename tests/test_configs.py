@@ -109,7 +109,7 @@ def test_a_leaf_tells_its_row_and_its_command(leaf):
 @pytest.mark.parametrize("leaf", CLASSIFIERS)
 def test_a_classifier_is_no_score_network(leaf):
     with pytest.raises(ValueError, match="is a classifier, which this mode cannot use"):
-        require_score_network(load(leaf))
+        require_score_network(load(leaf).model.name)
 
 
 def test_cifar10_ncsnpp_has_the_published_size():

@@ -71,8 +71,8 @@ def test_the_numbers_do_not_depend_on_the_devices(measured, devices):
 @pytest.mark.parametrize(
     ("group", "check"),
     [
-        ("training", train_loop.check_schedule),
-        ("classifier", lambda config: train_loop.check_schedule(config, "classifier")),
+        ("training", lambda config: train_loop.check_schedule("training", config.training)),
+        ("classifier", lambda config: train_loop.check_schedule("classifier", config.classifier)),
         ("eval", eval_loop.check_evaluation),
     ],
 )

@@ -9,6 +9,7 @@ import tiny
 from fake_features import make_source
 
 import datasets
+from configs.settings import image_shape
 from metrics.metric import Metric
 from modes.evaluate import evaluate as eval_loop
 from modes.evaluate.evaluate import Evaluator, other_reports
@@ -18,7 +19,8 @@ from workdir.folder import WorkdirError
 
 
 def evaluator(**changes):
-    return Evaluator(SimpleNamespace(config=tiny.make_config(**changes), scaler=SimpleNamespace(num_levels=17)))
+    config, scaler = tiny.make_config(**changes), SimpleNamespace(num_levels=17)
+    return Evaluator(SimpleNamespace(config=config, scaler=scaler, image_shape=image_shape(config)))
 
 
 # --- changed data ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import msgpack
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from reference import ReferenceNetwork, config_of
+from reference import ReferenceNetwork, config_of, model_and_shape
 
 import legacy
 from legacy.msgpack_file import read_msgpack, write_msgpack
@@ -34,7 +34,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def flat(config):
-    leaves = legacy.match_parameters(config)
+    leaves = legacy.match_parameters(*model_and_shape(config))
     return {
         leaf.original: np.arange(np.prod(leaf.original_shape), dtype=np.float32).reshape(leaf.original_shape) + i
         for i, leaf in enumerate(leaves)
@@ -63,7 +63,7 @@ def test_shapes_are_translated_without_values(config, flat):
 
 
 def test_names_follow_the_order_of_calls(config):
-    originals = {"/".join(leaf.path): leaf.original for leaf in legacy.match_parameters(config)}
+    originals = {"/".join(leaf.path): leaf.original for leaf in legacy.match_parameters(*model_and_shape(config))}
     assert originals["input/kernel"] == "Conv_0/kernel"
     assert originals["down0_block0/conv2/bias"] == "ResnetBlockDDPMpp_0/Conv_1/bias"
     assert originals["down0_resample/conv/kernel"] == "Downsample_0/Conv2d_0/weight"
@@ -97,7 +97,8 @@ def test_tree_is_that_of_the_network(config, flat):
 
 def test_image_width_does_not_change_names():
     network = ReferenceNetwork("ncsnpp_opt_nonsquare")
-    assert {leaf.original for leaf in legacy.match_parameters(network.config)} == set(network.gradient_norms())
+    leaves = legacy.match_parameters(*model_and_shape(network.config))
+    assert {leaf.original for leaf in leaves} == set(network.gradient_norms())
 
 
 def test_missing_and_unknown_parameters_are_named(config, flat):
@@ -118,10 +119,9 @@ def test_wrong_shape_is_named(config, flat):
 
 def torch_names(settings):
     config = config_of(settings)
-    leaves = legacy.match_parameters(config)
-    return {
-        "/".join(leaf.path): torch for leaf, torch in zip(leaves, match_torch_parameters(config, leaves), strict=True)
-    }
+    leaves = legacy.match_parameters(*model_and_shape(config))
+    torch_leaves = match_torch_parameters(config.model.name, *model_and_shape(config), leaves)
+    return {"/".join(leaf.path): torch for leaf, torch in zip(leaves, torch_leaves, strict=True)}
 
 
 def test_pytorch_counts_layers_as_its_constructor_makes_them():
@@ -182,12 +182,13 @@ def test_names_of_other_versions_and_wrappers_are_understood():
     [
         ({"model.name": "ncsnv2_64", "model.normalization": "InstanceNorm++"}, "'ncsnv2_64' is not supported for PyT"),
         ({"model.name": "ddpm", "model.nf": 32, "model.conditional": False}, "set model.conditional=True"),
+        ({"model.name": "ddpm", "model.normalization": "InstanceNorm"}, "only with model.normalization='GroupNorm'"),
     ],
 )
 def test_networks_that_pytorch_computes_otherwise_are_refused(settings, message):
     config = config_of(SETTINGS | settings)
     with pytest.raises(ValueError, match=message):
-        match_torch_parameters(config, [])
+        match_torch_parameters(config.model.name, *model_and_shape(config), [])
 
 
 # --- files that are not to be trusted --------------------------------------------------------------------------------

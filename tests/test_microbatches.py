@@ -175,7 +175,7 @@ def test_microbatches_that_do_not_divide_are_refused(monkeypatch, group, changes
     monkeypatch.setattr(distributed, "device_count", lambda: devices)
     config = tiny.make_config(**{f"{group}__{name}": value for name, value in changes.items()})
     with pytest.raises(ValueError, match=message):
-        train_loop.check_schedule(config, group)
+        train_loop.check_schedule(group, config[group])
 
 
 # --- in place --------------------------------------------------------------------------------------------------------

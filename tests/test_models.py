@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
-from reference import GOLDEN, ReferenceNetwork, config_of
+from reference import GOLDEN, ReferenceNetwork, config_of, model_and_shape
 
 import legacy
 from models import create_model, factory, layers, ncsnpp, ncsnv2, normalization, wideresnet
@@ -52,7 +52,7 @@ def _example_max(x):
 
 
 def _reference_params(network):
-    leaves = legacy.match_parameters(network.config)
+    leaves = legacy.match_parameters(*model_and_shape(network.config))
     flat = {leaf.original: network.parameter(leaf.original, leaf.original_shape) for leaf in leaves}
     return legacy.params_from_score_sde(network.config, flat)
 
@@ -163,7 +163,7 @@ def test_any_number_of_channels(channels):
 def test_attention_compares_the_height():
     # Images of 16x8: the levels are 16x8 and 8x4, and only the first has width 8.
     config = config_of(SMALL | {"data.image_size": 16, "data.image_width": 8, "model.attn_resolutions": (8,)})
-    names = {leaf.path[0] for leaf in legacy.match_parameters(config)}
+    names = {leaf.path[0] for leaf in legacy.match_parameters(*model_and_shape(config))}
     assert {"down1_attention0", "up1_attention", "middle_attention"} <= names
     assert not {"down0_attention0", "up0_attention"} & names
 
@@ -209,7 +209,7 @@ def _tree(model_settings, data_settings):
     config = config_of({f"model.{key}": value for key, value in model_settings})
     config.data.update(dict(data_settings))
     config.training.continuous = True
-    return legacy.match_parameters(config)
+    return legacy.match_parameters(*model_and_shape(config))
 
 
 def _frozen(room):
@@ -341,7 +341,7 @@ def test_widths_are_checked_where_the_network_normalizes(combine, kind):
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
-        legacy.match_parameters(config)
+        legacy.match_parameters(*model_and_shape(config))
     assert seen == ncsnpp.normalized_widths(8, (1, 3, 2), 2, combine == "cat")
 
 
@@ -357,17 +357,16 @@ def test_widths_are_checked_where_the_network_normalizes(combine, kind):
 )
 def test_labels_that_training_does_not_give_are_refused(settings):
     config = config_of(SMALL | settings)
-    config.training.continuous = False
-    factory.check_labels(config, create_model(config))
-    config.training.continuous = True
+    model = create_model(config)
+    factory.check_labels(model, continuous=False)
     with pytest.raises(ValueError, match=r"takes the label for the index of a level .* set training.continuous=False"):
-        factory.check_labels(config, create_model(config))
+        factory.check_labels(model, continuous=True)
 
 
 def test_a_network_that_is_told_sigma_needs_no_levels():
     config = config_of(SMALL | {"model.scale_by_sigma": True, "model.embedding_type": "fourier"})
     config.training.continuous = True
-    factory.check_labels(config, create_model(config))
+    factory.check_labels(create_model(config), continuous=True)
 
 
 class Constant(nn.Module):
@@ -384,16 +383,16 @@ def test_a_new_network_is_one_function_and_one_line(monkeypatch):
     monkeypatch.setitem(factory.NETWORKS, "constant", lambda config: Constant(config.model.nf))
     config = config_of(SMALL | {"model.name": "constant"})
     model = create_model(config)
-    factory.check_labels(config, model)
+    factory.check_labels(model, continuous=config.training.continuous)
     x = jnp.ones((2, 8, 8, 1))
     np.testing.assert_array_equal(model.init_with_output(jax.random.key(0), x, jnp.ones(2))[0], 8 * np.ones(x.shape))
 
 
 def test_a_classifier_is_no_score_network():
     config = config_of({"training.continuous": True, "data.image_size": 8} | CLASSIFIER)
-    factory.check_labels(config, create_model(config))  # it is told sigma in any case
+    factory.check_labels(create_model(config), continuous=True)  # it is told sigma in any case
     with pytest.raises(ValueError, match=r"'wideresnet_noise_conditional' is a classifier, .*networks: ddpm, ncsn, "):
-        factory.require_score_network(config)
+        factory.require_score_network(config.model.name)
 
 
 def test_depths_of_ncsnv2_are_those_of_their_resolutions():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from reference import ReferenceNetwork
+from reference import ReferenceNetwork, model_and_shape
 from test_models import SMALL, _jit, _reference_params, config_of
 
 import datasets
@@ -122,7 +122,7 @@ def check_dtypes(forward, backward, num_embeddings, nonlinearity):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_is_bfloat16_and_what_is_not(name):
     config, params, arrays = network_of(name)
-    calls, _ = legacy.parameters.trace_network(config)
+    calls, _ = legacy.parameters.trace_network(*model_and_shape(config))
     num_embeddings = sum(type(layer) is layers.Dense for layer in calls.values())
     evaluate, inputs = build(name, dtype="bfloat16"), (params, arrays["x"])
     backward = functools.partial(jax.value_and_grad(evaluate, (0, 1), has_aux=True))
@@ -272,7 +272,7 @@ def small(name, **settings):
     of_kind |= {"model.normalization": "InstanceNorm++"} if name.startswith("ncsnv2") or name == "ncsn" else {}
     of_kind |= {"model.blocks_per_group": 1, "model.channel_multiplier": 1}
     config = config_of(SMALL | of_kind | {f"model.{key}": value for key, value in settings.items()})
-    calls, shapes = legacy.parameters.trace_network(config)
+    calls, shapes = legacy.parameters.trace_network(*model_and_shape(config))
     return config, [(path, type(layer)) for path, layer in calls.items()], shapes
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import logging
-from ml_collections import ConfigDict
 
 import datasets
 from errors import UserError
@@ -28,20 +27,23 @@ FREQUENCIES = ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_pree
 SIGTERM_EXIT_CODE = 143  # 128 + 15: what shells and schedulers report for a job that SIGTERM ended
 
 
-def check_schedule(config: ConfigDict, group: str = "training") -> None:
-    """Check that everything that happens between compiled calls falls between them; see `Experiment.group`."""
-    settings, steps = config[group], config[group].n_jitted_steps
+def check_schedule(group: str, schedule: Mapping[str, Any]) -> None:
+    """Check that everything that happens between compiled calls falls between them.
+
+    `schedule` has the settings of a training by name, `group` is where they are from; see `Experiment.schedule`.
+    """
+    steps, batch_size = schedule["n_jitted_steps"], schedule["batch_size"]
     for name in FREQUENCIES:
-        freq = settings[name]
+        freq = schedule[name]
         if freq % steps:
             raise UserError(
                 f"{group}.{name}={freq} is not a multiple of {group}.n_jitted_steps={steps}, the steps of one "
                 f"compiled call; the nearest that is: {max(round(freq / steps), 1) * steps}"
             )
-    if settings.n_iters < steps:
-        raise UserError(f"{group}.n_iters={settings.n_iters} is less than {group}.n_jitted_steps={steps}")
-    distributed.check_batch_size(f"{group}.batch_size", settings.batch_size)
-    _check_microbatches(f"{group}.microbatches", settings.microbatches, settings.batch_size)
+    if schedule["n_iters"] < steps:
+        raise UserError(f"{group}.n_iters={schedule['n_iters']} is less than {group}.n_jitted_steps={steps}")
+    distributed.check_batch_size(f"{group}.batch_size", batch_size)
+    _check_microbatches(f"{group}.microbatches", schedule["microbatches"], batch_size)
 
 
 def _check_microbatches(name: str, microbatches: int, batch_size: int) -> None:
@@ -56,13 +58,12 @@ def _check_microbatches(name: str, microbatches: int, batch_size: int) -> None:
         )
 
 
-def check_first_step(config: ConfigDict, step: int, group: str = "training") -> None:
+def check_first_step(step: int, n_jitted_steps: int, group: str = "training") -> None:
     """Check that resuming at `step` still hits every log, eval and checkpoint step."""
-    steps = config[group].n_jitted_steps
-    if step % steps:
+    if step % n_jitted_steps:
         raise UserError(
-            f"step {step} of the newest checkpoint is not a multiple of {group}.n_jitted_steps={steps}, so that no "
-            f"snapshot would ever be due; set {group}.n_jitted_steps={math.gcd(step, steps)}"
+            f"step {step} of the newest checkpoint is not a multiple of {group}.n_jitted_steps={n_jitted_steps}, so "
+            f"that no snapshot would ever be due; set {group}.n_jitted_steps={math.gcd(step, n_jitted_steps)}"
         )
 
 
@@ -179,7 +180,7 @@ def train(trainer: Trainer, source: datasets.Source, workdir: str | Path) -> Tra
         presence = workdirs.Presence(workdir)
         state = checkpoints.restore_newest() or experiment.init_state()
         step = int(state.step)
-        check_first_step(experiment.config, step, experiment.group)
+        check_first_step(step, settings.n_jitted_steps, experiment.group)
         workdirs.record_config(workdir, experiment.config)
         with TrainingProgress(
             workdir, first_step=step, num_steps=experiment.num_steps, batch_size=settings.batch_size

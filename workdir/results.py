@@ -25,10 +25,10 @@ SETTINGS_FILE = "settings.json"
 FACTS = "facts"  # key of settings.json under which the results are described; no setting
 
 
-def describe_data(config: ConfigDict, train: datasets.Source, test: datasets.Source) -> DataInfo:
-    """Describe the images for a report."""
-    name, num_levels = config.data.dataset, config.data.num_levels
-    return DataInfo(name, len(train), len(test), num_levels, files.content_hash(train.fingerprint, test.fingerprint))
+def describe_data(name: str, train: datasets.Source, test: datasets.Source) -> DataInfo:
+    """Describe the images of a data set for a report."""
+    digest = files.content_hash(train.fingerprint, test.fingerprint)
+    return DataInfo(name, len(train), len(test), train.num_levels, digest)
 
 
 def read(path: Path) -> dict[str, np.ndarray] | None:

@@ -136,7 +136,7 @@ def compare_samplers(
             checkpoint=CheckpointInfo(restored.number, restored.step, ema=True),
             seed=config.seed,
             num_images=comparer.num_images,
-            data=results.describe_data(config, train, test),
+            data=results.describe_data(config.data.dataset, train, test),
             features=real.feature_info,
             reference=real.reference_info,
             machine=distributed.describe_devices() | made_by,

@@ -219,7 +219,7 @@ def _find_configured_data(config: ConfigDict) -> Finding:
     finding = functools.partial(Finding, "configuration", f"data.dataset={data.dataset}")
     try:
         check(config, "data")
-        if tfds_name := datasets.tfds_name(config):
+        if tfds_name := datasets.tfds_name(data.dataset, data.category):
             if tfds_build.is_prepared(tfds_name, data.path):
                 return finding(OK, f"prepared in {data_folder(data.path)}")
             place = f" --config.data.path={data.path}" if data.path else ""
@@ -284,5 +284,6 @@ def take_inventory(config: ConfigDict | UserError | None = None) -> Iterator[Fin
             yield Finding("configuration", "--config", BROKEN, str(config))
         return
     resolved = smoke.shrink(config) if config.training.smoke else config  # unchecked: what is wrong is a finding
-    yield from find_data(resolved.data.path if datasets.tfds_name(resolved) else "")
+    data = resolved.data
+    yield from find_data(data.path if datasets.tfds_name(data.dataset, data.category) else "")
     yield from find_configured(resolved)

@@ -60,7 +60,7 @@ class Evaluator:
     @functools.cached_property
     def data(self) -> DataInfo:
         """Data set as the report describes it."""
-        return results.describe_data(self.config, self.train, self.test)
+        return results.describe_data(self.config.data.dataset, self.train, self.test)
 
     @property
     def contents(self) -> dict[str, str]:
@@ -70,7 +70,7 @@ class Evaluator:
     @functools.cached_property
     def no_gaussian(self) -> str:
         """Why no Gaussian is fitted to the training images; empty if one is."""
-        dimension = math.prod(datasets.image_shape(self.config))
+        dimension = math.prod(self.experiment.image_shape)
         if dimension > GAUSSIAN_VALUES:
             return f"an image has {dimension:,} values, more than the {GAUSSIAN_VALUES:,} that are fitted here"
         if len(self.train) < GAUSSIAN_IMAGES * dimension:

@@ -69,7 +69,7 @@ def load_inputs(config: ConfigDict, operator: Operator, limit: int) -> Inputs:
             )
         names = tuple(f"test_{index}" for index in range(count))
         return Inputs(names, f"the test split of {data.dataset}", source.images(np.arange(count)), None, {})
-    shape = datasets.image_shape(config) if is_image else operator.picture_shape
+    shape = operator.image_shape if is_image else operator.picture_shape
     assert shape is not None  # checked above
     fit = Fit(shape, settings.resize, settings.convert_channels)
     loaded = load_pictures(settings.images, fit, num_levels=data.num_levels, limit=limit)

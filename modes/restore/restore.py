@@ -131,8 +131,8 @@ def restore(
       SolverError: if a restoration diverged.
     """
     experiment, workdir = open_experiment(config, workdir), Path(workdir)
-    config, scaler, noise = experiment.config, experiment.scaler, noise_in_range(experiment.config)
-    num_draws = config.restore.num_draws
+    config, scaler, num_draws = experiment.config, experiment.scaler, experiment.config.restore.num_draws
+    noise = noise_in_range(config.restore.noise, centered=scaler.centered)
     operator = build_operator(config, experiment.image_shape)
     RestorationProgram(experiment, operator, distributed.device_count())  # its checks, before anything is read
     workdirs.output_folder(workdir, output)

@@ -16,7 +16,6 @@ from controllable_generation import Operator, build_restoration
 from experiment.build import Experiment
 from modes.restore.inputs import image_keys
 from parallel import distributed, rng
-from sampling import build_sampler
 from solvers.ode import SolverError
 from workdir import results
 
@@ -36,11 +35,9 @@ class RestorationProgram:
     """
 
     def __init__(self, experiment: Experiment, operator: Operator, batch_size: int):
-        config = experiment.config
-        shape = (batch_size // distributed.device_count(), *experiment.image_shape)
-        sampler = build_sampler(config, experiment.sde, shape)
-        condition = build_restoration(config, experiment.sde, operator)
-        smooth = config.sampling.method != "pc"  # every other one steps between the levels of training
+        sampler = experiment.sampler(batch_size // distributed.device_count())
+        condition = build_restoration(experiment.config, experiment.sde, operator)
+        smooth = experiment.steps_between_levels
 
         def restore(key: PRNGKeyArray, params: Any, y: Float[Array, "B ..."]) -> tuple[Array, Array]:
             key_init, key_sampler = rng.split(key)

@@ -15,6 +15,7 @@ import legacy_writers
 import numpy as np
 import tiny
 from PIL import Image
+from reference import model_and_shape
 from tensorboardX.record_writer import masked_crc32c
 
 import legacy
@@ -51,8 +52,11 @@ def bytes_of(write, *arguments, **options):
 
 @functools.cache
 def network():
+    """A network's parameters with their names in PyTorch; found out once, not for each file."""
     config = tiny.make_config(model__num_res_blocks=1)
-    return config, legacy.match_parameters(config)
+    of_config = model_and_shape(config)
+    leaves = legacy.match_parameters(*of_config)
+    return leaves, legacy.match_torch_parameters(config.model.name, *of_config, leaves)
 
 
 def small_state():
@@ -80,16 +84,9 @@ def written(write, value):
         return (Path(folder) / "file").read_bytes()
 
 
-@functools.cache
-def use_known_names():
-    """Lets the names of PyTorch's parameters, which follow from the network, be found out once, not for each file."""
-    matched = legacy.checkpoint.match_torch_parameters(*network())
-    legacy.checkpoint.match_torch_parameters = lambda config, leaves: matched
-
-
 def read_legacy(path):
-    config, leaves = network()
-    legacy.read_checkpoint(path, config, leaves).compare(leaves)
+    leaves, torch_leaves = network()
+    legacy.read_checkpoint(path, lambda: torch_leaves).compare(leaves)
 
 
 def msgpack_reader():
@@ -97,17 +94,17 @@ def msgpack_reader():
     chunks = {"__msgpack_chunked_array__": True} | halves
     inputs = small_state(), {"x": chunks, "y": {"z": np.zeros((2, 0), np.int8)}}
     packed = tuple(legacy_writers.pack(each) for each in inputs)
-    return Reader("msgpack", "checkpoint_3", packed, mutations.change_msgpack, read_legacy, prepare=use_known_names)
+    return Reader("msgpack", "checkpoint_3", packed, mutations.change_msgpack, read_legacy, prepare=network)
 
 
 def torch_reader():
     inputs = (written(legacy_writers.write_zip, torch_state()), written(legacy_writers.write_zip, {"a": np.ones(2)}))
-    return Reader("torch", "file.pth", inputs, mutations.change_zip, read_legacy, prepare=use_known_names)
+    return Reader("torch", "file.pth", inputs, mutations.change_zip, read_legacy, prepare=network)
 
 
 def torch_legacy_reader():
     inputs = tuple(written(legacy_writers.write_legacy, each) for each in (torch_state(), {"a": np.ones(2)}))
-    return Reader("torch_legacy", "file.pth", inputs, mutations.change, read_legacy, prepare=use_known_names)
+    return Reader("torch_legacy", "file.pth", inputs, mutations.change, read_legacy, prepare=network)
 
 
 # --- checkpoints of Orbax --------------------------------------------------------------------------------------------
