@@ -26,6 +26,7 @@ from experiment.build import Experiment
 from models.wideresnet import CIFAR10_MEAN, CIFAR10_STD, make_classifier_grad_fn, make_logit_fn
 from parallel import distributed
 from sde_lib import SDE, Scalars, ScoreFn, State, expand
+from workdir import compatibility
 from workdir import folder as workdirs
 from workdir.checkpoints import CheckpointError, Checkpoints
 
@@ -174,7 +175,7 @@ def _check_same_images(folder: Path, stored: Mapping[str, Any], experiment: Expe
         "train one with --mode train_classifier and this configuration, or set sampling.classifier to the folder of "
         "one that fits"
     )
-    workdirs.check_same(stored, given, f"the classifier in {folder} is of another experiment", way_out)
+    compatibility.check_same(stored, given, f"the classifier in {folder} is of another experiment", way_out)
 
 
 def _normalization(folder: Path, stored: Mapping[str, Any]) -> Normalization:

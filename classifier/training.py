@@ -22,6 +22,7 @@ from models.wideresnet import make_logit_fn
 from parallel import distributed
 from training import loop as train_loop
 from training.trainer import Trainer
+from workdir import compatibility
 from workdir import folder as workdirs
 from workdir.folder import WorkdirError
 
@@ -79,7 +80,7 @@ def train_classifier(config: ConfigDict, workdir: Path, train: datasets.Source, 
     config = classifier_config(config, count_classes(config.data.dataset, train, test))
     folder = workdir / FOLDER
     try:
-        workdirs.check_same_experiment(folder, config, "classifier")
+        compatibility.check_same_experiment(folder, config, "classifier")
     except WorkdirError as error:
         raise WorkdirError(f"{error}, or remove {folder} to train another classifier") from error
     workdirs.check_writable(folder)

@@ -35,7 +35,7 @@ from sde_lib import SDE, ScoreFn
 from solvers import ode
 from solvers.interface import Sampler
 from variational_bound import VariationalBound, build_variational_bound
-from workdir import folder as workdirs
+from workdir import compatibility
 
 PURPOSES = ("init", "train", "eval", "sample", "bpd", "grid")  # append only: the order fixes the keys
 
@@ -212,7 +212,7 @@ def open_experiment(config: ConfigDict, workdir: str | Path) -> Experiment:
     config = smoke.resolve(config)
     require_score_network(config.model.name)
     experiment = build_experiment(config)
-    workdirs.check_same_experiment(workdir, config)
+    compatibility.check_same_experiment(workdir, config)
     describe(experiment)
     return experiment
 

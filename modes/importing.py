@@ -19,8 +19,8 @@ from errors import UserError
 from experiment.build import Experiment, build_experiment
 from losses import TrainState
 from training.loop import check_first_step
+from workdir import compatibility, locks
 from workdir import folder as workdirs
-from workdir import locks
 from workdir.checkpoints import CheckpointError, Checkpoints
 
 NUM_NAMED = 3  # tensors named in a message
@@ -121,7 +121,7 @@ def import_checkpoint(
             f"{message}; --dry_run lists every tensor; check config.model and config.data against the checkpoint's"
         )
     state, number = _build_state(experiment, source.trees(leaves), source), source.step // config.training.snapshot_freq
-    workdirs.check_same_experiment(workdir, config)
+    compatibility.check_same_experiment(workdir, config)
     taken = workdir / "checkpoints" / str(number)
     if taken.exists():
         raise CheckpointError(f"{taken} exists; nothing was overwritten: choose a new --workdir")
@@ -152,7 +152,7 @@ def export_checkpoint(config: ConfigDict, workdir: str | Path, checkpoint: str |
     if Path(checkpoint).exists():
         raise UserError(f"{checkpoint} exists; nothing was overwritten: choose another --checkpoint")
     experiment = build_experiment(config)
-    workdirs.check_same_experiment(workdir, config, "checkpoints")
+    compatibility.check_same_experiment(workdir, config, "checkpoints")
     template = experiment.state_template()
     with Checkpoints(
         workdir, snapshot_freq=config.training.snapshot_freq, template=template, read_only=True

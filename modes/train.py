@@ -15,8 +15,8 @@ from experiment.build import build_experiment, build_train_program, describe
 from models.factory import require_score_network
 from training import loop
 from training.trainer import ScoreTrainer
+from workdir import compatibility, locks
 from workdir import folder as workdirs
-from workdir import locks
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -35,7 +35,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     loop.check_schedule("training", config.training)
     experiment = build_experiment(config)
     workdirs.check_writable(workdir)
-    workdirs.check_same_experiment(workdir, config)
+    compatibility.check_same_experiment(workdir, config)
     with locks.hold(workdir):
         startup.mark("build")
         source = datasets.build_source(config, "train")
@@ -60,7 +60,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path) -> None:
     """
     config = smoke.resolve(config)
     loop.check_schedule("classifier", config.classifier)
-    workdirs.check_same_experiment(workdir, config)
+    compatibility.check_same_experiment(workdir, config)
     with locks.hold(Path(workdir) / FOLDER):
         sources = (datasets.build_source(config, split) for split in ("train", "test"))
         classifier_training.train_classifier(config, Path(workdir), *sources)

@@ -1,5 +1,6 @@
 """Settings for every test: the CPU, the checkout on the path, errors where JAX would only be lenient."""
 
+import gc
 import os
 import runpy
 import sys
@@ -38,9 +39,11 @@ def finished_run(tmp_path_factory):
     return workdir
 
 
-SLOWEST = ("test_end_to_end.py", "test_hosts.py", "test_smoke.py")
+SLOWEST = ("test_end_to_end.py", "test_hosts.py", "test_faults_runs.py", "test_models.py", "test_likelihood.py")
 
 
 def pytest_collection_modifyitems(items):
     """Runs the slowest files first, one on each worker, so that none is left to run alone at the end."""
+    gc.freeze()  # tracing makes millions of small objects, nearly none of them garbage: see experiment/startup.py
+    gc.set_threshold(100_000)
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))

@@ -70,6 +70,7 @@ def tiny_config(**changes):
     return tiny.make_config(model__num_res_blocks=1, **changes)
 
 
+@pytest.mark.exhaustive
 def test_times_are_of_one_step_of_the_calls(monkeypatch):
     """Three calls of two steps in 4, 2 and 6 s: 2 s a step, 1 s the fastest; 16 images; 3 GFLOP/s between 2 and 4."""
     programs = set_times(monkeypatch, 4.0, 2.0, 6.0)

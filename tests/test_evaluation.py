@@ -38,6 +38,7 @@ def tfgan_metrics():
     }
 
 
+@pytest.mark.exhaustive
 def test_the_example_of_the_module_works():
     result = doctest.testmod(evaluation)
     assert (result.failed, result.attempted) == (0, 9)

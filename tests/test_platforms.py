@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from cases import by_default
 from test_precision import equations
 
 from experiment import programs
@@ -36,7 +37,7 @@ def count(platforms, **settings):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [DIGITS, NCSNPP, pytest.param(DIGITS | {"model__dtype": "bfloat16"}, marks=pytest.mark.exhaustive)],
+    by_default([NCSNPP], [DIGITS, NCSNPP, DIGITS | {"model__dtype": "bfloat16"}]),
     ids=["digits", "ncsnpp", "bfloat16"],
 )
 def test_accelerators_get_plain_xla(settings):
@@ -46,7 +47,7 @@ def test_accelerators_get_plain_xla(settings):
 @pytest.mark.slow
 def test_only_a_cpu_and_remat_compute_again():
     barriers, remats = count(("cpu",), **DIGITS)
-    assert barriers > 100
+    assert barriers > 20
     assert remats > 0
     barriers, remats = count(("cuda",), **DIGITS, model__remat=True)
     assert 0 < barriers == remats  # JAX's own, one for each block

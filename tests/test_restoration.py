@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from analytic import QUICK, SDES
+from cases import by_default
 
 import sampling
 from configs import base
@@ -97,7 +98,9 @@ EXACT = [
 
 
 @pytest.mark.parametrize(
-    ("sde", "method", "operator", "sampler"), EXACT, ids=[f"{m}-{o['operator']}-{s}" for s, m, o, _ in EXACT]
+    ("sde", "method", "operator", "sampler"),
+    by_default([EXACT[0], EXACT[2], EXACT[7]], EXACT),
+    ids=[f"{m}-{o['operator']}-{s}" for s, m, o, _ in EXACT],
 )
 def test_exact_methods_draw_from_the_posterior(sde, method, operator, sampler):
     """mmps for any Gaussian data, pigdm for independent values of its data_std: mean and covariance within 4 errors."""
@@ -145,7 +148,7 @@ def test_putting_in_is_the_nearest_image_that_fits():
         np.testing.assert_allclose(half_way[i], (x[i] + expected) / 2, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["vesde", "vpsde", "subvpsde"])
+@pytest.mark.parametrize("name", by_default(["vesde"], ["vesde", "vpsde", "subvpsde"]))
 def test_dps_takes_the_step_of_its_algorithm(name):
     """A reverse-diffusion step with N steps ends scale * grad |y - A E[x0 | x]| below the unguided one."""
     sde, data, scale = SDES[name], Gaussian((4, 4, 1), correlated=True), 0.3
@@ -184,7 +187,7 @@ def test_clipping_changes_a_prediction_outside_the_range_and_no_other():
     assert np.abs(predicted[1]).max() == pytest.approx(1.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("method", ["dps", "pigdm", "mmps"])
+@pytest.mark.parametrize("method", by_default(["mmps"], ["dps", "pigdm", "mmps"]))
 def test_guidance_of_an_image_does_not_see_the_batch(method):
     sde, data = SDES["vpsde"], Gaussian((4, 4, 1), correlated=True)
     config = configure(HALF | {"method": method, "noise": NOISE})

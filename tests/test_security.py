@@ -41,7 +41,7 @@ from sources.listing import list_folder, root
 from sources.npz import load_npz_split
 from sources.pictures import Fit, decode_picture, read_picture
 from storage import files, untrusted
-from workdir import folder as workdirs
+from workdir import compatibility
 from workdir.checkpoints import CheckpointError, Checkpoints
 from workdir.folder import WorkdirError
 from workdir.progress import TrainingProgress
@@ -516,7 +516,7 @@ def test_a_data_set_cannot_have_a_module_imported(tmp_path, monkeypatch, form):
 def test_a_damaged_configuration_is_named(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text, encoding="latin1")
     with pytest.raises(WorkdirError, match=message) as error:
-        workdirs.check_same_experiment(tmp_path, tiny.make_config())
+        compatibility.check_same_experiment(tmp_path, tiny.make_config())
     assert "config.json" in str(error.value)
     assert "put a copy in its place" in str(error.value)
 

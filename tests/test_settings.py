@@ -13,8 +13,8 @@ from configs import base, settings
 from experiment.build import SamplingProgram, build_bpd_program, build_experiment, build_loss_program
 from modes.encode import build_encoding_program
 from parallel import distributed
+from workdir import compatibility, results
 from workdir import folder as workdirs
-from workdir import results
 from workdir.folder import WorkdirError
 
 GROUPS = sorted({name.partition(".")[0] for name in settings.SETTINGS if "." in name})
@@ -242,14 +242,14 @@ MOVED = {"data__path": "/elsewhere", "data__cache_gib": 1.0, "model__remat": Tru
 @pytest.mark.parametrize("kind", ["run", "checkpoints", "classifier"])
 def test_data_may_move_between_runs(tmp_path, kind):
     workdirs.record_config(tmp_path, base.get_config())
-    workdirs.check_same_experiment(tmp_path, change(**MOVED), kind)
+    compatibility.check_same_experiment(tmp_path, change(**MOVED), kind)
 
 
 def test_dropout_is_of_the_training_alone(tmp_path):
     workdirs.record_config(tmp_path, base.get_config())
-    workdirs.check_same_experiment(tmp_path, change(model__dropout=0.3, model__ema_rate=0.9), "checkpoints")
+    compatibility.check_same_experiment(tmp_path, change(model__dropout=0.3, model__ema_rate=0.9), "checkpoints")
     with pytest.raises(WorkdirError, match=r"\(model.dropout: 0.1 there, 0.3 now\); choose a new --workdir"):
-        workdirs.check_same_experiment(tmp_path, change(model__dropout=0.3))
+        compatibility.check_same_experiment(tmp_path, change(model__dropout=0.3))
 
 
 @pytest.mark.parametrize("kinds", [("samples",), ("latents",), ("restorations",), ("samples", "loss", "likelihood")])
@@ -286,9 +286,9 @@ def test_a_setting_that_was_not_there_had_its_default(tmp_path):
     stored = json.loads(path.read_text())
     del stored["config"]["model.num_classes"]
     path.write_text(json.dumps(stored))
-    workdirs.check_same_experiment(tmp_path, base.get_config())
+    compatibility.check_same_experiment(tmp_path, base.get_config())
     with pytest.raises(WorkdirError, match=r"model.num_classes: 0 there, 3 now"):
-        workdirs.check_same_experiment(tmp_path, change(model__num_classes=3))
+        compatibility.check_same_experiment(tmp_path, change(model__num_classes=3))
 
 
 @pytest.mark.parametrize(
@@ -308,9 +308,9 @@ def test_what_jax_was_set_to_is_recorded_and_compared(tmp_path, name, value, mes
     before = getattr(jax.config, name)
     jax.config.update(name, value)
     try:
-        workdirs.check_same_experiment(tmp_path, config, "checkpoints")  # a network may be used as one likes
+        compatibility.check_same_experiment(tmp_path, config, "checkpoints")  # a network may be used as one likes
         with pytest.raises(WorkdirError, match=re.escape(message)):
-            workdirs.check_same_experiment(tmp_path, config)
+            compatibility.check_same_experiment(tmp_path, config)
         with pytest.raises(WorkdirError, match=re.escape(message.partition(", or choose")[0])):
             results.open_folder(folder, config, ("samples",), {}, flag="--output")
     finally:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import test_configs
+from cases import by_default
 from PIL import Image
 
 import datasets
@@ -36,12 +37,10 @@ SHRUNK = {
     *("eval." + key for key in ("enable_bpd", "enable_sampling", "extractor", "weights", "reference")),
 }
 # DDPM++ is trained in the test below and in test_end_to_end.py.
-FAMILIES = [
-    "ve/church_ncsnpp_continuous",
-    pytest.param("vp/ddpm/cifar10", marks=pytest.mark.exhaustive),
-    pytest.param("ve/ncsn/cifar10_124", marks=pytest.mark.exhaustive),
-    pytest.param("ve/ncsnv2/cifar10", marks=pytest.mark.exhaustive),
-]
+FAMILIES = by_default(
+    ["ve/ncsnv2/cifar10"],
+    ["ve/church_ncsnpp_continuous", "vp/ddpm/cifar10", "ve/ncsn/cifar10_124", "ve/ncsnv2/cifar10"],
+)
 
 
 def smoke_config(leaf, **changes):

@@ -48,7 +48,7 @@ def score_of_a_point(sde, x0):
     return lambda x, t: -(x - expand(sde.mean_coeff(t), x) * jnp.asarray(x0)[None]) / expand(sde.std(t) ** 2, x)
 
 
-@pytest.mark.parametrize("name", ["ou", "subvpsde"])
+@pytest.mark.parametrize("name", by_default(["ou"], ["ou", "subvpsde"]))
 def test_the_flow_to_a_single_image_is_exact_in_any_number_of_steps(name):
     """x' = m' x0 + (s' / s) (x - m x0), whatever the solver, the grid and the number of steps."""
     sde, x0 = SDES[name], np.array([0.7, -0.2])
@@ -240,7 +240,7 @@ def moment_cases():
     """Every solver on the SDE that is defined here by its primitives alone; those that draw noise on all."""
     for method in (*solvers.FIXED_GRID, "adaptive_sde"):
         for name in SDES if method in RANDOM or method == "adaptive_sde" else ("ou",):
-            marks = [] if name in ("ou", "vesde") else [pytest.mark.exhaustive]
+            marks = [] if name == "ou" else [pytest.mark.exhaustive]
             yield pytest.param(name, method, id=f"{method}-{name}", marks=marks)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from configs import base
 from storage import files
+from workdir import compatibility
 from workdir import folder as workdirs
 from workdir.folder import WorkdirError
 
@@ -56,7 +57,7 @@ def test_another_experiment_is_refused_by_name(tmp_path, key, value, message):
     other = base.get_config()
     other.update_from_flattened_dict({key: value})
     with pytest.raises(WorkdirError, match=message):
-        workdirs.check_same_experiment(tmp_path, other)
+        compatibility.check_same_experiment(tmp_path, other)
 
 
 def test_what_may_change_between_runs_may_change(tmp_path):
@@ -71,8 +72,8 @@ def test_what_may_change_between_runs_may_change(tmp_path):
             "data.path": "/elsewhere",
         }
     )
-    workdirs.check_same_experiment(tmp_path, other)
-    workdirs.check_same_experiment(tmp_path / "new", other)
+    compatibility.check_same_experiment(tmp_path, other)
+    compatibility.check_same_experiment(tmp_path / "new", other)
 
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):

@@ -19,7 +19,7 @@ from errors import UserError
 from parallel import distributed
 from report import DataInfo
 from storage import files, untrusted
-from workdir import folder as workdirs
+from workdir import compatibility
 
 SETTINGS_FILE = "settings.json"
 FACTS = "facts"  # key of settings.json under which the results are described; no setting
@@ -93,7 +93,7 @@ def open_folder(
     stored = untrusted.read_json(path) if path.exists() else {}
     if path.exists():
         holder = f"{folder} holds results of other settings"
-        workdirs.check_same({"params_crc32": None} | stored, given, holder, f"choose a new {flag}")
+        compatibility.check_same({"params_crc32": None} | stored, given, holder, f"choose a new {flag}")
     if given.keys() - stored.keys():
         files.write_json(path, stored | given)
 

@@ -31,8 +31,8 @@ from sources.folder import Rules, load_folder
 from sources.npz import load_npz, load_npz_split
 from sources.pictures import Fit, load_pictures
 from storage import files
+from workdir import compatibility, progress, results
 from workdir import folder as workdirs
-from workdir import progress, results
 from workdir.checkpoints import Checkpoints
 
 DRAW = np.random.default_rng(0)
@@ -356,7 +356,7 @@ def config_reader():
     text = json.dumps({"config": flatten(config), "versions": workdirs.versions(), "commit": "x"}).encode()
 
     def read(path):
-        workdirs.check_same_experiment(path.parent, config)
+        compatibility.check_same_experiment(path.parent, config)
         workdirs.record_config(path.parent, config)
 
     # What differs is told by the name of the folder.
