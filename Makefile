@@ -20,7 +20,7 @@ demo: core
 test: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers auto
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-all: dev

@@ -86,6 +86,7 @@ def test_times_are_of_one_step_of_the_calls(monkeypatch):
     assert result["temporaries_bytes"] == memory.of_training(build_experiment(config), programs[0]).temporaries
 
 
+@pytest.mark.exhaustive
 def test_forward_pass_is_the_score(monkeypatch):
     """By the numbers that come out of it."""
     set_times(monkeypatch, 0.5)

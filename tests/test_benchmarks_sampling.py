@@ -67,6 +67,7 @@ def config_of(**changes):
     return tiny.make_config(training__batch_size=2, model__nf=4, **changes).lock()
 
 
+@pytest.mark.exhaustive
 def test_evaluations_are_those_that_happened_and_ratios_of_what_is_printed(evaluations):
     config = config_of(sampling__predictor="euler_maruyama")
     result = sampling.measure(config, methods=("pc", "heun"), num_steps=4, repetitions=1)

@@ -247,6 +247,7 @@ def levels_of(folder):
     return read_npz(folder / "samples.npz")["samples"].mean(axis=(1, 2, 3))
 
 
+@pytest.mark.exhaustive
 def test_the_network_learns_two_classes_apart(sampled):
     stored = read_npz(sampled / "samples.npz")
     np.testing.assert_array_equal(stored["labels"], [1, 0] * 6 + [1])

@@ -60,6 +60,7 @@ def test_features_do_not_depend_on_the_batch(extractor):
     assert np.abs(whole[0] - whole[1]).max() > 0.1
 
 
+@pytest.mark.exhaustive
 def test_training_is_repeated_to_the_last_bit_and_follows_the_seed(tmp_path):
     first, again, other = build(tmp_path / "a"), build(tmp_path / "b"), build(tmp_path / "b", seed=1)
     assert first.hash == again.hash != other.hash

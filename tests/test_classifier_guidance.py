@@ -127,7 +127,7 @@ def bayes_gradient(x, sigma, labels):
         pytest.param(
             {"method": "pc", "predictor": "reverse_diffusion", "num_steps": 200}, marks=pytest.mark.exhaustive
         ),
-        {"method": "ode", "rtol": 1e-4, "atol": 1e-4},
+        pytest.param({"method": "ode", "rtol": 1e-4, "atol": 1e-4}, marks=pytest.mark.exhaustive),
         {"method": "dpmpp_2m", "num_steps": 30},
     ],
     ids=lambda settings: settings["method"],

@@ -207,6 +207,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(unbroken, tmp_path, monkeypatch)
     assert (folder / "accuracy.json").read_text() == (unbroken / "accuracy.json").read_text()
 
 
+@pytest.mark.exhaustive
 def test_accuracies_are_those_of_the_averaged_parameters(unbroken):
     """Counted anew: every test image once, by another route to the noisy images."""
     test, experiment = datasets.load_digits("test"), experiment_of(unbroken)
@@ -290,6 +291,7 @@ def test_another_classifier_in_the_folder_is_refused(unbroken, tmp_path):
         run_lib.train_classifier(tiny.make_config(classifier__channel_multiplier=2), tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_a_diverged_classifier_names_its_own_learning_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(classifier_experiment, "make_classifier_loss", lambda *args, **kwargs: _nan_loss)
     monkeypatch.setattr(classifier_training, "build_train_program", build_train_program)  # not the shared one

@@ -168,6 +168,7 @@ def _source(trainer):
     return datasets.build_source(trainer.experiment.config, "train")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_denoising_loss_of_a_network_that_predicts_nothing_is_one():
     """‖std · 0 + z‖² / D, z standard normal: 1 within four standard errors of 64 · 64 draws, at every level."""

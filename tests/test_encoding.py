@@ -166,6 +166,7 @@ def test_pictures_show_the_arrays(encoded, workdir):
     np.testing.assert_array_equal(right, grey(arrays["reconstruction"][0]))
 
 
+@pytest.mark.exhaustive
 def test_the_newest_snapshot_is_the_default_and_results_of_the_same_settings_are_replaced(workdir, tmp_path, caplog):
     """A single image has no partner, and its error no standard error; then samples of a file, in its place."""
     folder = workdir / "replaced"

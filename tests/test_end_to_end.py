@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from cases import by_default
 from PIL import Image
 
 from experiment import startup
@@ -136,7 +137,10 @@ runpy.run_path("main.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("sign", "step", "code"), [(signal.SIGKILL, 18, -9), (signal.SIGTERM, 14, 143)])
+@pytest.mark.parametrize(
+    ("sign", "step", "code"),
+    by_default([(signal.SIGKILL, 18, -9)], [(signal.SIGKILL, 18, -9), (signal.SIGTERM, 14, 143)]),
+)
 def test_a_killed_run_ends_like_an_unbroken_one(unbroken, tmp_path, sign, step, code):
     """Bit for bit: parameters, moving average, optimizer, and the recorded losses."""
     arguments = tiny.command("train", tmp_path)

@@ -151,6 +151,7 @@ def test_exact_trace_of_an_asymmetric_jacobian():
         assert 0.3 < np.sqrt(np.mean(deviation**2)) < 2  # of six draws of a standard normal
 
 
+@pytest.mark.exhaustive
 def test_standard_error_needs_two_probes():
     result = measure(VPSDE(), linear_score, X, num_probes=1)
     assert np.isnan(result.stderr).all()
@@ -167,6 +168,7 @@ def test_bits_per_dimension_of_the_data(centered, num_levels, offset):
     np.testing.assert_allclose(result.bpd, offset - result.nats / DIMS / np.log(2), rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_bits_per_dimension_of_uniform_data_are_those_of_the_levels():
     """Dequantized data that fill [0, 1] evenly have density 1 there, and so log2(num_levels) bits; N(y; 1/2, s) less.
 
@@ -196,6 +198,7 @@ def test_an_example_depends_on_its_own_key_alone():
     np.testing.assert_array_equal(again.bpd, together.bpd)
 
 
+@pytest.mark.exhaustive
 def test_counts_one_evaluation_of_the_score_for_drift_and_divergence():
     sde, calls = VESDE(), []
 
@@ -208,6 +211,7 @@ def test_counts_one_evaluation_of_the_score_for_drift_and_divergence():
     assert int(result.nfe) == len(calls)
 
 
+@pytest.mark.exhaustive
 def test_a_network_with_its_own_reverse_rule_is_differentiated():
     """Convolutions carry a custom_vjp, which forward mode refuses."""
 

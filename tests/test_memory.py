@@ -39,6 +39,7 @@ def num_bytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_bytes_are_those_of_the_run():
     """State and batches as they are when they exist; and in all what goes into the compiled program and comes out."""

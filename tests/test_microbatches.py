@@ -18,6 +18,7 @@ from training import loop as train_loop
 STEPS_PER_CALL, CALLS, IMAGES = 2, 2, 16
 # Everything that draws for each example: flips, dequantization, times, noise, dropout, labels left out.
 RANDOM = {
+    "model.num_res_blocks": 1,
     "model.dropout": 0.3,
     "model.init_scale": 1.0,
     "model.num_classes": 10,

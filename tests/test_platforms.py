@@ -53,6 +53,7 @@ def test_only_a_cpu_and_remat_compute_again():
     assert 0 < barriers == remats  # JAX's own, one for each block
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_plain_program_computes_what_the_tuned_one_does():
     """Two steps, dropout and all, both run here; up to the order of sums."""

@@ -190,6 +190,7 @@ def bytes_kept(**settings):
     return count(jax.eval_shape(backward, x, params)) - count(params)
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_keeps_half_for_the_gradient():
     """Also of normalizations, which widen what they get: the widened features are not kept."""
     assert bytes_kept(dtype="bfloat16") < 0.55 * bytes_kept(dtype="float32")

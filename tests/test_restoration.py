@@ -112,6 +112,7 @@ def test_exact_methods_draw_from_the_posterior(sde, method, operator, sampler):
     assert (np.abs(np.cov(z.T) - np.eye(z.shape[1])) / errors).max() < 4
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("settings", "mean_bias", "variances"),
     [

@@ -202,6 +202,7 @@ def test_a_round_is_no_larger_than_what_is_wanted_and_divided_by_the_devices(mon
     assert sizes == [4, 4, 8, 12, 12]
 
 
+@pytest.mark.exhaustive
 def test_no_data_set_is_touched(tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("a data set was opened")
@@ -303,6 +304,7 @@ def comparison_of(folder):
     return json.loads((folder / "samplers.json").read_text())
 
 
+@pytest.mark.exhaustive
 def test_the_numbers_are_those_of_the_metrics(workdir, comparison):
     """Against the features of an extractor built here, of the images that the sampler's own folder holds."""
     train, test = (datasets.build_source(configure(), split) for split in ("train", "test"))

@@ -126,6 +126,7 @@ def _train_twice(experiment):
     return bits(second), jax.tree.leaves(state)[1].is_deleted()
 
 
+@pytest.mark.exhaustive
 def test_a_program_that_was_kept_is_loaded_without_tracing_and_computes_the_same(kept, monkeypatch, lines):
     experiment = build_experiment(tiny.make_config())
     made = _train_twice(experiment)

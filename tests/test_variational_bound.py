@@ -169,6 +169,7 @@ def test_the_control_variate_takes_variance_and_no_mean():
     assert (abs(mean - other) < 4 * np.hypot(stderr, other_stderr)).all()
 
 
+@pytest.mark.exhaustive
 def test_an_example_depends_on_its_own_key_alone():
     keys = rng.example_keys(jax.random.key(3), 8)
     x = np.tile(X, (2, 1, 1, 1))
