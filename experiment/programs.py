@@ -68,7 +68,7 @@ def _environment() -> str:
 
 def file_of(made_of: str | None) -> Path | None:
     """Return where a program is kept, beside JAX's cache; None if it is not, as on anything but a CPU."""
-    folder = jax.config.jax_compilation_cache_dir
+    folder = jax.config.values["jax_compilation_cache_dir"]
     if made_of is None or folder is None or os.environ.get(SWITCH) == "0" or jax.default_backend() != "cpu":
         return None
     return Path(folder) / f"{files.content_hash(made_of, _sources(), _environment())[:32]}{SUFFIX}"
