@@ -22,6 +22,7 @@ from storage import untrusted
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # in order of preference
+UNREADABLE, PARTLY = "unreadable", " of what can be read"  # in the place of a file's digest; at the end of that of all
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class PictureFiles(abc.ABC):
 
     @abc.abstractmethod
     def content(self) -> str:
-        """Return the SHA-256 of names and contents."""
+        """Return the SHA-256 of names and contents, ending in `PARTLY` if a file cannot be read."""
 
 
 def _digest(lines: Sequence[str]) -> str:
@@ -64,13 +65,15 @@ class FolderPictures(PictureFiles):
             raise UserError(f"it cannot be read: {error.strerror}") from error
 
     def content(self) -> str:
-        return _digest([f"{name} {self._content_of(name)}" for name in self.names])
+        contents = [self._content_of(name) for name in self.names]
+        digest = _digest([f"{name} {content}" for name, content in zip(self.names, contents, strict=True)])
+        return digest + PARTLY * (UNREADABLE in contents)
 
     def _content_of(self, name: str) -> str:
         try:
             return hashlib.sha256(self.read(name)).hexdigest()
         except UserError:
-            return "unreadable"
+            return UNREADABLE
 
 
 def _walk(folder: str, inside: str = "") -> Iterator[tuple[str, os.DirEntry]]:
