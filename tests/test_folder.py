@@ -11,6 +11,7 @@ from sources import cache, listing
 from sources import folder as folders
 from sources.folder import PictureSource, Rules, load_folder
 from sources.pictures import GRAY_WEIGHTS, Fit
+from storage import untrusted
 
 GENERATOR = np.random.default_rng(0)
 COLOR = [GENERATOR.integers(0, 256, (4, 6, 3), dtype=np.uint8) for _ in range(8)]
@@ -292,3 +293,72 @@ def test_a_damaged_member_of_a_zip_is_left_out(tmp_path):
     (tmp_path / "data.zip").write_bytes(content)
     both = [everything(load_folder(str(tmp_path / "data.zip"), split, RULES)) for split in ("train", "test")]
     assert as_set(np.concatenate(both)) == as_set(COLOR[1:])
+
+
+# --- what failed is tried again --------------------------------------------------------------------------------------
+
+
+def zip_of(path, images):
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, image in enumerate(images):
+            save(path.parent / "one.png", image)
+            archive.write(path.parent / "one.png", f"{number}.png")
+    return path
+
+
+def flip_data(path, num):
+    """Flips a byte of the first entries' data."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist()[:num]:
+            content[entry.header_offset + 80] ^= 0xFF
+    path.write_bytes(content)
+
+
+def mark_encrypted(path, num):
+    """Sets the flag of encryption in both headers of the first entries."""
+    content = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = -1
+        for _ in range(num):
+            place = content.index(signature, place + 1)
+            content[place + offset] |= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("cache_gib", [16.0, 0.0])
+@pytest.mark.parametrize("damage", [flip_data, mark_encrypted])
+def test_a_good_zip_in_the_place_of_a_damaged_one_is_read(tmp_path, caplog, damage, cache_gib):
+    """Both have the same names, sizes and declared checksums, and so the same key of the cache."""
+    rules = Rules(RULES.fit, 256, test_share=0.25, cache_gib=cache_gib)
+    path = zip_of(tmp_path / "set.zip", COLOR)
+    good = path.read_bytes()
+    damage(path, 3)
+    load_folder(str(path), "train", rules)
+    assert "left out 3 of 8 pictures" in caplog.text
+    with pytest.raises(ValueError, match="3 of 8 pictures"):
+        load_folder(str(path), "train", Rules(RULES.fit, 256, strict=True, cache_gib=cache_gib))
+    caplog.clear()
+    path.write_bytes(good)
+    both = [everything(load_folder(str(path), split, rules)) for split in ("train", "test")]
+    assert as_set(np.concatenate(both)) == as_set(COLOR)
+    assert "left out" not in caplog.text
+
+
+def test_what_may_be_read_again_is_read(tmp_path, monkeypatch, caplog):
+    """Permissions change neither size nor time of a file."""
+    root, read = fill(tmp_path / "data"), untrusted.read_content
+
+    def refuse(path):
+        if str(path).endswith(("1.png", "4.png")):
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(untrusted, "read_content", refuse)
+        load_folder(str(root), "train", RULES)
+        assert "left out 2 of 8 pictures: 1.png: it cannot be read: Permission denied" in caplog.text
+    caplog.clear()
+    both = [everything(load_folder(str(root), split, RULES)) for split in ("train", "test")]
+    assert as_set(np.concatenate(both)) == as_set(COLOR)
+    assert "left out" not in caplog.text
