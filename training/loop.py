@@ -78,7 +78,7 @@ class _Loop:
     presence: workdirs.Presence
     watch: LossWatch
 
-    def save(self, state: TrainState, step: int) -> None:
+    def save(self, state: TrainState, step: int, *, is_last: bool = False) -> None:
         """Save a replicated state, unless it has diverged: it must not become the newest checkpoint."""
         self.watch.look()
         if not self.watch.has_moved:
@@ -88,7 +88,7 @@ class _Loop:
         if not divergence.is_finite(on_host):
             raise NotFiniteError(f"the state became infinite or nan at step {step}, though no loss did", step, step)
         self.presence.require()
-        self.checkpoints.save(on_host)
+        self.checkpoints.save(on_host, is_last=is_last)
         self.watch.mark_saved()
 
     def read(self, batches: Iterator[Any], state: TrainState, step: int) -> Any:
@@ -118,13 +118,13 @@ class _Loop:
             self.presence.require()
             self.progress.record(step, **values)
         if stop or is_last or due["snapshot_freq"] or due["snapshot_freq_for_preemption"]:
-            self.save(state, step)
+            self.save(state, step, is_last=is_last)
         if stop:
             self.checkpoints.wait()
             name = signal.Signals(stop).name
             logging.warning("%s: step %d is saved; the same command resumes from it", name, step)
             raise SystemExit(SIGNALLED + stop)
-        if due["snapshot_freq"]:
+        if due["snapshot_freq"] or is_last:
             with self.progress.pause():
                 self.trainer.after_snapshot(state, step, self.progress)
 
