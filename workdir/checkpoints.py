@@ -1,9 +1,9 @@
 """Checkpoints by Orbax: written in the background, visible only when complete, verified when read.
 
 `checkpoints/` keeps every snapshot, number k taken at step k * snapshot_freq, or before it at the last step of a run;
-`checkpoints-meta/` keeps the two newest states to resume from. Checksums of the arrays reveal damaged files, which a run
-moves to `checkpoints-damaged/`: their numbers are then free to be written again. Process 0 alone reads and writes; no
-other process needs the folder.
+`checkpoints-meta/` keeps the two newest states to resume from. Checksums of the arrays reveal damaged files, which a
+run moves to `checkpoints-damaged/`: their numbers are then free to be written again. Process 0 alone reads and writes;
+no other process needs the folder.
 """
 
 from __future__ import annotations
