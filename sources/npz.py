@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from errors import UserError
 from sources import cache
@@ -29,6 +30,11 @@ def _classes(arrays: dict[str, np.ndarray], path: str | Path, num_images: int) -
     num_classes = int(arrays[NUM_CLASSES]) if NUM_CLASSES in arrays else int(labels.max(initial=0)) + 1
     if num_images and labels.max() >= num_classes:
         raise UserError(f"{LABELS} of {path} go up to {labels.max()}, but its {NUM_CLASSES} is {num_classes}")
+    if num_images and labels.min() > 0:
+        logging.warning(
+            "%s of %s are %d to %d: %d classes, of which 0 to %d have no image; labels count from 0",
+            *(LABELS, path, labels.min(), labels.max(), num_classes, labels.min() - 1),
+        )
     return labels.astype(np.int64), num_classes
 
 
