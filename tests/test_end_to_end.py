@@ -158,6 +158,20 @@ def test_a_killed_run_ends_like_an_unbroken_one(unbroken, tmp_path, sign, step, 
     assert losses(tmp_path) == losses(unbroken)
 
 
+@pytest.mark.exhaustive
+def test_a_run_shorter_than_the_distance_of_snapshots_can_be_used(tmp_path):
+    """Its last step is checkpoint 1, with its grid; before that a state to resume from is."""
+    settings = {"training__n_iters": 8, "training__snapshot_freq": 1000, "training__log_freq": 2}
+    tiny.succeed(tiny.command("train", tmp_path, **settings))
+    assert (tmp_path / "samples" / "iter_8" / "sample.png").exists()
+    tiny.succeed(tiny.command("eval", tmp_path, **settings, eval__end_ckpt=1))
+    assert report(tmp_path, 1)[0]["checkpoint"] == {"number": 1, "step": 8, "ema": True}
+    tiny.succeed(tiny.command("sample", tmp_path, "--num_images=2", "--snapshot=4", "--output=early", **settings))
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    result = tiny.succeed(tiny.command("sample", tmp_path, "--num_images=2", "--output=newest", **settings))
+    assert "restored checkpoint 4 (step 4)" in result.stderr
+
+
 def test_another_network_in_the_same_workdir_is_refused(unbroken):
     result = tiny.run(tiny.command("train", unbroken, model__nf=16))
     assert result.returncode == 1
