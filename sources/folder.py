@@ -253,7 +253,7 @@ def load_folder(path: str, split: str, rules: Rules) -> Source:
     """Open one split, "train" or "test", of the pictures of a folder or .zip file (`data.path`)."""
     if not path:
         raise UserError("data.path is empty; set --config.data.path to a folder or .zip file of pictures")
-    prepared = prepare(Path(os.path.expanduser(path)), rules)
+    prepared = prepare(files.local_path(path, "data.path"), rules)
     rows = prepared.rows(split)
     if split == "train":
         _log_contents(prepared, rows, prepared.rows("test"))

@@ -11,7 +11,7 @@ from errors import UserError
 from sources import cache
 from sources.base import ArraySource, Selection, Source, held_out
 from storage import untrusted
-from storage.files import content_hash, read_npz
+from storage.files import content_hash, local_path, read_npz
 
 ARRAYS = ("samples", "images")  # names that the array of images may have
 LABELS, NUM_CLASSES = "labels", "num_classes"
@@ -147,7 +147,7 @@ def load_npz_split(
     """
     if not path:
         raise UserError("data.path is empty; set --config.data.path to the folder of train.npz and test.npz, or a file")
-    place = Path(path).expanduser()
+    place = local_path(path, "data.path")
     one_file = place.is_file() or (place.suffix.lower() in (".npz", ".npy") and not place.is_dir())
     candidates = [place] if one_file else [place / f"{split}{suffix}" for suffix in (".npz", ".npy")]
     file = next((each for each in candidates if each.is_file()), None)

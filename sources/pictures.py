@@ -7,7 +7,6 @@ file does not stop the others; folder.py prepares a whole data set of them.
 from __future__ import annotations
 
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from PIL import Image, ImageOps
 from errors import UserError
 from sources.npz import load_npz
 from sources.resize import resize
+from storage import files as storage
 from storage import untrusted
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
@@ -234,7 +234,7 @@ def load_pictures(path: str | Path, fit: Fit, *, num_levels: int, limit: int = 0
       num_levels: of the levels in an .npz file.
       limit: pictures to load, at most; 0: all.
     """
-    path = Path(os.path.expanduser(path))
+    path = storage.local_path(path, "restore.images")
     if path.suffix.lower() == ".npz" and path.is_file():
         return _load_arrays(path, fit, num_levels, limit)
     if not path.exists():
