@@ -276,6 +276,15 @@ def find_configured(config: ConfigDict) -> Iterator[Finding]:
     yield _find_reference(config)
 
 
+def _tfds_folder(config: ConfigDict) -> str:
+    """Return the configured folder of TFDS; empty for another data set, or one that `_find_configured_data` refuses."""
+    data = config.data
+    try:
+        return str(data_folder(data.path)) if datasets.tfds_name(data.dataset, data.category) else ""
+    except UserError:
+        return ""
+
+
 def take_inventory(config: ConfigDict | UserError | None = None) -> Iterator[Finding]:
     """Yield what is there and what is missing; `config`: see `doctor.doctor`."""
     for find in (find_packages, find_devices, find_folders, find_weights, find_statistics):
@@ -286,6 +295,5 @@ def take_inventory(config: ConfigDict | UserError | None = None) -> Iterator[Fin
             yield Finding("configuration", "--config", BROKEN, str(config))
         return
     resolved = smoke.shrink(config) if config.training.smoke else config  # unchecked: what is wrong is a finding
-    data = resolved.data
-    yield from find_data(data.path if datasets.tfds_name(data.dataset, data.category) else "")
+    yield from find_data(_tfds_folder(resolved))
     yield from find_configured(resolved)
