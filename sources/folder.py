@@ -21,7 +21,7 @@ from errors import UserError
 from sources import cache, listing
 from sources.base import AS_STORED, ArraySource, Selection, Source, held_out
 from sources.listing import PictureFiles
-from sources.pictures import Fit, decode_picture, fit_picture, named, to_levels
+from sources.pictures import NUM_NAMED, Fit, decode_picture, fit_picture, named, to_levels
 from storage import files, untrusted
 
 NUM_CLASSES_NAMED = 20
@@ -169,7 +169,7 @@ def prepare(path: Path, rules: Rules) -> Prepared:
     if not pictures.names:
         ends = ", ".join(listing.SUFFIXES)
         raise UserError(
-            f"data.path={str(path)!r} has no picture ({pictures.others} files of other kinds); expected {ends}"
+            f"data.path={str(path)!r} has no picture ({len(pictures.others)} files of other kinds); expected {ends}"
         )
     known = files.content_hash("content", pictures.fingerprint)
     content = cache.remembered(known, pictures.content, lambda text: listing.PARTLY not in text)
@@ -244,6 +244,11 @@ def _log_contents(prepared: Prepared, train: Int64[np.ndarray, "n"], test: Int64
     if prepared.problems:
         left_out = named(prepared.problems)
         logging.warning("left out %d of %d pictures: %s", len(prepared.problems), len(prepared.digests), left_out)
+    if others := prepared.pictures.others:
+        more = f" and {len(others) - NUM_NAMED} more" if len(others) > NUM_NAMED else ""
+        logging.info(
+            "passed over %d files that are no pictures: %s%s", len(others), ", ".join(others[:NUM_NAMED]), more
+        )
     in_both = int(np.isin(prepared.digests[test], prepared.digests[train]).sum())
     if in_both:
         logging.warning("%d pictures of the test split are in the training split, too", in_both)
