@@ -24,8 +24,8 @@ from storage import untrusted
 
 # Names of files that are taken for pictures; files of other names are recognized by their first bytes.
 SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"),
-    *(".pbm", ".jp2", ".j2k", ".avif", ".tga", ".npy"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".jp2"),
+    *(".j2k", ".tga", ".apng", ".jpe", ".jfif", ".npy"),
 )
 ARRAY = b"\x93NUMPY"
 _STARTS = (

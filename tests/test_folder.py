@@ -384,6 +384,7 @@ OPTIONS = {"WEBP": {"lossless": True}, "JPEG2000": {"irreversible": False, "num_
 
 
 def test_pictures_are_recognized_by_content_whatever_their_names(tmp_path, caplog):
+    caplog.set_level("INFO", "absl")
     root = tmp_path / "data"
     pictures = [GENERATOR.integers(0, 256, (4, 6, 3), dtype=np.uint8) for _ in KINDS]
     for (name, kind), picture in zip(KINDS.items(), pictures, strict=True):
