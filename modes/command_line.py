@@ -169,8 +169,8 @@ def prepare(modes: Mapping[str, Mode], files: Sequence[str]) -> dict[str, Any]:
     mode = modes[FLAGS.mode]
     check_flags(FLAGS.mode, modes, files)
     for flag in PATHS:
-        if FLAGS[flag].value:
-            FLAGS[flag].value = str(storage.local_path(FLAGS[flag].value, f"--{flag}"))
+        if path := FLAGS[flag].value:
+            FLAGS[flag].value = str(storage.local_path(path, f"--{flag}"))
     arguments = {flag: FLAGS[flag].value for flag in mode.flags}
     if mode.shared:
         place = (FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)

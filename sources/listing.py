@@ -6,15 +6,15 @@ Names are paths inside the folder or file, with "/" between folders.
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import hashlib
 import os
-import tarfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from jaxtyping import Int64
@@ -25,6 +25,7 @@ from storage import untrusted
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # in order of preference
+TAR_MARK = 257  # offset of the mark of a .tar file
 UNREADABLE, PARTLY = "unreadable", " of what can be read"  # in the place of a file's digest; at the end of that of all
 
 
@@ -54,13 +55,22 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def _is_picture(name: str, open_file: Callable[[], IO[bytes]]) -> bool:
+def _start_of_file(path: str | Path) -> bytes:
+    with open(path, "rb") as file:
+        return untrusted.read_start(file)
+
+
+def _start_of_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    with archive.open(entry) as file:
+        return untrusted.read_start(file)
+
+
+def _is_picture(name: str, read_start: Callable[[], bytes]) -> bool:
     if name.lower().endswith(SUFFIXES):
         return True
     try:
-        with open_file() as file:
-            return is_picture(untrusted.read_start(file))
-    except (OSError, *untrusted.ZIP_ERRORS):
+        return is_picture(read_start())
+    except untrusted.ZIP_ERRORS:  # OSErrors among them
         return False
 
 
@@ -107,7 +117,7 @@ def list_folder(folder: Path) -> FolderPictures:
     found: dict[str, str] = {}
     others = []
     for name, entry in _walk(str(folder)):
-        if not _is_picture(name, functools.partial(open, entry.path, "rb")):
+        if not _is_picture(name, functools.partial(_start_of_file, entry.path)):
             others.append(name)
             continue
         status = entry.stat()
@@ -146,7 +156,11 @@ def list_zip(path: Path) -> ZipPictures:
             entries = {name.replace(separator, "/"): entry for name, entry in listed.items()}
             entries = {name: entry for name, entry in entries.items() if not _is_hidden(name) and name[-1] != "/"}
             names = tuple(
-                sorted(name for name in entries if _is_picture(name, functools.partial(archive.open, entries[name])))
+                sorted(
+                    name
+                    for name in entries
+                    if _is_picture(name, functools.partial(_start_of_entry, archive, entries[name]))
+                )
             )
     except UserError as error:
         raise UserError(f"data.path={str(path)!r} {_kind_of(path)}: {error}") from error
@@ -158,15 +172,12 @@ def list_zip(path: Path) -> ZipPictures:
 
 def _kind_of(path: Path) -> str:
     """Return in words what a file is that cannot be read as a .zip file."""
-    try:
-        with open(path, "rb") as file:
-            start = untrusted.read_start(file)
-        if is_picture(start):
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if is_picture(untrusted.read_start(file)):
             return "is a single picture; expected a folder or .zip file of pictures"
-        if tarfile.is_tarfile(path):
+        file.seek(TAR_MARK)
+        if file.read(5) == b"ustar":
             return "is a .tar file; unpack it, or pack its files as .zip"
-    except OSError:
-        pass
     return "is damaged or no .zip file"
 
 

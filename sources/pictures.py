@@ -235,7 +235,7 @@ def named(problems: dict[str, str]) -> str:
 def _read_file(path: Path, fit: Fit) -> Float[np.ndarray, "H W C"]:
     with open(path, "rb") as file:
         if path.suffix.lower() not in SUFFIXES and not is_picture(untrusted.read_start(file)):
-            raise UserError(f"it is no picture, nor is its name that of one: {', '.join(SUFFIXES)}")
+            raise UserError(f"neither its name nor its content is that of a picture; expected {', '.join(SUFFIXES)}")
     return fit_picture(read_picture(path, keep_alpha=fit.keeps_alpha), fit)
 
 
