@@ -109,6 +109,11 @@ def build_source(config: ConfigDict, split: str) -> Source:
             f"the images of {config.data.dataset} carry {carried}, but model.num_classes={config.model.num_classes}; "
             f"set model.num_classes={source.num_classes}"
         )
+    if split == "test" and 0 < config.model.num_classes < source.num_classes:
+        raise UserError(
+            f"the labels of the test images of {config.data.dataset} go up to {source.num_classes - 1}, but "
+            f"model.num_classes={config.model.num_classes}; correct them, or the classes of the training images"
+        )
     if not distributed.is_alone():
         _check_same_on_all(source, split)
     return source

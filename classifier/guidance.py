@@ -26,6 +26,7 @@ from experiment.build import Experiment
 from models.wideresnet import CIFAR10_MEAN, CIFAR10_STD, make_classifier_grad_fn, make_logit_fn
 from parallel import distributed
 from sde_lib import SDE, Scalars, ScoreFn, State, expand
+from storage.files import local_path
 from workdir import compatibility
 from workdir import folder as workdirs
 from workdir.checkpoints import CheckpointError, Checkpoints
@@ -120,7 +121,7 @@ def load_classifier(experiment: Experiment, workdir: Path) -> Classifier | None:
         )
     if not sampling.classifier_scale:
         return None
-    folder = Path(sampling.classifier or workdir / FOLDER)
+    folder = local_path(sampling.classifier or workdir / FOLDER, "sampling.classifier")
     stored = _read_config(folder)
     _check_same_images(folder, stored, experiment)
     config = classifier_config(experiment.config, stored["model.num_classes"]).unlock()

@@ -115,7 +115,8 @@ class Setting:
 
 # fmt: off
 TABLE: tuple[tuple[str, Any, str, Rule | Choice, frozenset[str]], ...] = (
-    ("seed", 42, "of everything random: initial parameters, data order, noise, samples", anything, RANDOM),
+    ("seed", 42, "of everything random: initial parameters, data order, noise, samples",
+     between(0, 2**32 - 1), RANDOM),  # JAX would use the last 32 bits of others
 
     ("data.dataset", "digits", "data set", _data_set, SCENE),
     ("data.image_size", 8, "height, in pixels", at_least(1), IMAGES),

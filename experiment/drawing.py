@@ -55,7 +55,9 @@ class Snapshot:
 
 
 def restore(experiment: Experiment, workdir: Path, number: int = 0) -> Snapshot:
-    """Restore snapshot `number` of a workdir; 0: the newest that is there.
+    """Restore snapshot `number` of a workdir, or the state to resume from at the step `number`.
+
+    0 stands for the newest snapshot, or for the newest other state where there is none.
 
     Raises:
       UserError: if the number is negative.
@@ -66,15 +68,15 @@ def restore(experiment: Experiment, workdir: Path, number: int = 0) -> Snapshot:
     with Checkpoints(
         workdir, snapshot_freq=experiment.config.training.snapshot_freq, template=template, read_only=True
     ) as checkpoints:
-        present = checkpoints.numbers()
-        if not present:
+        snapshots, steps = checkpoints.numbers(), checkpoints.resumable_steps()
+        if not snapshots + steps:
             raise CheckpointError(f"{checkpoints.directory} holds no checkpoint; train until one is written")
-        if number not in (0, *present):
+        if number not in (0, *snapshots, *steps):
             raise CheckpointError(
-                f"checkpoint {number} is not in {checkpoints.directory}; present: {', '.join(map(str, present))}; set "
+                f"checkpoint {number} is not in {checkpoints.directory}; present: {checkpoints.present()}; set "
                 "--snapshot to one of these, or to 0 for the newest"
             )
-        number = number or present[-1]
+        number = number or (snapshots or steps)[-1]
         state: TrainState = checkpoints.restore_snapshot(number)
     logging.info("restored checkpoint %d (step %d) from %s", number, int(state.step), workdir)
     return Snapshot(number, int(state.step), state.params_ema)

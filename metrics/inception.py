@@ -31,7 +31,7 @@ from errors import UserError
 from legacy.torch_file import read_torch
 from metrics.images import flatten_params, params_hash
 from metrics.pretrained import PRECISION, ConvNorm, PretrainedExtractor, check_params, param_shapes, params_from_torch
-from storage.files import cache_folder, read_npz, write_atomically
+from storage.files import cache_folder, local_path, read_npz, write_atomically
 
 SIDE = 299  # pixels of the network's input
 NUM_FEATURES, NUM_CLASSES = 2048, 1008
@@ -211,7 +211,7 @@ def preprocess(x: Float[Array, "B H W 3"]) -> Float[Array, "B 299 299 3"]:
 
 def weights_path(weights: str = "") -> Path:
     """Return the weights file: `weights`, or where --mode convert_weights puts it."""
-    return Path(weights) if weights else cache_folder("weights") / WEIGHTS
+    return local_path(weights, "eval.weights") if weights else cache_folder("weights") / WEIGHTS
 
 
 def how_to_get_weights(path: str | Path) -> str:

@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from checks import require_tensorflow
 from errors import UserError
 from metrics.images import RGB, apply_in_batches, as_rgb, check_photographs
-from storage.files import content_hash
+from storage.files import content_hash, local_path
 
 TFHUB_URL = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 BATCH_SIZE = 64
@@ -53,7 +53,7 @@ def _import_tfgan() -> tuple[Any, Any]:
 def _find_model(handle: str) -> Path:
     """Return the folder of a SavedModel; TensorFlow Hub downloads a URL that it has not cached."""
     _import_tfgan()
-    if "://" in handle:
+    if "://" in handle and not handle.startswith("file:"):
         try:
             return Path(importlib.import_module("tensorflow_hub").resolve(handle))
         except OSError as error:
@@ -61,6 +61,7 @@ def _find_model(handle: str) -> Path:
                 f"TensorFlow Hub cannot get {handle}: {error}; download it where there is a network, and give its "
                 "unpacked folder as the weights of the extractor 'tfgan'"
             ) from error
+    handle = str(local_path(handle, "eval.weights"))
     if not (Path(handle) / "saved_model.pb").exists():
         raise UserError(f"{handle} is not a SavedModel: it has no saved_model.pb; the extractor 'tfgan' needs one")
     return Path(handle)

@@ -26,6 +26,7 @@ from workdir.locks import LockedError
 FLAGS = flags.FLAGS
 EXIT_FAILED, EXIT_BAD_FLAG = 1, 2
 EXIT_INTERRUPTED, EXIT_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what shells report for these signals
+PATHS = ("workdir", "eval_folder", "output", "images", "checkpoint")  # flags that are paths
 PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id", "start_seconds")  # of shared modes
 
 
@@ -113,6 +114,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
     --mode doctor runs with a configuration that cannot be loaded, too: the value of --config is then a UserError.
     """
+    # Shells expand "~" only at the beginning of an argument.
+    argv = [re.sub(r"^(--?config=)~(?=/)", lambda start: start[1] + str(Path.home()), each) for each in argv]
     others, file = _split_config(argv)
     try:
         try:
@@ -165,6 +168,9 @@ def prepare(modes: Mapping[str, Mode], files: Sequence[str]) -> dict[str, Any]:
     """Check flags, platform and workdir, join the other processes, start the log file; return the mode's arguments."""
     mode = modes[FLAGS.mode]
     check_flags(FLAGS.mode, modes, files)
+    for flag in PATHS:
+        if path := FLAGS[flag].value:
+            FLAGS[flag].value = str(storage.local_path(path, f"--{flag}"))
     arguments = {flag: FLAGS[flag].value for flag in mode.flags}
     if mode.shared:
         place = (FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
@@ -185,7 +191,7 @@ def prepare(modes: Mapping[str, Mode], files: Sequence[str]) -> dict[str, Any]:
     if mode.workdir != "none":
         arguments["workdir"] = Path(FLAGS.workdir)
     if mode.files:
-        arguments["files"] = files
+        arguments["files"] = [str(storage.local_path(file, "argument")) for file in files]
     return arguments
 
 

@@ -190,7 +190,7 @@ def stats(config: ConfigDict, output: str = "", *, split: str = "train", keep_fe
     choose_extractor(config)
     open_split = functools.cache(functools.partial(datasets.build_source, config))
     source, scaler = open_split(split), build_scaler(config)
-    path = Path(output).expanduser() if output else _default_output(config, split, source)
+    path = Path(output) if output else _default_output(config, split, source)
     workdirs.check_writable(path.parent, "--output")
     extractor = build_configured_extractor(config, open_split, cache_folder("features"))
     made_by = {"versions": workdirs.versions(), "commit": workdirs.commit()}

@@ -48,12 +48,21 @@ def prepared_folder(key: str, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def remembered(name: str, compute: Callable[[], str]) -> str:
-    """Return a text of the cache, or compute and store it; `name` is the SHA-256 of what it depends on."""
+def remembered(name: str, compute: Callable[[], str], is_final: Callable[[str], bool] = bool) -> str:
+    """Return a text of the cache, or compute it, and store it if it is final.
+
+    Args:
+      name: SHA-256 of what the text depends on.
+      compute: makes the text.
+      is_final: whether a text is worth storing. One that tells of a failure is not: it is computed again next time.
+    """
     path = files.cache_folder("data") / "known" / name[:32]
-    if not path.exists():
-        files.write_bytes(path, compute().encode())
-    return path.read_text()
+    if path.exists():
+        return path.read_text()
+    text = compute()
+    if is_final(text):
+        files.write_bytes(path, text.encode())
+    return text
 
 
 def fits(num_images: int, shape: tuple[int, int, int], limit_gib: float) -> bool:

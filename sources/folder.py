@@ -21,7 +21,7 @@ from errors import UserError
 from sources import cache, listing
 from sources.base import AS_STORED, ArraySource, Selection, Source, held_out
 from sources.listing import PictureFiles
-from sources.pictures import Fit, decode_picture, fit_picture, named, to_levels
+from sources.pictures import NUM_NAMED, Fit, decode_picture, fit_picture, named, to_levels
 from storage import files, untrusted
 
 NUM_CLASSES_NAMED = 20
@@ -50,26 +50,69 @@ def read_levels(pictures: PictureFiles, name: str, rules: Rules) -> tuple[np.nda
 # --- preparing -------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Record:
+    """What was found of the pictures of a data set; kept in `RECORD`."""
+
+    digests: list[str]  # SHA-256 of the content of each file, empty for an unusable one
+    problems: dict[str, str]  # {name of an unusable picture: why}
+
+    def write(self, folder: Path) -> None:
+        problems = dict(sorted(self.problems.items()))
+        files.write_json(folder / RECORD, {"digests": self.digests, "problems": problems})
+
+    @classmethod
+    def read(cls, folder: Path, num_pictures: int) -> _Record:
+        record = untrusted.read_json(folder / RECORD)
+        digests, problems = record.get("digests"), record.get("problems")
+        if not isinstance(digests, list) or len(digests) != num_pictures or not isinstance(problems, dict):
+            raise UserError(f"{folder / RECORD} is damaged; delete that folder and start again: it is then rebuilt")
+        return cls(digests, problems)
+
+
 def _fill(folder: Path, pictures: PictureFiles, rules: Rules, keep: bool) -> None:
     """Decode every picture; write the levels, if they are to be kept, and a record of what was found.
 
     An unusable picture has a row of zeros in the array, which nobody reads.
     """
-    names, shape = pictures.names, rules.fit.shape
-    digests, problems = [""] * len(names), {}
+    names, shape, record = pictures.names, rules.fit.shape, _Record([""] * len(pictures.names), {})
 
     def read(index: int) -> np.ndarray:
         try:
-            levels, digests[index] = read_levels(pictures, names[index], rules)
+            levels, record.digests[index] = read_levels(pictures, names[index], rules)
         except UserError as error:
-            problems[names[index]] = str(error)
+            record.problems[names[index]] = str(error)
             return np.zeros(shape, np.uint8)
         return levels
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes several pictures at a time
         read_batch = lambda start, stop: np.stack(list(pool.map(read, range(start, stop))))  # noqa: E731
         cache.write_images(folder / IMAGES if keep else None, len(names), shape, read_batch)
-    files.write_json(folder / RECORD, {"digests": digests, "problems": dict(sorted(problems.items()))})
+    record.write(folder)
+
+
+def _retry(folder: Path, pictures: PictureFiles, rules: Rules, record: _Record) -> _Record:
+    """Decode again what could not be used before, and store what can be used now.
+
+    The key of the cache tells what the pictures should hold; a damaged copy, or a file that may not be read for a
+    while, has the same key.
+    """
+    tried, index_of = _Record(list(record.digests), {}), {name: i for i, name in enumerate(pictures.names)}
+    stored = np.load(folder / IMAGES, mmap_mode="r+", allow_pickle=False) if (folder / IMAGES).exists() else None
+    for name in record.problems:
+        index = index_of[name]
+        try:
+            levels, tried.digests[index] = read_levels(pictures, name, rules)
+        except UserError as error:
+            tried.problems[name] = str(error)
+            continue
+        if stored is not None:
+            stored[index] = levels
+    if tried != record:
+        if stored is not None:
+            stored.flush()
+        tried.write(folder)
+    return tried
 
 
 @dataclass(frozen=True)
@@ -126,22 +169,23 @@ def prepare(path: Path, rules: Rules) -> Prepared:
     if not pictures.names:
         ends = ", ".join(listing.SUFFIXES)
         raise UserError(
-            f"data.path={str(path)!r} has no picture ({pictures.others} files of other kinds); expected {ends}"
+            f"data.path={str(path)!r} has no picture ({len(pictures.others)} files of other kinds); expected {ends}"
         )
-    content = cache.remembered(pictures.fingerprint, pictures.content)
+    known = files.content_hash("content", pictures.fingerprint)
+    content = cache.remembered(known, pictures.content, lambda text: listing.PARTLY not in text)
     keep = cache.fits(len(pictures.names), rules.fit.shape, rules.cache_gib)
     key = files.content_hash(f"pictures {VERSION} {rules.fit} {rules.num_levels} {keep}", content)
     folder = cache.prepared_folder(key, lambda folder: _fill(folder, pictures, rules, keep))
-    record = untrusted.read_json(folder / RECORD)
-    digests, problems = record.get("digests"), record.get("problems")
-    if not isinstance(digests, list) or len(digests) != len(pictures.names) or not isinstance(problems, dict):
-        raise UserError(f"{folder / RECORD} is damaged; delete that folder and start again: it is then rebuilt")
+    record = _Record.read(folder, len(pictures.names))
+    if record.problems:
+        record = _retry(folder, pictures, rules, record)
+    problems = record.problems
     if problems and rules.strict:
         raise UserError(
             f"{len(problems)} of {len(pictures.names)} pictures of data.path={str(path)!r} cannot be used: "
             f"{named(problems)}; fix or delete them, or set data.strict=False to leave them out"
         )
-    return Prepared(pictures, rules, key, folder, np.array(digests, str), problems)
+    return Prepared(pictures, rules, key, folder, np.array(record.digests, str), problems)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -200,6 +244,11 @@ def _log_contents(prepared: Prepared, train: Int64[np.ndarray, "n"], test: Int64
     if prepared.problems:
         left_out = named(prepared.problems)
         logging.warning("left out %d of %d pictures: %s", len(prepared.problems), len(prepared.digests), left_out)
+    if others := prepared.pictures.others:
+        more = f" and {len(others) - NUM_NAMED} more" if len(others) > NUM_NAMED else ""
+        logging.info(
+            "passed over %d files that are no pictures: %s%s", len(others), ", ".join(others[:NUM_NAMED]), more
+        )
     in_both = int(np.isin(prepared.digests[test], prepared.digests[train]).sum())
     if in_both:
         logging.warning("%d pictures of the test split are in the training split, too", in_both)
@@ -209,7 +258,7 @@ def load_folder(path: str, split: str, rules: Rules) -> Source:
     """Open one split, "train" or "test", of the pictures of a folder or .zip file (`data.path`)."""
     if not path:
         raise UserError("data.path is empty; set --config.data.path to a folder or .zip file of pictures")
-    prepared = prepare(Path(os.path.expanduser(path)), rules)
+    prepared = prepare(files.local_path(path, "data.path"), rules)
     rows = prepared.rows(split)
     if split == "train":
         _log_contents(prepared, rows, prepared.rows("test"))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from errors import UserError
 from sources import cache
 from sources.base import ArraySource, Selection, Source, held_out
 from storage import untrusted
-from storage.files import content_hash, read_npz
+from storage.files import content_hash, local_path, read_npz
 
 ARRAYS = ("samples", "images")  # names that the array of images may have
 LABELS, NUM_CLASSES = "labels", "num_classes"
@@ -29,6 +30,11 @@ def _classes(arrays: dict[str, np.ndarray], path: str | Path, num_images: int) -
     num_classes = int(arrays[NUM_CLASSES]) if NUM_CLASSES in arrays else int(labels.max(initial=0)) + 1
     if num_images and labels.max() >= num_classes:
         raise UserError(f"{LABELS} of {path} go up to {labels.max()}, but its {NUM_CLASSES} is {num_classes}")
+    if num_images and labels.min() > 0:
+        logging.warning(
+            "%s of %s are %d to %d: %d classes, of which 0 to %d have no image; labels count from 0",
+            *(LABELS, path, labels.min(), labels.max(), num_classes, labels.min() - 1),
+        )
     return labels.astype(np.int64), num_classes
 
 
@@ -141,7 +147,7 @@ def load_npz_split(
     """
     if not path:
         raise UserError("data.path is empty; set --config.data.path to the folder of train.npz and test.npz, or a file")
-    place = Path(path).expanduser()
+    place = local_path(path, "data.path")
     one_file = place.is_file() or (place.suffix.lower() in (".npz", ".npy") and not place.is_dir())
     candidates = [place] if one_file else [place / f"{split}{suffix}" for suffix in (".npz", ".npy")]
     file = next((each for each in candidates if each.is_file()), None)

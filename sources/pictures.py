@@ -7,7 +7,7 @@ file does not stop the others; folder.py prepares a whole data set of them.
 from __future__ import annotations
 
 import io
-import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,21 @@ from PIL import Image, ImageOps
 from errors import UserError
 from sources.npz import load_npz
 from sources.resize import resize
+from storage import files as storage
 from storage import untrusted
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
+# Names of files that are taken for pictures; files of other names are recognized by their first bytes.
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".jp2"),
+    *(".j2k", ".tga", ".apng", ".jpe", ".jfif", ".npy"),
+)
+ARRAY = b"\x93NUMPY"
+_STARTS = (
+    *(b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", ARRAY),
+    *(b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),  # JPEG 2000
+    *(b"8BPS", b"qoif", b"\x76\x2f\x31\x01", b"DDS "),  # not read here: then the reason is told
+)
+_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1")  # of files that begin as MP4 does
 RESIZE = ("none", "crop", "stretch")  # values of `data.resize` and `restore.resize`
 MAX_VALUES = 4 * untrusted.MAX_PIXELS  # of an array: 1 GiB as float32
 NUM_NAMED = 5  # files that a message lists
@@ -74,6 +86,17 @@ class Pictures:
 # --- one picture -----------------------------------------------------------------------------------------------------
 
 
+def is_picture(start: bytes) -> bool:
+    """Return whether a file is a picture by its first bytes, `untrusted.START` of them. TGA has no mark."""
+    return (
+        start.startswith(_STARTS)
+        or (start[:4], start[8:12]) == (b"RIFF", b"WEBP")
+        or (start[:2], start[6:10]) == (b"BM", bytes(4))
+        or (start[4:8] == b"ftyp" and start[8:12] in _BRANDS)
+        or re.match(rb"P[1-6]\s", start) is not None
+    )
+
+
 def _values(image: Image.Image, mode: str) -> Float[np.ndarray, "H W C"]:
     """Convert to an 8-bit mode and divide by 255, in place: a large picture takes 1 GiB."""
     values = np.array(image if image.mode == mode else image.convert(mode), np.float32)
@@ -119,9 +142,10 @@ def _decode_array(data: bytes) -> Float[np.ndarray, "H W C"]:
 def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
     """Decode the content of a file: a .npy array by its name, anything else with Pillow (see `to_array`)."""
     try:
-        if name.lower().endswith(".npy"):
+        if name.lower().endswith(".npy") or data.startswith(ARRAY):
             return _decode_array(data)
-        return untrusted.read_picture(data, lambda image: to_array(image, keep_alpha=keep_alpha))
+        formats = untrusted.FORMATS + ("TGA",) * name.lower().endswith(".tga")
+        return untrusted.read_picture(data, lambda image: to_array(image, keep_alpha=keep_alpha), formats)
     except UserError as error:
         raise UserError(f"it cannot be read: {error}") from error
 
@@ -209,8 +233,9 @@ def named(problems: dict[str, str]) -> str:
 
 
 def _read_file(path: Path, fit: Fit) -> Float[np.ndarray, "H W C"]:
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"its name is not that of a picture; expected {', '.join(SUFFIXES)}")
+    with open(path, "rb") as file:
+        if path.suffix.lower() not in SUFFIXES and not is_picture(untrusted.read_start(file)):
+            raise UserError(f"neither its name nor its content is that of a picture; expected {', '.join(SUFFIXES)}")
     return fit_picture(read_picture(path, keep_alpha=fit.keeps_alpha), fit)
 
 
@@ -234,7 +259,7 @@ def load_pictures(path: str | Path, fit: Fit, *, num_levels: int, limit: int = 0
       num_levels: of the levels in an .npz file.
       limit: pictures to load, at most; 0: all.
     """
-    path = Path(os.path.expanduser(path))
+    path = storage.local_path(path, "restore.images")
     if path.suffix.lower() == ".npz" and path.is_file():
         return _load_arrays(path, fit, num_levels, limit)
     if not path.exists():

@@ -27,7 +27,7 @@ from sources.base import AS_STORED, ArraySource, Selection, Source, held_out
 from sources.folder import Rules
 from sources.pictures import decode_picture, fit_picture, to_levels
 from storage import untrusted
-from storage.files import content_hash
+from storage.files import content_hash, local_path
 
 PREFIX = "tfds:"  # of `data.dataset`, before the TFDS name
 TEST_SPLITS = ("test", "validation")  # in order of preference
@@ -49,7 +49,7 @@ class NotPreparedError(UserError):
 
 def data_folder(path: str = "") -> Path:
     """Return the TFDS data folder: `path`, $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
-    return Path(path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return local_path(path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "data.path or TFDS_DATA_DIR")
 
 
 def _not_prepared(name: str, path: str) -> NotPreparedError:

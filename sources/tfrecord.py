@@ -23,7 +23,7 @@ from jaxtyping import Int64, UInt8
 
 from errors import UserError
 from sources.base import Source
-from storage.files import content_hash
+from storage.files import content_hash, local_path
 
 HEADER = struct.Struct("<QI")  # length of the data in bytes, checksum of those eight bytes
 FOOTER_BYTES = 4  # checksum of the data
@@ -87,7 +87,7 @@ def load_tfrecord(path: str, shape: tuple[int, int, int]) -> TfrecordSource:
     """
     if not path:
         raise UserError("data.tfrecords_path is empty; set it to the data set's .tfrecords file")
-    path = os.path.expanduser(path)
+    path = str(local_path(path, "data.tfrecords_path"))
     if not os.path.isfile(path):
         raise UserError(f"data.tfrecords_path={path!r} is not a file; set it to the data set's .tfrecords file")
     status = os.stat(path)

@@ -8,8 +8,10 @@ import glob
 import hashlib
 import json
 import os
+import re
 import socket
 import tempfile
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +37,32 @@ _FIXES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), _PERMISSIONS),
     **dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT), _MOUNT),
 }
+
+
+def local_path(text: str | os.PathLike[str], name: str) -> Path:
+    """Return a path as its user means it: "~" is the home folder, and "file://" a path of this machine.
+
+    Args:
+      text: of a flag or setting.
+      name: of it, for messages.
+
+    Raises:
+      UserError: for an address of another kind. Locks, renaming and appending need a file system.
+    """
+    text = os.fspath(text)
+    address = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)(.*)", text)
+    if address:
+        scheme, host, place = address[1].lower(), address[2], urllib.parse.unquote(address[3])
+        if scheme != "file" or host not in ("", "localhost") or not place:
+            raise UserError(
+                f"{name}={text}: expected a path of this machine; mount what is stored elsewhere as a folder (such as "
+                "gcsfuse for gs://, mountpoint-s3 for s3://), or copy it here"
+            )
+        text = place
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}={text}: {error}; write the path in full") from error
 
 
 def cache_folder(name: str) -> Path:

@@ -30,7 +30,9 @@ from errors import UserError
 
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192, at most 1 GiB as float32 with four channels
 MAX_PICTURE_BYTES = 2**30  # of its file: twice the bound uncompressed, with four channels of 16 bits
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # of Pillow's; its EPS, for one, starts Ghostscript
+# Of Pillow's; its EPS, for one, starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+START = 32  # bytes at the beginning of a file by which formats of pictures are recognized
 MAX_JSON_BYTES = 2**26  # no file that we write comes near
 # A compressed entry of an archive is read if it expands to less than this, or by less than this factor.
 FREE_EXPANSION = 2**28
@@ -93,6 +95,11 @@ def _check_bytes(num_bytes: int) -> None:
         raise UserError(f"it has {num_bytes:,} bytes, more than {MAX_PICTURE_BYTES:,}; make it smaller")
 
 
+def read_start(file: IO[bytes]) -> bytes:
+    """Read the first bytes of a file, by which formats are recognized; fewer if it is shorter."""
+    return file.read(START)
+
+
 def read_content(path: str | Path) -> bytes:
     """Read the file of a picture, unless it is larger than any that can be decoded; OSErrors are not converted."""
     with open(path, "rb") as file:
@@ -100,14 +107,14 @@ def read_content(path: str | Path) -> bytes:
         return file.read()
 
 
-def read_picture(data: bytes, convert: Callable[[Image.Image], Result]) -> Result:
+def read_picture(data: bytes, convert: Callable[[Image.Image], Result], formats: tuple[str, ...] = FORMATS) -> Result:
     """Open a picture of a known format, check its size before decoding, and convert it with `convert`.
 
     `data` is the content of its file. (From an open file Pillow would read as many bytes as a PNG chunk announces.)
     """
     try:
         _check_pixels(*_webp_size(data[:30]))
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             _check_pixels(*image.size)
             return convert(image)
     except UnidentifiedImageError as error:

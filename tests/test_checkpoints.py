@@ -53,6 +53,42 @@ def test_the_newest_state_of_either_folder_is_restored(tmp_path):
         assert_equal(checkpoints.restore_newest(), make_state(20, value=3))
 
 
+def test_the_last_step_of_a_run_is_a_snapshot_which_a_longer_run_replaces(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(10, value=10))
+        checkpoints.save(make_state(14, value=14), is_last=True)
+        checkpoints.wait()
+        assert checkpoints.numbers() == [1, 2]
+        assert_equal(checkpoints.restore_snapshot(2), make_state(14, value=14))
+        assert_equal(checkpoints.restore_newest(), make_state(14, value=14))
+    with open_checkpoints(tmp_path) as checkpoints:  # the run is continued
+        checkpoints.save(make_state(16, value=16))
+        checkpoints.wait()
+        assert_equal(checkpoints.restore_newest(), make_state(16, value=16))
+        checkpoints.save(make_state(18, value=18), is_last=True)  # and again
+        checkpoints.wait()
+        assert_equal(checkpoints.restore_snapshot(2), make_state(18, value=18))
+        checkpoints.save(make_state(20, value=20))
+        checkpoints.wait()
+        assert_equal(checkpoints.restore_snapshot(2), make_state(20, value=20))
+        checkpoints.save(make_state(20, value=21))  # this one is there
+        checkpoints.wait()
+        assert_equal(checkpoints.restore_snapshot(2), make_state(20, value=20))
+        assert checkpoints.numbers() == [1, 2]
+
+
+def test_states_to_resume_from_are_restored_by_their_step(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (10, 14, 16):
+            checkpoints.save(make_state(step, value=step))
+        checkpoints.wait()
+    with open_checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.resumable_steps() == [14, 16]
+        assert_equal(checkpoints.restore_snapshot(14), make_state(14, value=14))
+        with pytest.raises(CheckpointError, match="present: 1; states to resume from at the steps 14, 16; set"):
+            checkpoints.require([3])
+
+
 def damage(folder, how):
     """Damages the data files below a checkpoint's arrays; OCDBT keeps small arrays in more than one of them."""
     for path in [p for p in Path(folder).rglob("d/*") if p.is_file()]:

@@ -336,3 +336,17 @@ def test_what_a_check_raises_is_what_it_found(monkeypatch):
     outcome = self_test.run_check("broken")
     assert not outcome.passed
     assert outcome.text.startswith("RuntimeError: no such kernel (")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"data__dataset": "folder", "data__path": "gs://b/x"}, "data.path=gs://b/x: expected a path of this machine"),
+        ({"eval__reference": "s3://b/x.npz"}, "eval.reference=s3://b/x.npz: expected a path of this machine"),
+        ({"data__dataset": "LSUN", "data__category": "nowhere"}, "nowhere"),
+    ],
+)
+def test_a_configured_path_or_scene_that_cannot_be_is_a_finding(monkeypatch, capsys, changes, text):
+    monkeypatch.setattr(self_test, "CHECKS", NO_TEST)
+    assert not run_lib.doctor(tiny.make_config(**changes))
+    assert text in capsys.readouterr().out

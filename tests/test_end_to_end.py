@@ -139,7 +139,9 @@ runpy.run_path("main.py", run_name="__main__")
 
 @pytest.mark.parametrize(
     ("sign", "step", "code"),
-    by_default([(signal.SIGKILL, 18, -9)], [(signal.SIGKILL, 18, -9), (signal.SIGTERM, 14, 143)]),
+    by_default(
+        [(signal.SIGKILL, 18, -9)], [(signal.SIGKILL, 18, -9), (signal.SIGINT, 14, 130), (signal.SIGTERM, 14, 143)]
+    ),
 )
 def test_a_killed_run_ends_like_an_unbroken_one(unbroken, tmp_path, sign, step, code):
     """Bit for bit: parameters, moving average, optimizer, and the recorded losses."""
@@ -148,12 +150,26 @@ def test_a_killed_run_ends_like_an_unbroken_one(unbroken, tmp_path, sign, step, 
         [arguments[0], "-c", WITH_SIGNAL, str(int(sign)), str(step), str(tmp_path), *arguments[1:]],
     )
     assert result.returncode == code
-    if sign == signal.SIGTERM:
+    if sign != signal.SIGKILL:
         assert "is saved; the same command resumes from it" in (tmp_path / "stdout.txt").read_text()
     tiny.succeed(arguments)
     assert "restored step" in (tmp_path / "stdout.txt").read_text()
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), final_state(unbroken))
     assert losses(tmp_path) == losses(unbroken)
+
+
+@pytest.mark.exhaustive
+def test_a_run_shorter_than_the_distance_of_snapshots_can_be_used(tmp_path):
+    """Its last step is checkpoint 1, with its grid; before that a state to resume from is."""
+    settings = {"training__n_iters": 8, "training__snapshot_freq": 1000, "training__log_freq": 2}
+    tiny.succeed(tiny.command("train", tmp_path, **settings))
+    assert (tmp_path / "samples" / "iter_8" / "sample.png").exists()
+    tiny.succeed(tiny.command("eval", tmp_path, **settings, eval__end_ckpt=1))
+    assert report(tmp_path, 1)[0]["checkpoint"] == {"number": 1, "step": 8, "ema": True}
+    tiny.succeed(tiny.command("sample", tmp_path, "--num_images=2", "--snapshot=4", "--output=early", **settings))
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    result = tiny.succeed(tiny.command("sample", tmp_path, "--num_images=2", "--output=newest", **settings))
+    assert "restored checkpoint 4 (step 4)" in result.stderr
 
 
 def test_another_network_in_the_same_workdir_is_refused(unbroken):

@@ -5,6 +5,7 @@ import json
 import logging as standard_logging
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from tensorboardX.record_writer import masked_crc32c
 from test_checkpoints import assert_equal, make_state, open_checkpoints
 
 import losses
+from parallel import distributed
 from sources.tfrecord import find_records
 from storage import files
 from workdir import event_file
@@ -404,3 +406,29 @@ def test_errors_that_nobody_asked_for_are_not_on_the_console():
     result = tiny.run([sys.executable, "-c", LOST_ERROR])
     assert "the end" in result.stderr
     assert "of an array" not in result.stderr
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_interrupt_is_noticed_and_the_second_stops_at_once(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with distributed.preemption() as asked:
+        assert asked() == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked() == signal.SIGINT
+        assert "press it again to stop at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_process_in_the_background_goes_on_ignoring_interrupts():
+    """A shell starts them so in a script, and whoever presses Ctrl-C means another program."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with distributed.preemption() as asked:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked() == 0
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,6 +1,7 @@
 """A folder or .zip file of one's own pictures: what becomes of each, and that nothing is decoded twice."""
 
 import shutil
+import tarfile
 import zipfile
 
 import numpy as np
@@ -11,6 +12,7 @@ from sources import cache, listing
 from sources import folder as folders
 from sources.folder import PictureSource, Rules, load_folder
 from sources.pictures import GRAY_WEIGHTS, Fit
+from storage import untrusted
 
 GENERATOR = np.random.default_rng(0)
 COLOR = [GENERATOR.integers(0, 256, (4, 6, 3), dtype=np.uint8) for _ in range(8)]
@@ -292,3 +294,186 @@ def test_a_damaged_member_of_a_zip_is_left_out(tmp_path):
     (tmp_path / "data.zip").write_bytes(content)
     both = [everything(load_folder(str(tmp_path / "data.zip"), split, RULES)) for split in ("train", "test")]
     assert as_set(np.concatenate(both)) == as_set(COLOR[1:])
+
+
+# --- what failed is tried again --------------------------------------------------------------------------------------
+
+
+def zip_of(path, images):
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, image in enumerate(images):
+            save(path.parent / "one.png", image)
+            archive.write(path.parent / "one.png", f"{number}.png")
+    return path
+
+
+def flip_data(path, num):
+    """Flips a byte of the first entries' data."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist()[:num]:
+            content[entry.header_offset + 80] ^= 0xFF
+    path.write_bytes(content)
+
+
+def mark_encrypted(path, num):
+    """Sets the flag of encryption in both headers of the first entries."""
+    content = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = -1
+        for _ in range(num):
+            place = content.index(signature, place + 1)
+            content[place + offset] |= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("cache_gib", [16.0, 0.0])
+@pytest.mark.parametrize("damage", [flip_data, mark_encrypted])
+def test_a_good_zip_in_the_place_of_a_damaged_one_is_read(tmp_path, caplog, damage, cache_gib):
+    """Both have the same names, sizes and declared checksums, and so the same key of the cache."""
+    rules = Rules(RULES.fit, 256, test_share=0.25, cache_gib=cache_gib)
+    path = zip_of(tmp_path / "set.zip", COLOR)
+    good = path.read_bytes()
+    damage(path, 3)
+    load_folder(str(path), "train", rules)
+    assert "left out 3 of 8 pictures" in caplog.text
+    with pytest.raises(ValueError, match="3 of 8 pictures"):
+        load_folder(str(path), "train", Rules(RULES.fit, 256, strict=True, cache_gib=cache_gib))
+    caplog.clear()
+    path.write_bytes(good)
+    both = [everything(load_folder(str(path), split, rules)) for split in ("train", "test")]
+    assert as_set(np.concatenate(both)) == as_set(COLOR)
+    assert "left out" not in caplog.text
+
+
+def test_what_may_be_read_again_is_read(tmp_path, monkeypatch, caplog):
+    """Permissions change neither size nor time of a file."""
+    root, read = fill(tmp_path / "data"), untrusted.read_content
+
+    def refuse(path):
+        if str(path).endswith(("1.png", "4.png")):
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(untrusted, "read_content", refuse)
+        load_folder(str(root), "train", RULES)
+        assert "left out 2 of 8 pictures: 1.png: it cannot be read: Permission denied" in caplog.text
+    caplog.clear()
+    both = [everything(load_folder(str(root), split, RULES)) for split in ("train", "test")]
+    assert as_set(np.concatenate(both)) == as_set(COLOR)
+    assert "left out" not in caplog.text
+
+
+# --- what is a picture -----------------------------------------------------------------------------------------------
+
+KINDS = {  # name -> Pillow's format; these are lossless
+    "a.png": "PNG",
+    "b.apng": "PNG",
+    "c.bmp": "BMP",
+    "d.tga": "TGA",
+    "e.jp2": "JPEG2000",
+    "f": "PNG",
+    "g.dat": "TIFF",
+    "h.20260101": "PPM",
+    "i.img": "JPEG2000",
+    "j.webp": "WEBP",
+    "k.picture": "WEBP",
+}
+OPTIONS = {"WEBP": {"lossless": True}, "JPEG2000": {"irreversible": False, "num_resolutions": 1}}
+
+
+def test_pictures_are_recognized_by_content_whatever_their_names(tmp_path, caplog):
+    caplog.set_level("INFO", "absl")
+    root = tmp_path / "data"
+    pictures = [GENERATOR.integers(0, 256, (4, 6, 3), dtype=np.uint8) for _ in KINDS]
+    for (name, kind), picture in zip(KINDS.items(), pictures, strict=True):
+        save(root / name, picture, format=kind, **OPTIONS.get(kind, {}))
+    np.save(root / "l.npy", COLOR[0])
+    shutil.copy(root / "l.npy", root / "m")
+    np.save(root / "l.npy", COLOR[1])
+    (root / "notes.md").write_text("P2P is not a picture")
+    (root / "BMW.txt").write_text("BMW is not a bitmap")
+    (root / "empty").write_bytes(b"")
+    both = [everything(load_folder(str(root), split, RULES)) for split in ("train", "test")]
+    assert as_set(np.concatenate(both)) == as_set([*pictures, *COLOR[:2]])
+    assert "passed over 3 files that are no pictures: BMW.txt, empty, notes.md" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "b.jpe", "c.avif", "d"])
+def test_lossy_pictures_of_other_names_are_read(tmp_path, name):
+    """They are not left out; their values are those that Pillow gives."""
+    root = fill(tmp_path / "data", COLOR[:3])
+    flat = np.full((4, 6, 3), 90, np.uint8)
+    save(root / name, flat, format="AVIF" if name == "c.avif" else "JPEG")
+    both = np.concatenate([everything(load_folder(str(root), split, RULES)) for split in ("train", "test")])
+    assert len(both) == 4
+    assert np.abs(both.astype(int) - 90).max(axis=(1, 2, 3)).min() <= 2
+
+
+def test_a_picture_of_a_format_that_is_not_read_is_left_out_with_the_reason(tmp_path, caplog):
+    root = fill(tmp_path / "data", COLOR[:3])
+    (root / "layers.psd").write_bytes(b"8BPS" + bytes(100))
+    load_folder(str(root), "train", RULES)
+    assert "left out 1 of 4 pictures: layers.psd: it cannot be read: it is not a picture" in caplog.text
+    with pytest.raises(ValueError, match=r"1 of 4 pictures .* cannot be used: layers.psd"):
+        load_folder(str(root), "train", Rules(RULES.fit, 256, strict=True))
+
+
+def test_links_to_folders_are_followed_but_not_in_a_circle(tmp_path):
+    root, elsewhere = tmp_path / "data", fill(tmp_path / "elsewhere", COLOR[:3])
+    fill(root / "dog", COLOR[3:6])
+    (root / "cat").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(root)
+    train, test = (load_folder(str(root), split, RULES) for split in ("train", "test"))
+    assert train.num_classes == 2
+    images = np.concatenate([everything(train), everything(test)])
+    labels = np.concatenate([source.labels(np.arange(len(source))) for source in (train, test)])
+    assert as_set(images[labels == 0]) == as_set(COLOR[:3])
+    assert as_set(images[labels == 1]) == as_set(COLOR[3:6])
+
+
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([str(number) for number in range(12)], [str(number) for number in range(12)]),
+        (["007", "10", "9"], ["007", "9", "10"]),
+        (["10", "9", "cat"], ["10", "9", "cat"]),
+        (["n02", "n1"], ["n02", "n1"]),
+    ],
+)
+def test_classes_are_sorted_as_numbers_if_all_are(names, expected):
+    pictures = [f"{name}/{i}.png" for name in names for i in range(2)]
+    classes = listing.find_classes(pictures, {"train": ""})
+    assert list(classes) == expected
+    labels = listing.classes_of(pictures, {"train": ""}, classes)
+    assert [expected[label] for label in labels] == [name for name in names for _ in range(2)]
+
+
+def test_a_zip_with_separators_of_windows_has_its_folders(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, image in enumerate(COLOR):
+            save(tmp_path / "one.png", image)
+            entry = zipfile.ZipInfo("placeholder")
+            entry.filename = f"data\\{'cat' if number % 2 else 'dog'}\\{number}.png"
+            archive.writestr(entry, (tmp_path / "one.png").read_bytes())
+    train, test = (load_folder(str(path), split, RULES) for split in ("train", "test"))
+    images = np.concatenate([everything(train), everything(test)])
+    labels = np.concatenate([source.labels(np.arange(len(source))) for source in (train, test)])
+    assert train.num_classes == 2
+    assert as_set(images[labels == 0]) == as_set(COLOR[1::2])
+    assert as_set(images[labels == 1]) == as_set(COLOR[::2])
+
+
+def test_what_a_path_is_instead_of_a_folder_is_said(tmp_path):
+    save(tmp_path / "one.png", COLOR[0])
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        archive.add(tmp_path / "one.png", "one.png")
+    with pytest.raises(ValueError, match=r"one.png' is a single picture; expected a folder or .zip file of pictures"):
+        load_folder(str(tmp_path / "one.png"), "train", RULES)
+    with pytest.raises(ValueError, match=r"set.tar' is a .tar file; unpack it, or pack its files as .zip"):
+        load_folder(str(tmp_path / "set.tar"), "train", RULES)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,10 @@ from errors import UserError
 from experiment import startup
 from modes import command_line
 from modes.command_line import Mode
+from sources.folder import load_folder
+from sources.pictures import load_pictures
+from sources.tfrecord import load_tfrecord
+from storage import files
 
 SECONDS = 30  # a bound for a busy machine; imports take most of it
 
@@ -261,3 +266,50 @@ def test_labels_stay_the_text_that_was_given(text):
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     values(argv)
     assert (values.config.sampling.labels, values.config.sampling.guidance_interval) == (text, (0.2, 5))
+
+
+# --- paths -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["~/runs", "file://{home}/runs", "file://localhost{home}/ru%6es", "{home}/runs"])
+def test_a_path_is_what_its_user_means(monkeypatch, tmp_path, text):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.local_path(text.format(home=tmp_path), "--workdir") == tmp_path / "runs"
+
+
+@pytest.mark.parametrize(
+    "text", ["gs://bucket/run", "s3://bucket/run", "file://elsewhere/run", "file://", "hdfs://x/y"]
+)
+def test_a_path_of_another_machine_is_refused(text):
+    with pytest.raises(
+        UserError, match=rf"^data.path={re.escape(text)}: expected a path of this machine; mount what is stored"
+    ):
+        files.local_path(text, "data.path")
+
+
+def test_a_home_that_nobody_has_is_named():
+    with pytest.raises(UserError, match=r"--workdir=~nobody_at_all/x: .*; write the path in full"):
+        files.local_path("~nobody_at_all/x", "--workdir")
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("flag", ["workdir", "output", "images"])
+def test_every_flag_that_is_a_path_is_taken_so(monkeypatch, tmp_path, flag):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(command_line.workdirs, "check_trained", lambda workdir: None)
+    monkeypatch.setattr(command_line.logs, "set_up_file", lambda workdir: None)
+    with flagsaver.flagsaver():
+        argv = ["main.py", *tiny.command("encode", tmp_path / "w")[2:6], "--mode=encode", f"--workdir={tmp_path}/w"]
+        command_line.parse_flags([*argv, f"--{flag}=~/here"])
+        assert str(command_line.prepare(main.MODES, [])[flag]) == f"{tmp_path}/here"
+
+
+@pytest.mark.parametrize("setting", ["data.path", "restore.images", "data.tfrecords_path"])
+def test_every_setting_that_is_a_path_refuses_a_bucket(setting):
+    readers = {
+        "data.path": lambda: load_folder("gs://b/x", "train", None),
+        "restore.images": lambda: load_pictures("gs://b/x", None, num_levels=2),
+        "data.tfrecords_path": lambda: load_tfrecord("gs://b/x", (8, 8, 3)),
+    }
+    with pytest.raises(UserError, match=f"{setting}=gs://b/x: expected a path of this machine"):
+        readers[setting]()

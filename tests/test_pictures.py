@@ -184,7 +184,11 @@ def test_a_limit_counts_pictures_that_can_be_used(folder):
         ("empty", ValueError, "empty' is a folder without files; put pictures in it"),
         ("square.png", ValueError, "no picture that can be used: square.png: it has 5x5 pixels"),
         ("broken.jpg", ValueError, "no picture that can be used: broken.jpg: it cannot be read: "),
-        ("notes.txt", ValueError, "notes.txt: its name is not that of a picture; expected .png, .jpg"),
+        (
+            "notes.txt",
+            ValueError,
+            "notes.txt: neither its name nor its content is that of a picture; expected .png, .jpg",
+        ),
         (
             "bad",
             ValueError,

@@ -1,5 +1,6 @@
 """Data sets on disk: the resizing of the 2021 code, TFDS records, and .tfrecords files, whole or damaged."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -21,6 +22,7 @@ import sources.tfds
 from configs import base
 from errors import UserError
 from sources import resize, tfrecord
+from sources.npz import load_npz
 
 FLOAT32 = 5e-7  # a few roundings of values up to 1; the largest difference found is 3e-7
 
@@ -494,3 +496,32 @@ def test_a_damaged_npz_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"train.npz is damaged: array 'images': Bad CRC-32"):
         datasets.build_source(npz_config(tmp_path), "train")
     assert list((tmp_path / "cache/data").iterdir()) == []
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def npz_with_labels(path, labels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, images=np.zeros((len(labels), 8, 8, 1), np.uint8), labels=np.array(labels))
+
+
+@pytest.mark.parametrize(("labels", "message"), [((0, 1, 5), "go up to 5"), ((0, 1, 3), "go up to 3"), ((0, 1), "")])
+def test_test_labels_that_the_network_does_not_know_are_refused(tmp_path, labels, message):
+    npz_with_labels(tmp_path / "train.npz", (0, 1, 2))
+    npz_with_labels(tmp_path / "test.npz", labels)
+    changes = {"data__dataset": "npz", "data__path": str(tmp_path), "model__num_classes": 3}
+    config = tiny.make_config(**changes)
+    datasets.build_source(config, "train")
+    refused = pytest.raises(ValueError, match=message) if message else contextlib.nullcontext()
+    with refused:
+        datasets.build_source(config, "test")
+
+
+@pytest.mark.parametrize(("labels", "told"), [((1, 2, 10), "11 classes, of which 0 to 0"), ((0, 10), "")])
+def test_labels_that_do_not_begin_at_0_are_told(tmp_path, caplog, labels, told):
+    npz_with_labels(tmp_path / "all.npz", labels)
+    source = load_npz(tmp_path / "all.npz", (8, 8, 1), 17)
+    assert source.num_classes == 11
+    assert ("labels count from 0" in caplog.text) == bool(told)
+    assert told in caplog.text

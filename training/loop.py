@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from workdir.checkpoints import Checkpoints
 from workdir.progress import TrainingProgress
 
 FREQUENCIES = ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption")
-SIGTERM_EXIT_CODE = 143  # 128 + 15: what shells and schedulers report for a job that SIGTERM ended
+SIGNALLED = 128  # plus the signal: the exit code that shells and schedulers report for a job that it ended
 
 
 def check_schedule(group: str, schedule: Mapping[str, Any]) -> None:
@@ -77,7 +78,7 @@ class _Loop:
     presence: workdirs.Presence
     watch: LossWatch
 
-    def save(self, state: TrainState, step: int) -> None:
+    def save(self, state: TrainState, step: int, *, is_last: bool = False) -> None:
         """Save a replicated state, unless it has diverged: it must not become the newest checkpoint."""
         self.watch.look()
         if not self.watch.has_moved:
@@ -87,7 +88,7 @@ class _Loop:
         if not divergence.is_finite(on_host):
             raise NotFiniteError(f"the state became infinite or nan at step {step}, though no loss did", step, step)
         self.presence.require()
-        self.checkpoints.save(on_host)
+        self.checkpoints.save(on_host, is_last=is_last)
         self.watch.mark_saved()
 
     def read(self, batches: Iterator[Any], state: TrainState, step: int) -> Any:
@@ -103,8 +104,8 @@ class _Loop:
                 logging.warning("the data fail: step %d is saved; the same command resumes from it", step)
             raise
 
-    def after_call(self, state: TrainState, step: int, *, is_last: bool, stop: bool) -> None:
-        """Record, test, save and draw what is due after a call that ended with `step`."""
+    def after_call(self, state: TrainState, step: int, *, is_last: bool, stop: int) -> None:
+        """Record, test, save and draw what is due after a call that ended with `step`; end after the signal `stop`."""
         due = {name: step % self.trainer.experiment.schedule[name] == 0 for name in FREQUENCIES}
         values: dict[str, float] = {}
         if due["log_freq"] or is_last:
@@ -117,12 +118,13 @@ class _Loop:
             self.presence.require()
             self.progress.record(step, **values)
         if stop or is_last or due["snapshot_freq"] or due["snapshot_freq_for_preemption"]:
-            self.save(state, step)
+            self.save(state, step, is_last=is_last)
         if stop:
             self.checkpoints.wait()
-            logging.warning("SIGTERM: step %d is saved; the same command resumes from it", step)
-            raise SystemExit(SIGTERM_EXIT_CODE)
-        if due["snapshot_freq"]:
+            name = signal.Signals(stop).name
+            logging.warning("%s: step %d is saved; the same command resumes from it", name, step)
+            raise SystemExit(SIGNALLED + stop)
+        if due["snapshot_freq"] or is_last:
             with self.progress.pause():
                 self.trainer.after_snapshot(state, step, self.progress)
 
@@ -148,7 +150,7 @@ class _Loop:
                     state, metrics = trainer.train_steps(state, batch)
                     step += settings.n_jitted_steps
                     self.watch.add(step, metrics)
-                    # Before the first call is compiled and done there is nothing to save: SIGTERM then ends at once.
+                    # Before the first call is compiled and done there is nothing to save: a signal then ends at once.
                     if stop_requested is None:
                         startup.finish(metrics, settings.n_jitted_steps)
                         stop_requested = stack.enter_context(distributed.preemption())
@@ -172,7 +174,7 @@ def train(trainer: Trainer, source: datasets.Source, workdir: str | Path) -> Tra
       UserError: if the newest checkpoint does not go with the schedule.
       CheckpointError: if the workdir has checkpoints, but all are damaged.
       DivergedError: if the loss is no longer a number.
-      SystemExit: with code 143 after SIGTERM, once the state is saved.
+      SystemExit: with code 143 after SIGTERM and 130 after Ctrl-C, once the state is saved.
     """
     experiment, settings = trainer.experiment, trainer.experiment.schedule
     template = experiment.state_template()

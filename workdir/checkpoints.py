@@ -1,8 +1,9 @@
 """Checkpoints by Orbax: written in the background, visible only when complete, verified when read.
 
-`checkpoints/` keeps every snapshot, number k taken at step k * snapshot_freq; `checkpoints-meta/` keeps the two newest
-states to resume from. Checksums of the arrays reveal damaged files, which a run moves to `checkpoints-damaged/`: their
-numbers are then free to be written again. Process 0 alone reads and writes; no other process needs the folder.
+`checkpoints/` keeps every snapshot, number k taken at step k * snapshot_freq, or before it at the last step of a run;
+`checkpoints-meta/` keeps the two newest states to resume from. Checksums of the arrays reveal damaged files, which a
+run moves to `checkpoints-damaged/`: their numbers are then free to be written again. Process 0 alone reads and writes;
+no other process needs the folder.
 """
 
 from __future__ import annotations
@@ -94,6 +95,14 @@ def _restore(manager: ocp.CheckpointManager, number: int, template: TrainState) 
     return restored["state"]
 
 
+def _step_of(manager: ocp.CheckpointManager, number: int) -> int:
+    """Return the training step of a checkpoint; -1 if it cannot be read."""
+    try:
+        return int(manager.restore(number, args=ocp.args.Composite(info=ocp.args.JsonRestore()))["info"]["step"])
+    except _READ_ERRORS:
+        return -1
+
+
 class Checkpoints:
     """The checkpoints of one workdir; every process calls the same methods and gets the results of process 0.
 
@@ -160,13 +169,27 @@ class Checkpoints:
             ) from error
 
     @distributed.on_main
-    def save(self, state: TrainState) -> None:
-        """Write a state, numpy arrays on the host: to the snapshots if its step is one, else as resumable."""
+    def save(self, state: TrainState, *, is_last: bool = False) -> None:
+        """Write a state, numpy arrays on the host, to the snapshots or as resumable.
+
+        Snapshots are the steps that are multiples of `snapshot_freq`, and the last step of a run, under the number of
+        the next multiple. A run that is continued replaces that one when it arrives there.
+        """
         step = int(state.step)
         number, offset = divmod(step, self._snapshot_freq)
-        manager, number = (self._snapshots, number) if offset == 0 else (self._resumable, step)
-        if number not in manager.all_steps():
-            _save(manager, number, state)
+        if offset and not is_last:
+            if step not in self._resumable.all_steps():
+                _save(self._resumable, step, state)
+            return
+        number += offset > 0
+        if number in self._snapshots.all_steps():
+            stored = _step_of(self._snapshots, number)
+            if stored == step or stored >= number * self._snapshot_freq:
+                return
+            with _writing(self._snapshots):
+                self._snapshots.wait_until_finished()
+                self._snapshots.delete(number)
+        _save(self._snapshots, number, state)
 
     @distributed.on_main
     def save_snapshot(self, number: int, state: TrainState) -> None:
@@ -203,6 +226,11 @@ class Checkpoints:
 
     def _read_newest(self) -> TrainState | None:
         candidates = [(number * self._snapshot_freq, self._snapshots, number) for number in self._snapshots.all_steps()]
+        if candidates:  # the newest may have been taken before its multiple, at the end of a run
+            step, _, number = max(candidates, key=lambda candidate: candidate[0])
+            found = _step_of(self._snapshots, number)
+            candidates.remove((step, self._snapshots, number))
+            candidates.append((found if found >= 0 else step, self._snapshots, number))
         candidates += [(step, self._resumable, step) for step in self._resumable.all_steps()]
         damaged = []
         for _, manager, number in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
@@ -239,19 +267,31 @@ class Checkpoints:
         manager.reload()
 
     @distributed.on_main
+    def resumable_steps(self) -> list[int]:
+        """Return the steps of the complete states to resume from, ascending."""
+        self._resumable.reload()
+        return sorted(self._resumable.all_steps())
+
+    def _is_there(self, number: int) -> bool:
+        return number in self.numbers() or number in self.resumable_steps()
+
+    @distributed.on_main
     def require(self, numbers: Iterable[int]) -> None:
-        """Check that snapshots are there."""
-        present = self.numbers()
-        missing = [number for number in numbers if number not in present]
+        """Check that snapshots, or states to resume from by their steps, are there."""
+        missing = [number for number in numbers if not self._is_there(number)]
         if missing:
-            listed = ", ".join(map(str, present)) or "none"
             raise CheckpointError(
-                f"checkpoint {missing[0]} is not in {self.directory}; present: {listed}; set eval.begin_ckpt and "
-                "eval.end_ckpt to these, or eval.wait_seconds to wait for a run that still trains"
+                f"checkpoint {missing[0]} is not in {self.directory}; present: {self.present()}; set eval.begin_ckpt "
+                "and eval.end_ckpt to these, or eval.wait_seconds to wait for a run that still trains"
             )
 
+    def present(self) -> str:
+        """Return the numbers of the snapshots, and the steps of other states, in words."""
+        listed, steps = ", ".join(map(str, self.numbers())) or "none", ", ".join(map(str, self.resumable_steps()))
+        return listed + (f"; states to resume from at the steps {steps}" if steps else "")
+
     def restore_snapshot(self, number: int, *, wait_seconds: float = 0.0) -> TrainState:
-        """Restore one kept snapshot, waiting up to `wait_seconds` for it.
+        """Restore one kept snapshot, waiting up to `wait_seconds` for it; or a state to resume from, by its step.
 
         Raises:
           CheckpointError: if it is missing after that time, or damaged.
@@ -259,11 +299,12 @@ class Checkpoints:
 
         def read() -> TrainState:
             deadline = time.monotonic() + wait_seconds
-            while number not in self.numbers() and (left := deadline - time.monotonic()) > 0:
+            while not self._is_there(number) and (left := deadline - time.monotonic()) > 0:
                 time.sleep(min(POLL_SECONDS, left))
             self.require([number])
+            manager = self._snapshots if number in self.numbers() else self._resumable
             try:
-                return _restore(self._snapshots, number, self._template)
+                return _restore(manager, number, self._template)
             except CheckpointError as error:
                 others = ", ".join(str(other) for other in self.numbers() if other != number) or "none"
                 raise CheckpointError(

@@ -32,7 +32,7 @@ from parallel import distributed
 from parallel.cluster import find_place, is_tpu_worker
 from sources import tfds_build
 from sources.tfds import data_folder
-from storage.files import cache_folder
+from storage.files import cache_folder, local_path
 
 ROOT = Path(__file__).resolve().parents[2]
 OK, MISSING, WARNING, BROKEN = "ok", "missing", "warning", "BROKEN"
@@ -225,16 +225,15 @@ def _find_configured_data(config: ConfigDict) -> Finding:
             place = f" --config.data.path={data.path}" if data.path else ""
             remedy = f"python main.py --config CONFIG --mode prepare{place}"
             return finding(MISSING, f"{tfds_name} is not prepared in {data_folder(data.path)}", remedy)
+        if data.dataset == "digits":
+            return finding(OK, "inside scikit-learn")
+        name, value = ("tfrecords_path", "FILE") if data.dataset in ("FFHQ", "CelebAHQ") else ("path", "DIR")
+        file, flag = data[name], f"--config.data.{name}={value}"
+        if not file or not local_path(file, f"data.{name}").exists():
+            return finding(MISSING, f"{file!r} is not there" if file else "no path is configured", flag)
+        return finding(OK, f"{file} is there")
     except UserError as error:
         return finding(BROKEN, str(error))
-    if data.dataset == "digits":
-        return finding(OK, "inside scikit-learn")
-    file, flag = data.path, "--config.data.path=DIR"
-    if data.dataset in ("FFHQ", "CelebAHQ"):
-        file, flag = data.tfrecords_path, "--config.data.tfrecords_path=FILE"
-    if not file or not Path(file).expanduser().exists():
-        return finding(MISSING, f"{file!r} is not there" if file else "no path is configured", flag)
-    return finding(OK, f"{file} is there")
 
 
 def _find_extractor(config: ConfigDict) -> Finding:
@@ -255,8 +254,11 @@ def _find_reference(config: ConfigDict) -> Finding:
     file, finding = config.eval.reference, functools.partial(Finding, "configuration", "reference")
     if not file:
         return finding(OK, "samples are compared with the training images")
-    if Path(file).expanduser().exists():
-        return finding(OK, f"samples are compared with {file}")
+    try:
+        if local_path(file, "eval.reference").exists():
+            return finding(OK, f"samples are compared with {file}")
+    except UserError as error:
+        return finding(BROKEN, str(error))
     remedy = f"python main.py --config CONFIG --mode stats --output {file}"
     return finding(MISSING, f"eval.reference={file!r} is not there", remedy)
 
@@ -274,6 +276,15 @@ def find_configured(config: ConfigDict) -> Iterator[Finding]:
     yield _find_reference(config)
 
 
+def _tfds_folder(config: ConfigDict) -> str:
+    """Return the configured folder of TFDS; empty for another data set, or one that `_find_configured_data` refuses."""
+    data = config.data
+    try:
+        return str(data_folder(data.path)) if datasets.tfds_name(data.dataset, data.category) else ""
+    except UserError:
+        return ""
+
+
 def take_inventory(config: ConfigDict | UserError | None = None) -> Iterator[Finding]:
     """Yield what is there and what is missing; `config`: see `doctor.doctor`."""
     for find in (find_packages, find_devices, find_folders, find_weights, find_statistics):
@@ -284,6 +295,5 @@ def take_inventory(config: ConfigDict | UserError | None = None) -> Iterator[Fin
             yield Finding("configuration", "--config", BROKEN, str(config))
         return
     resolved = smoke.shrink(config) if config.training.smoke else config  # unchecked: what is wrong is a finding
-    data = resolved.data
-    yield from find_data(data.path if datasets.tfds_name(data.dataset, data.category) else "")
+    yield from find_data(_tfds_folder(resolved))
     yield from find_configured(resolved)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from metrics.pretrained import BATCH_SIZE
 from metrics.reference import NOT_STATED, Reference, compact, load_reference
 from parallel import distributed
 from report import FeatureInfo, ReferenceInfo
-from storage.files import content_hash
+from storage.files import content_hash, local_path
 from workdir import results
 from workdir.progress import track
 
@@ -166,7 +165,7 @@ class RealFeatures:
         choose_extractor(config)
         stored = None
         if path:
-            place = Path(os.path.expanduser(path))
+            place = local_path(path, "eval.reference")
             if not place.is_file():
                 raise UserError(
                     f"eval.reference={path!r} is not a file; --mode stats makes one; empty: the training split"
