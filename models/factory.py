@@ -49,14 +49,8 @@ def _build_unet_fields(config: ConfigDict) -> dict[str, Any]:
                 f"levels of model.ch_mult={multiples}; choose a multiple of {shrinkage}, or fewer levels"
             )
     heights = [config.data.image_size // 2**level for level in range(len(multiples))]
-    missed = sorted(set(model.attn_resolutions) - set(heights))
-    if missed:
-        logging.warning(
-            "model.attn_resolutions=%s: no level has the height %s, and none gets attention there; the levels have %s",
-            tuple(model.attn_resolutions),
-            ", ".join(map(str, missed)),
-            ", ".join(map(str, heights)),
-        )
+    if missed := sorted(set(model.attn_resolutions) - set(heights)):
+        logging.warning("model.attn_resolutions: no level has the height(s) %s; the levels have %s", missed, heights)
     if model.num_classes and not model.conditional:
         raise UserError(
             f"model.num_classes={model.num_classes} adds the label to the embedding of the noise level, which "

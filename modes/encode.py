@@ -302,7 +302,6 @@ def encode(
     config, sde = experiment.config, experiment.sde
     folder = workdirs.output_folder(workdir, output or "encode")
     distributed.check_batch_size("eval.batch_size", config.eval.batch_size)
-    build_codec(config, sde)  # check its settings before anything is read
     levels, source = load_images(experiment, num_images or NUM_IMAGES, Path(images) if images else None)
     content = files.content_hash(levels)
     distributed.require_same({"content of the images": content})

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 
 _calls = itertools.count()  # JAX's service counts calls for as long as the process lives
-ON_INTERRUPT = "Ctrl-C: saving after the current steps; press it again to stop at once without saving\n"
+ON_INTERRUPT = b"Ctrl-C: saving after the current steps; press it again to stop at once without saving\n"
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def preemption() -> Iterator[Callable[[], int]]:
         received.append(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.write(2, ON_INTERRUPT.encode())
+            os.write(2, ON_INTERRUPT)
             if not is_alone:
                 os.kill(os.getpid(), signal.SIGTERM)  # for JAX's service, which knows no other signal
 
@@ -42,9 +42,7 @@ def preemption() -> Iterator[Callable[[], int]]:
             return 0
         return received[0] if received else 0 if is_alone else signal.SIGTERM
 
-    noticed = [signal.SIGTERM] if is_alone else []
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        noticed.append(signal.SIGINT)
+    noticed = [signal.SIGTERM] * is_alone + [signal.SIGINT] * (signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)
     previous = {number: signal.signal(number, notice) for number in noticed}
     try:
         yield asked

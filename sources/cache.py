@@ -49,12 +49,9 @@ def prepared_folder(key: str, build: Callable[[Path], None]) -> Path:
 
 
 def remembered(name: str, compute: Callable[[], str], is_final: Callable[[str], bool] = bool) -> str:
-    """Return a text of the cache, or compute it, and store it if it is final.
+    """Return a text of the cache, or compute it; `name` is the SHA-256 of what it depends on.
 
-    Args:
-      name: SHA-256 of what the text depends on.
-      compute: makes the text.
-      is_final: whether a text is worth storing. One that tells of a failure is not: it is computed again next time.
+    It is stored if it is final: one that tells of a failure is not, and is computed again next time.
     """
     path = files.cache_folder("data") / "known" / name[:32]
     if path.exists():

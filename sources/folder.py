@@ -58,16 +58,15 @@ class _Record:
     problems: dict[str, str]  # {name of an unusable picture: why}
 
     def write(self, folder: Path) -> None:
-        problems = dict(sorted(self.problems.items()))
-        files.write_json(folder / RECORD, {"digests": self.digests, "problems": problems})
+        files.write_json(folder / RECORD, {"digests": self.digests, "problems": dict(sorted(self.problems.items()))})
 
-    @classmethod
-    def read(cls, folder: Path, num_pictures: int) -> _Record:
-        record = untrusted.read_json(folder / RECORD)
-        digests, problems = record.get("digests"), record.get("problems")
-        if not isinstance(digests, list) or len(digests) != num_pictures or not isinstance(problems, dict):
-            raise UserError(f"{folder / RECORD} is damaged; delete that folder and start again: it is then rebuilt")
-        return cls(digests, problems)
+
+def _read_record(folder: Path, num_pictures: int) -> _Record:
+    stored = untrusted.read_json(folder / RECORD)
+    record = _Record(stored.get("digests"), stored.get("problems"))
+    if not isinstance(record.digests, list) or len(record.digests) != num_pictures or type(record.problems) is not dict:
+        raise UserError(f"{folder / RECORD} is damaged; delete that folder and start again: it is then rebuilt")
+    return record
 
 
 def _fill(folder: Path, pictures: PictureFiles, rules: Rules, keep: bool) -> None:
@@ -176,7 +175,7 @@ def prepare(path: Path, rules: Rules) -> Prepared:
     keep = cache.fits(len(pictures.names), rules.fit.shape, rules.cache_gib)
     key = files.content_hash(f"pictures {VERSION} {rules.fit} {rules.num_levels} {keep}", content)
     folder = cache.prepared_folder(key, lambda folder: _fill(folder, pictures, rules, keep))
-    record = _Record.read(folder, len(pictures.names))
+    record = _read_record(folder, len(pictures.names))
     if record.problems:
         record = _retry(folder, pictures, rules, record)
     problems = record.problems
@@ -245,10 +244,8 @@ def _log_contents(prepared: Prepared, train: Int64[np.ndarray, "n"], test: Int64
         left_out = named(prepared.problems)
         logging.warning("left out %d of %d pictures: %s", len(prepared.problems), len(prepared.digests), left_out)
     if others := prepared.pictures.others:
-        more = f" and {len(others) - NUM_NAMED} more" if len(others) > NUM_NAMED else ""
-        logging.info(
-            "passed over %d files that are no pictures: %s%s", len(others), ", ".join(others[:NUM_NAMED]), more
-        )
+        listed = ", ".join(others[:NUM_NAMED]) + ", ..." * (len(others) > NUM_NAMED)
+        logging.info("passed over %d files that are no pictures: %s", len(others), listed)
     in_both = int(np.isin(prepared.digests[test], prepared.digests[train]).sum())
     if in_both:
         logging.warning("%d pictures of the test split are in the training split, too", in_both)

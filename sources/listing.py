@@ -57,12 +57,12 @@ def _is_hidden(name: str) -> bool:
 
 def _start_of_file(path: str | Path) -> bytes:
     with open(path, "rb") as file:
-        return untrusted.read_start(file)
+        return file.read(untrusted.START)
 
 
 def _start_of_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     with archive.open(entry) as file:
-        return untrusted.read_start(file)
+        return file.read(untrusted.START)
 
 
 def _is_picture(name: str, read_start: Callable[[], bytes]) -> bool:
@@ -173,7 +173,7 @@ def list_zip(path: Path) -> ZipPictures:
 def _kind_of(path: Path) -> str:
     """Return in words what a file is that cannot be read as a .zip file."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        if is_picture(untrusted.read_start(file)):
+        if is_picture(file.read(untrusted.START)):
             return "is a single picture; expected a folder or .zip file of pictures"
         file.seek(TAR_MARK)
         if file.read(5) == b"ustar":

@@ -31,10 +31,8 @@ def _classes(arrays: dict[str, np.ndarray], path: str | Path, num_images: int) -
     if num_images and labels.max() >= num_classes:
         raise UserError(f"{LABELS} of {path} go up to {labels.max()}, but its {NUM_CLASSES} is {num_classes}")
     if num_images and labels.min() > 0:
-        logging.warning(
-            "%s of %s are %d to %d: %d classes, of which 0 to %d have no image; labels count from 0",
-            *(LABELS, path, labels.min(), labels.max(), num_classes, labels.min() - 1),
-        )
+        given = f"{LABELS} of {path} are {labels.min()} to {labels.max()}: {num_classes} classes"
+        logging.warning("%s, of which 0 to %d have no image; labels count from 0", given, labels.min() - 1)
     return labels.astype(np.int64), num_classes
 
 

@@ -234,7 +234,7 @@ def named(problems: dict[str, str]) -> str:
 
 def _read_file(path: Path, fit: Fit) -> Float[np.ndarray, "H W C"]:
     with open(path, "rb") as file:
-        if path.suffix.lower() not in SUFFIXES and not is_picture(untrusted.read_start(file)):
+        if path.suffix.lower() not in SUFFIXES and not is_picture(file.read(untrusted.START)):
             raise UserError(f"neither its name nor its content is that of a picture; expected {', '.join(SUFFIXES)}")
     return fit_picture(read_picture(path, keep_alpha=fit.keeps_alpha), fit)
 

@@ -40,14 +40,9 @@ _FIXES = {
 
 
 def local_path(text: str | os.PathLike[str], name: str) -> Path:
-    """Return a path as its user means it: "~" is the home folder, and "file://" a path of this machine.
+    """Return the path that a flag or setting `name` means: "~" is the home folder, "file://" a path of this machine.
 
-    Args:
-      text: of a flag or setting.
-      name: of it, for messages.
-
-    Raises:
-      UserError: for an address of another kind. Locks, renaming and appending need a file system.
+    Any other address is a UserError: locks, renaming and appending need a file system.
     """
     text = os.fspath(text)
     address = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)(.*)", text)

@@ -95,11 +95,6 @@ def _check_bytes(num_bytes: int) -> None:
         raise UserError(f"it has {num_bytes:,} bytes, more than {MAX_PICTURE_BYTES:,}; make it smaller")
 
 
-def read_start(file: IO[bytes]) -> bytes:
-    """Read the first bytes of a file, by which formats are recognized; fewer if it is shorter."""
-    return file.read(START)
-
-
 def read_content(path: str | Path) -> bytes:
     """Read the file of a picture, unless it is larger than any that can be decoded; OSErrors are not converted."""
     with open(path, "rb") as file:

@@ -186,9 +186,8 @@ class Checkpoints:
             stored = _step_of(self._snapshots, number)
             if stored == step or stored >= number * self._snapshot_freq:
                 return
-            with _writing(self._snapshots):
-                self._snapshots.wait_until_finished()
-                self._snapshots.delete(number)
+            self.wait()
+            self._snapshots.delete(number)
         _save(self._snapshots, number, state)
 
     @distributed.on_main
@@ -227,9 +226,8 @@ class Checkpoints:
     def _read_newest(self) -> TrainState | None:
         candidates = [(number * self._snapshot_freq, self._snapshots, number) for number in self._snapshots.all_steps()]
         if candidates:  # the newest may have been taken before its multiple, at the end of a run
-            step, _, number = max(candidates, key=lambda candidate: candidate[0])
+            step, _, number = candidates.pop(max(range(len(candidates)), key=lambda i: candidates[i][0]))
             found = _step_of(self._snapshots, number)
-            candidates.remove((step, self._snapshots, number))
             candidates.append((found if found >= 0 else step, self._snapshots, number))
         candidates += [(step, self._resumable, step) for step in self._resumable.all_steps()]
         damaged = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -276,15 +277,6 @@ def find_configured(config: ConfigDict) -> Iterator[Finding]:
     yield _find_reference(config)
 
 
-def _tfds_folder(config: ConfigDict) -> str:
-    """Return the configured folder of TFDS; empty for another data set, or one that `_find_configured_data` refuses."""
-    data = config.data
-    try:
-        return str(data_folder(data.path)) if datasets.tfds_name(data.dataset, data.category) else ""
-    except UserError:
-        return ""
-
-
 def take_inventory(config: ConfigDict | UserError | None = None) -> Iterator[Finding]:
     """Yield what is there and what is missing; `config`: see `doctor.doctor`."""
     for find in (find_packages, find_devices, find_folders, find_weights, find_statistics):
@@ -295,5 +287,8 @@ def take_inventory(config: ConfigDict | UserError | None = None) -> Iterator[Fin
             yield Finding("configuration", "--config", BROKEN, str(config))
         return
     resolved = smoke.shrink(config) if config.training.smoke else config  # unchecked: what is wrong is a finding
-    yield from find_data(_tfds_folder(resolved))
+    data, folder = resolved.data, ""
+    with contextlib.suppress(UserError):  # which `_find_configured_data` reports
+        folder = str(data_folder(data.path)) if datasets.tfds_name(data.dataset, data.category) else ""
+    yield from find_data(folder)
     yield from find_configured(resolved)
