@@ -31,7 +31,7 @@ ARRAY = b"\x93NUMPY"
 _STARTS = (
     *(b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", ARRAY),
     *(b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),  # JPEG 2000
-    *(b"8BPS", b"qoif", b"\x76\x2f\x31\x01", b"DDS "),  # not read here: then the reason is told
+    *(b"8BPS", b"qoif", b"\x76\x2f\x31\x01", b"DDS "),  # pictures that are not decoded here: left out, with the reason
 )
 _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1")  # of files that begin as MP4 does
 RESIZE = ("none", "crop", "stretch")  # values of `data.resize` and `restore.resize`
@@ -150,13 +150,16 @@ def decode_picture(data: bytes, name: str, *, keep_alpha: bool = False) -> Float
         raise UserError(f"it cannot be read: {error}") from error
 
 
-def read_picture(path: str | Path, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
-    """Read a picture from a file (see `decode_picture`)."""
+def _read_content(path: str | Path) -> bytes:
     try:
-        data = untrusted.read_content(path)
+        return untrusted.read_content(path)
     except OSError as error:
         raise UserError(f"it cannot be read: {error.strerror}") from error
-    return decode_picture(data, str(path), keep_alpha=keep_alpha)
+
+
+def read_picture(path: str | Path, *, keep_alpha: bool = False) -> Float[np.ndarray, "H W C"]:
+    """Read a picture from a file (see `decode_picture`)."""
+    return decode_picture(_read_content(path), str(path), keep_alpha=keep_alpha)
 
 
 def central_part(image: Float[np.ndarray, "h w C"], height: int, width: int) -> Float[np.ndarray, "..."]:
@@ -233,10 +236,10 @@ def named(problems: dict[str, str]) -> str:
 
 
 def _read_file(path: Path, fit: Fit) -> Float[np.ndarray, "H W C"]:
-    with open(path, "rb") as file:
-        if path.suffix.lower() not in SUFFIXES and not is_picture(file.read(untrusted.START)):
-            raise UserError(f"neither its name nor its content is that of a picture; expected {', '.join(SUFFIXES)}")
-    return fit_picture(read_picture(path, keep_alpha=fit.keeps_alpha), fit)
+    data = _read_content(path)
+    if path.suffix.lower() not in SUFFIXES and not is_picture(data[: untrusted.START]):
+        raise UserError(f"neither its name nor its content is that of a picture; expected {', '.join(SUFFIXES)}")
+    return fit_picture(decode_picture(data, str(path), keep_alpha=fit.keeps_alpha), fit)
 
 
 def _load_arrays(path: Path, fit: Fit, num_levels: int, limit: int) -> Pictures:

@@ -6,6 +6,7 @@ from PIL import Image
 
 from errors import UserError
 from sources.pictures import Fit, central_part, fit_picture, load_pictures, read_picture
+from storage import untrusted
 
 GENERATOR = np.random.default_rng(0)
 GRAY = GENERATOR.integers(0, 256, (4, 5), dtype=np.uint8)
@@ -225,3 +226,21 @@ def test_eight_bits_become_the_nearest_level(tmp_path, num_levels):
     nearest = np.abs(np.arange(256)[:, None] - places[None]).argmin(axis=1)
     np.testing.assert_array_equal(loaded.to_levels(num_levels).ravel(), nearest)
     np.testing.assert_array_equal(nearest[np.floor(places + 0.5).astype(int)], np.arange(num_levels))
+
+
+def test_a_file_that_may_not_be_read_is_left_out(tmp_path, monkeypatch):
+    """Whatever its name; root may read everything."""
+    good = np.zeros((4, 4, 3), np.uint8)
+    for name in ("a.png", "b.png", "c"):
+        Image.fromarray(good).save(tmp_path / name, format="PNG")
+    read = untrusted.read_content
+
+    def refuse(path):
+        if not str(path).endswith("a.png"):
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(untrusted, "read_content", refuse)
+    pictures = load_pictures(tmp_path, Fit((4, 4, 3)), num_levels=256)
+    assert pictures.names == ("a.png",)
+    assert pictures.skipped == dict.fromkeys(("b.png", "c"), "it cannot be read: Permission denied")

@@ -270,13 +270,11 @@ class Checkpoints:
         self._resumable.reload()
         return sorted(self._resumable.all_steps())
 
-    def _is_there(self, number: int) -> bool:
-        return number in self.numbers() or number in self.resumable_steps()
-
     @distributed.on_main
     def require(self, numbers: Iterable[int]) -> None:
         """Check that snapshots, or states to resume from by their steps, are there."""
-        missing = [number for number in numbers if not self._is_there(number)]
+        present = self.numbers() + self.resumable_steps()
+        missing = [number for number in numbers if number not in present]
         if missing:
             raise CheckpointError(
                 f"checkpoint {missing[0]} is not in {self.directory}; present: {self.present()}; set eval.begin_ckpt "
@@ -297,7 +295,7 @@ class Checkpoints:
 
         def read() -> TrainState:
             deadline = time.monotonic() + wait_seconds
-            while not self._is_there(number) and (left := deadline - time.monotonic()) > 0:
+            while number not in (self.numbers() + self.resumable_steps()) and (left := deadline - time.monotonic()) > 0:
                 time.sleep(min(POLL_SECONDS, left))
             self.require([number])
             manager = self._snapshots if number in self.numbers() else self._resumable
