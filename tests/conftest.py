@@ -24,19 +24,38 @@ os.environ["SCORE_SDE_KEEP_PROGRAMS"] = "0"
 os.environ["SCORE_SDE_CACHE"] = str(ROOT / ".cache" / "score_sde")
 
 
+def _once(tmp_path_factory, name, make):
+    """Return the folder `name`, which the first worker that needs it makes for all: `make(folder)`."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make(Path(f"{folder}.part"))
+            Path(f"{folder}.part").rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The workdir of a tiny run that nothing disturbed, trained once for all workers without TensorFlow. Copy it."""
+    """The workdir of a tiny run that nothing disturbed, trained without TensorFlow. Copy it."""
     import tiny
 
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    workdir = folder / "finished"
-    with FileLock(f"{workdir}.lock"):
-        if not workdir.exists():
-            tiny.succeed(tiny.without_tensorflow(tiny.command("train", f"{workdir}.part")))
-            Path(f"{workdir}.part").rename(workdir)
-    return workdir
+    train = lambda workdir: tiny.succeed(tiny.without_tensorflow(tiny.command("train", workdir)))  # noqa: E731
+    return _once(tmp_path_factory, "finished", train)
+
+
+@pytest.fixture(scope="session")
+def digits_features(tmp_path_factory):
+    """A folder that holds the trained classifier of the digits, as `features` of a tiny run would. Copy it."""
+    import datasets
+    from metrics.classifier import build_feature_extractor
+
+    def train(folder):
+        train, test = (datasets.load_digits(split) for split in ("train", "test"))
+        arrays = train.levels, train.classes, test.levels, test.classes
+        build_feature_extractor(*arrays, num_levels=17, folder=folder, seed=42)
+
+    return _once(tmp_path_factory, "features", train)
 
 
 SLOWEST = ("test_end_to_end.py", "test_hosts.py", "test_faults_runs.py", "test_models.py", "test_likelihood.py")

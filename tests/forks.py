@@ -17,6 +17,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 IMPORTED = ("run_lib", "modes.command_line", "experiment.startup", "absl.app", "ml_collections.config_flags")
+IMPORTED += ("sklearn.datasets", "diffrax", "tensorboardX")  # which runs import when they need them
 ENVIRON = dict(os.environ)  # before any test changes it
 MAY_CHANGE = (
     "JAX_COMPILATION_CACHE_DIR",

@@ -1,6 +1,6 @@
-"""Trains 50 steps, samples, and measures bits/dim and metrics, on the devices of this process; writes the numbers.
+"""Trains 50 steps, samples, and measures metrics and bits/dim, on the devices of this process; writes the numbers.
 
-python tests/on_devices.py FILE.npz
+python tests/on_devices.py FILE.npz [bpd]
 """
 
 import sys
@@ -31,7 +31,7 @@ def pixel_features(levels):
     return flat[:, :8], flat[:, 8:12] / 16
 
 
-def measure():
+def measure(with_bpd):
     experiment = build_experiment(tiny.make_config(training__n_jitted_steps=5))
     source, test = (datasets.build_source(experiment.config, split) for split in ("train", "test"))
     batches = datasets.training_batches(source, seed=0, first_step=0, batch_size=BATCH, steps_per_call=5)
@@ -47,7 +47,7 @@ def measure():
         reference=PreparedReference.of(pixel_features(test.images(IMAGES))[0]),
         extractor="classifier",
     )
-    measured = build_bpd_program(experiment)(params, test.images(IMAGES), IMAGES, 0)
+    measured = build_bpd_program(experiment)(params, test.images(IMAGES), IMAGES, 0) if with_bpd else {}
     measured |= {"test_loss": build_loss_program(experiment)(params, test.images(IMAGES), IMAGES)}
     measured |= {"losses": np.concatenate(losses), "levels": levels, "sampling_nfe": nfe}
     measured |= {f"metric_{each.name}": each.value for each in metrics if each.value is not None}
@@ -58,4 +58,4 @@ def measure():
 
 
 if __name__ == "__main__":
-    np.savez(sys.argv[1], **measure())
+    np.savez(sys.argv[1], **measure(with_bpd="bpd" in sys.argv[2:]))

@@ -20,13 +20,8 @@ def build(folder, *, seed=0, settings=SHORT, num_levels=17, **changes):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("features")
-
-
-@pytest.fixture(scope="module")
-def extractor(folder):
-    return build(folder, settings=None)
+def extractor(digits_features):
+    return build(digits_features, seed=42, settings=None)
 
 
 @pytest.fixture
@@ -67,9 +62,9 @@ def test_training_is_repeated_to_the_last_bit_and_follows_the_seed(tmp_path):
     np.testing.assert_array_equal(first(TEST.levels)[0], again(TEST.levels)[0])
 
 
-def test_the_cache_is_used(folder, extractor, monkeypatch):
+def test_the_cache_is_used(digits_features, extractor, monkeypatch):
     monkeypatch.setattr(classifier, "_train", None)  # to call it is an error
-    cached = build(folder, settings=None)
+    cached = build(digits_features, seed=42, settings=None)
     assert (cached.hash, cached.accuracy, cached.name) == (extractor.hash, extractor.accuracy, extractor.name)
     np.testing.assert_array_equal(cached(TEST.levels)[0], extractor(TEST.levels)[0])
 

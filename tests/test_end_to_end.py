@@ -20,11 +20,12 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def unbroken(finished_run, tmp_path_factory):
+def unbroken(finished_run, digits_features, tmp_path_factory):
     """A run that nothing disturbed, on one device and without TensorFlow; trained and evaluated."""
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
     shutil.copytree(finished_run, workdir)
-    tiny.succeed(tiny.without_tensorflow(tiny.command("eval", workdir)))
+    shutil.copytree(digits_features, workdir / "features")
+    tiny.succeed(tiny.without_tensorflow(tiny.command("eval", workdir, eval__begin_ckpt=2)))
     return workdir
 
 
@@ -105,7 +106,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(unbroken, tmp_path):
 
 
 def test_results_of_other_settings_are_not_mixed(unbroken):
-    result = tiny.run(tiny.command("eval", unbroken, sampling__num_steps=30))
+    result = tiny.run(tiny.command("eval", unbroken, eval__begin_ckpt=2, sampling__num_steps=30))
     assert result.returncode == 1
     assert "holds results of other settings (sampling.num_steps: 25 there, 30 now)" in result.stderr
 

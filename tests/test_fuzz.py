@@ -8,7 +8,7 @@ import pytest
 import tiny
 from fuzz import readers
 
-COUNT = 30  # of the default test; 10,000 of the exhaustive one
+COUNT = 15  # of the default test; 10,000 of the exhaustive one
 
 
 def run(arguments, timeout):

@@ -1,8 +1,10 @@
 """Gradient accumulation against the full batch, on one device and on four; and that the state is updated in place."""
 
+import dataclasses
 import functools
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import datasets
 import losses
 from classifier.experiment import Normalization, build_classifier_experiment, classifier_config
 from experiment.build import build_experiment, map_train_steps
+from models.layers import Dropout, LabelEmbedding
 from parallel import distributed
 from training import loop as train_loop
 
@@ -75,14 +78,28 @@ class Program:
         return distributed.unreplicate(state), losses
 
 
-@functools.cache
-def program(microbatches=1, remat=False):
-    return Program(build_experiment(make_config(training__microbatches=microbatches, model__remat=remat)))
+class Small(nn.Module):
+    """Draws for each example what a score network does, and compiles in a second."""
+
+    @nn.compact
+    def __call__(self, x, labels, train, class_labels=None):
+        known = LabelEmbedding(10, 16)(class_labels, len(x)) + nn.Dense(16)(labels[:, None] / 1000)
+        h = Dropout(0.3)(nn.silu(nn.Conv(16, (3, 3))(x) + known[:, None, None]), train)
+        return nn.Conv(1, (3, 3))(h)
 
 
 @functools.cache
-def of_full_batch():
-    return program().train()
+def program(microbatches=1, remat=False, network=None):
+    experiment = build_experiment(make_config(training__microbatches=microbatches, model__remat=remat))
+    if network is not None:
+        loss = losses.build_loss(experiment.config, experiment.sde, network)
+        experiment = dataclasses.replace(experiment, model=network, loss_fn=loss)
+    return Program(experiment)
+
+
+@functools.cache
+def of_full_batch(network=None):
+    return program(network=network).train()
 
 
 def assert_equal(found, expected):
@@ -112,17 +129,23 @@ def test_parts_of_devices_batches_are_those_of_the_global_batch(num_parts):
     np.testing.assert_array_equal(distributed.example_index(3), np.arange(3))  # what is traced later is whole again
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("microbatches", "remat"),
-    [(4, False), *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in ((16, False), (4, True)))],
-)
-def test_microbatches_train_as_the_full_batch(microbatches, remat):
-    state, losses = program(microbatches, remat).train()
-    assert_equal((state, losses), of_full_batch())
-    leaves = (jax.tree.leaves(each.params) for each in (state, program().first_state))
+def check_equal_to_full_batch(trained, network=None):
+    state, _ = trained
+    assert_equal(trained, of_full_batch(network))
+    leaves = (jax.tree.leaves(each.params) for each in (state, program(network=network).first_state))
     moved = [np.abs(last - first).max() for last, first in zip(*leaves, strict=True)]
     assert np.median(moved) > 1e-2  # a thousand times the tolerance
+
+
+@pytest.mark.parametrize("microbatches", [4, 16])
+def test_microbatches_train_as_the_full_batch(microbatches):
+    check_equal_to_full_batch(program(microbatches, network=Small()).train(), Small())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("microbatches", "remat"), [(4, False), (16, False), (4, True)])
+def test_microbatches_of_a_score_network_train_as_the_full_batch(microbatches, remat):
+    check_equal_to_full_batch(program(microbatches, remat).train())
     assert program(microbatches, remat).temporary_bytes < program().temporary_bytes / 2
 
 

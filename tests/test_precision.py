@@ -154,8 +154,8 @@ def test_the_classifier_is_bfloat16_where_a_score_network_is():
 HAS_MAXIMA = {"ncsnv2_64_cifar10"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(NETWORKS[0], marks=pytest.mark.exhaustive), *NETWORKS[1:]])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", NETWORKS)
 def test_bfloat16_is_float32_up_to_its_rounding(name):
     """The error is that of as many independent roundings, one after the other, as there are bfloat16 results.
 

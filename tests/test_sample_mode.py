@@ -59,8 +59,10 @@ def make_workdir(folder, config):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return make_workdir(tmp_path_factory.mktemp("run"), configure())
+def workdir(tmp_path_factory, digits_features):
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copytree(digits_features, folder / "features")
+    return make_workdir(folder, configure())
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 import test_configs
-from cases import by_default
 from PIL import Image
 
 import datasets
@@ -37,10 +36,7 @@ SHRUNK = {
     *("eval." + key for key in ("enable_bpd", "enable_sampling", "extractor", "weights", "reference")),
 }
 # DDPM++ is trained in the test below and in test_end_to_end.py.
-FAMILIES = by_default(
-    ["ve/ncsnv2/cifar10"],
-    ["ve/church_ncsnpp_continuous", "vp/ddpm/cifar10", "ve/ncsn/cifar10_124", "ve/ncsnv2/cifar10"],
-)
+FAMILIES = ["ve/church_ncsnpp_continuous", "vp/ddpm/cifar10", "ve/ncsn/cifar10_124", "ve/ncsnv2/cifar10"]
 
 
 def smoke_config(leaf, **changes):
@@ -106,7 +102,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("leaf", FAMILIES)
 def test_a_smoke_run_trains_two_steps(leaf, tmp_path, quick_compilation):
     config = smoke_config(leaf)

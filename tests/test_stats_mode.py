@@ -1,6 +1,7 @@
 """--mode stats: every number against numpy or scipy on all images at once, and nothing replaced in silence."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -209,14 +210,15 @@ def test_a_place_that_cannot_be_written_is_named(extractor):
 
 
 @pytest.mark.slow
-def test_digits_from_the_command_line(tmp_path):
-    """With the classifier, trained on the way; its features are those of one that is built here."""
+def test_digits_from_the_command_line(tmp_path, digits_features):
+    """With the classifier that is in the cache."""
     path = tmp_path / "digits.npz"
+    shutil.copytree(digits_features, tmp_path / "cache" / "features")
     result = tiny.run(tiny.command("stats", "none", f"--output={path}", "--split=test", "--keep_features"))
     assert result.returncode == 0, result.stderr[-3000:]
     train, test = (datasets.load_digits(split) for split in ("train", "test"))
     arrays = train.levels, train.classes, test.levels, test.classes
-    own = build_feature_extractor(*arrays, num_levels=17, folder=tmp_path / "cache" / "features", seed=42)
+    own = build_feature_extractor(*arrays, num_levels=17, folder=digits_features, seed=42)
     features = own(test.levels)[0]
     found = load_reference(path)
     assert (found.provenance.extractor, found.provenance.extractor_hash) == ("classifier", own.hash)

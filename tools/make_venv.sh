@@ -46,9 +46,7 @@ sum=$(cat requirements*.txt | cksum)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$sum" ]; then
   echo "installing $requirements into $venv (Python $version)"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
+  # Without --no-compile pip compiles every file, 48 s; Python compiles what is imported, and keeps it.
   "$venv/bin/python" -m pip install --quiet --no-compile -r "$requirements"
-  # pip would compile on one core, 48 s for everything. This takes all cores and leaves TensorFlow, which few processes
-  # import, to its first import.
-  "$venv/bin/python" -m compileall -qq -j 0 -x '/(tensorflow|keras|tf_keras|tensorflow_probability)/' "$venv/lib" || true
   echo "$sum" > "$stamp"
 fi
