@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import jax
 import numpy as np
@@ -84,32 +85,41 @@ def test_devices_must_divide_the_batch(monkeypatch):
         input_pipeline.measure(tiny.make_config(), batch_size=8, seconds=1)
 
 
+# How memory grows while all images are read batch by batch, and while they are loaded, MiB: own and mapped. It runs in
+# a process of its own: one that has run other tests loads into memory that it has freed.
+GROWTH = """
+import json, sys
+import numpy as np
+sys.path.insert(0, "tests")
+import datasets, tiny
+from benchmarks import input_pipeline
+
+folder = sys.argv[1]
+config = tiny.make_config(data__dataset="npz", data__path=folder, data__image_size=64)
+
+def read_all():
+    source = datasets.build_source(config, "train")
+    for start in range(0, len(source), 256):
+        source.images(np.arange(start, start + 256))
+    return source
+
 def growth(read):
-    """How memory grows while something is read, and held, MiB: own and mapped."""
     before = input_pipeline.memory()
     held = read()
     after = input_pipeline.memory()
-    del held
     return [after[name] - before[name] for name in ("anonymous_mib", "file_mapped_mib")]
+
+print(json.dumps([growth(read_all), growth(lambda: np.load(f"{folder}/train.npy"))]))
+"""
 
 
 @pytest.mark.skipif(not measure.STATUS.exists(), reason="memory is read from Linux's /proc")
 def test_mapped_data_are_not_memory_of_the_process(tmp_path):
-    """All images are read, batch by batch; an array that is loaded shows the contrary. 64 MiB, half as margin."""
+    """An array that is loaded shows the contrary. 64 MiB, half as margin."""
     images = np.zeros((16384, 64, 64, 1), np.uint8)
     images[:, 0] = 1
     np.save(tmp_path / "train.npy", images)
     np.save(tmp_path / "test.npy", images[:1])
-    del images
-    config = tiny.make_config(data__dataset="npz", data__path=str(tmp_path), data__image_size=64)
-
-    def read_all():
-        source = datasets.build_source(config, "train")
-        for start in range(0, len(source), 256):
-            source.images(np.arange(start, start + 256))
-        return source
-
-    own, mapped = growth(read_all)
+    (own, mapped), (loaded, _) = json.loads(tiny.succeed([sys.executable, "-c", GROWTH, tmp_path]).stdout)
     assert own < 32 < mapped
-    own, _ = growth(lambda: np.load(tmp_path / "train.npy"))
-    assert own > 32
+    assert loaded > 32
