@@ -37,13 +37,14 @@ def _small_network():
 
 
 def save(folder, experiment, *, seed=0):
-    """Writes a snapshot of random averaged parameters, all of them, as training or import would; returns them."""
+    """Writes a snapshot of random averaged parameters, and others that are NaN; returns the averaged ones."""
     generator, template = np.random.default_rng(seed), experiment.state_template()
     draw = lambda leaf: 0.3 * generator.standard_normal(leaf.shape).astype("f4")  # noqa: E731
     params = jax.tree.map(draw, template.params_ema)
     workdirs.record_config(folder, experiment.config)
     with Checkpoints(folder, snapshot_freq=4, template=template) as checkpoints:
-        checkpoints.save_snapshot(1, template.replace(step=np.int32(4), params_ema=params))
+        unused = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), params)
+        checkpoints.save_snapshot(1, template.replace(step=np.int32(4), params=unused, params_ema=params))
         checkpoints.wait()
     return params
 

@@ -12,6 +12,7 @@ import pytest
 
 import losses
 from configs import base
+from models.layers import Dropout
 from parallel import rng
 from sde_lib import VESDE, VPSDE, expand, subVPSDE
 
@@ -131,6 +132,62 @@ def test_smld_loss_matches_reference(monkeypatch, reduce_mean):
         loss_fn = losses.make_discrete_loss(VESDE(), TinyModel(), reduce_mean=reduce_mean)
         loss, grads = loss_and_grads(loss_fn, stored, dtype=np.float64)
     check_against(stored, f"reducemean{int(reduce_mean)}", loss, grads, rtol=REFERENCE_ERROR["loss_smld"])
+
+
+class DroppingModel(nn.Module):
+    """The image with dropout; no parameters that matter."""
+
+    @nn.compact
+    def __call__(self, x, labels, train=False):
+        self.param("w", nn.initializers.zeros, ())
+        return Dropout(0.25)(x, train)
+
+
+@pytest.mark.parametrize(
+    ("sde", "make"),
+    [
+        (VPSDE(), losses.make_continuous_loss),
+        (VPSDE(), losses.make_discrete_loss),
+        (VESDE(), losses.make_discrete_loss),
+    ],
+)
+def test_training_drops_values_and_testing_does_not(monkeypatch, sde, make):
+    """Without noise the loss of a pixel of 1 is a² in testing; in training a² / 0.75², or 0 if its value is dropped."""
+    options = {"likelihood_weighting": False} if make is losses.make_continuous_loss else {}
+    x = jnp.ones((3, 16, 16, 1))
+    inject(monkeypatch, normal=jnp.zeros(x.shape), uniform=jnp.full(3, 0.5), randint=jnp.full(3, 500))
+    loss_fn = make(sde, DroppingModel(), reduce_mean=True, **options)
+    loss = lambda seed, train: loss_fn(jax.random.key(seed), {"w": 0.0}, x, train=train)  # noqa: E731
+    tested = np.asarray(loss(0, False))
+    np.testing.assert_allclose(loss(1, False), tested, rtol=1e-6)
+    kept = [np.asarray(loss(seed, True)) / tested * 0.75**2 * 256 for seed in (0, 1)]
+    np.testing.assert_allclose(kept, np.round(kept), atol=1e-2)
+    np.testing.assert_allclose(kept, 0.75 * 256, atol=5 * np.sqrt(0.75 * 0.25 * 256))
+    assert len(set(np.round(np.concatenate(kept)))) > 2  # each image and each step has a mask of its own
+
+
+class LabelModel(nn.Module):
+    """Returns its label."""
+
+    @nn.compact
+    def __call__(self, x, labels, train=False):
+        return expand(jnp.asarray(labels, jnp.float32), x) * jnp.ones_like(x)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(N=25), VESDE(N=25)])
+def test_discrete_losses_draw_every_level_as_often(monkeypatch, sde):
+    """The loss without noise is (c i)², with c known: so the labels i that the network saw come out of the losses."""
+    monkeypatch.setattr(rng, "normal", lambda key, shape: jnp.zeros(shape))
+    x = jnp.zeros((5000, 1, 1, 1))
+    loss_fn = losses.make_discrete_loss(sde, LabelModel(), reduce_mean=True)
+    found = np.sqrt(np.asarray(loss_fn(jax.random.key(0), {}, x, train=True)))
+    factors = np.abs(np.asarray(sde.discrete_kernel(jnp.zeros((25, 1)), jnp.arange(25))[2]))
+    values = factors * np.arange(25)  # of each label
+    assert np.all(np.diff(np.sort(values)) > 1e-4)
+    labels = np.abs(found[:, None] - values).argmin(1)
+    np.testing.assert_allclose(found, values[labels], rtol=1e-5)
+    counts = np.bincount(labels, minlength=25)
+    np.testing.assert_allclose(counts, 200, atol=5 * np.sqrt(200))
 
 
 def nested(stored, prefix):

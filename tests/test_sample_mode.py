@@ -41,13 +41,14 @@ def configure(**changes):
 
 
 def make_workdir(folder, config):
-    """A workdir with checkpoints 1 and 2 of a network whose parameters are random, all of them."""
+    """A workdir with checkpoints 1 and 2 of a network whose averaged parameters are random; the others are NaN."""
     experiment = build_experiment(config)
     state = experiment.init_state()
     leaves, tree = jax.tree.flatten(jax.tree.map(np.asarray, state.params_ema))
     generator = np.random.default_rng(0)
     params = tree.unflatten([leaf + 0.1 * generator.standard_normal(leaf.shape).astype("f4") for leaf in leaves])
-    state = jax.tree.map(np.asarray, state.replace(params_ema=params))
+    unused = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), params)
+    state = jax.tree.map(np.asarray, state.replace(params=unused, params_ema=params))
     workdirs.record_config(folder, config)
     with Checkpoints(folder, snapshot_freq=12, template=state) as checkpoints:
         for number, scale in ((1, 0.5), (2, 1.0)):

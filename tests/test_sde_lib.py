@@ -148,6 +148,14 @@ def test_step_alpha_agrees_between_ddpm_and_the_mean_coefficients():
     np.testing.assert_array_equal(VESDE().step_alpha(t), np.ones(9))
 
 
+def test_step_alpha_of_ddpm_is_that_of_its_own_level():
+    """1 - beta_i with i the level at t = i T / (N - 1), Appendix C: beta_i = (0.1 + 19.9 i / (N - 1)) / N."""
+    i = np.arange(40)
+    t = jnp.asarray((i + 0.25) / 39)  # beyond what rounding could truncate; 1.006 is beyond T
+    np.testing.assert_allclose(VPSDE(N=40).step_alpha(t[:-1]), 1 - (0.1 + 19.9 * i[:-1] / 39) / 40, rtol=1e-6)
+    np.testing.assert_allclose(VPSDE(N=40).step_alpha(jnp.ones(1)), [0.5], rtol=1e-6)
+
+
 @pytest.mark.parametrize("sde", [VESDE(N=50), VPSDE(N=50)])
 def test_a_discretization_in_other_steps_is_that_of_another_n(sde):
     """The grid belongs to the algorithm: with `num_steps` the process steps as one whose N that is."""
