@@ -415,11 +415,11 @@ def test_the_first_interrupt_is_noticed_and_the_second_stops_at_once(capfd):
     before = signal.getsignal(signal.SIGINT)
     with distributed.preemption() as asked:
         assert asked() == 0
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert asked() == signal.SIGINT
         assert "press it again to stop at once" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -428,7 +428,7 @@ def test_a_process_in_the_background_goes_on_ignoring_interrupts():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with distributed.preemption() as asked:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             assert asked() == 0
     finally:
         signal.signal(signal.SIGINT, before)
