@@ -65,13 +65,10 @@ def run(config: ConfigDict, overrides: Sequence[str], *, batch_size: int, steps_
     checks.positive("--batch_size", batch_size)
     checks.positive("--steps_per_call", steps_per_call)
     result: dict[str, Any] = {"batch_size": batch_size, "steps_per_call": steps_per_call}
-    settings = {
-        "data.dataset": "npz",
-        "training.batch_size": batch_size,
-        "training.n_jitted_steps": steps_per_call,
-        "training.n_iters": steps_per_call,
-    }
-    # Nothing periodic is due in a run this short.
+    settings: dict[str, Any] = {"data.dataset": "npz", "training.snapshot_sampling": False}
+    steps = {"training.n_jitted_steps": steps_per_call, "training.n_iters": steps_per_call}
+    settings |= {"training.batch_size": batch_size, **steps}
+    # Nothing periodic is due in a run this short; its last step is a snapshot, which would draw samples.
     for frequency in ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption"):
         settings[f"training.{frequency}"] = 1000 * steps_per_call
     command = [sys.executable, "main.py", *overrides, "--mode=train"]
