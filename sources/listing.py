@@ -154,7 +154,9 @@ def list_zip(path: Path) -> ZipPictures:
             # Some programs for Windows write its separator, against the format's definition.
             separator = "/" if any("/" in name for name in listed) else "\\"
             entries = {name.replace(separator, "/"): entry for name, entry in listed.items()}
-            entries = {name: entry for name, entry in entries.items() if not _is_hidden(name) and name[-1] != "/"}
+            entries = {
+                name: entry for name, entry in entries.items() if name and not _is_hidden(name) and name[-1] != "/"
+            }
             names = tuple(
                 sorted(
                     name

@@ -120,8 +120,9 @@ def test_a_missing_checkpoint_ends_the_evaluation_at_once(unbroken):
 
 # Runs main.py and sends the process a real signal when a step is recorded and the first snapshot is complete.
 WITH_SIGNAL = """
-import os, pathlib, runpy, sys, time
+import os, pathlib, runpy, signal, sys, time
 from workdir import progress
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets jobs in the background ignore
 sign, at_step, workdir = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
 record = progress.TrainingProgress.record
 

@@ -453,6 +453,17 @@ def test_classes_are_sorted_as_numbers_if_all_are(names, expected):
     assert [expected[label] for label in labels] == [name for name in names for _ in range(2)]
 
 
+def test_an_entry_without_a_name_is_passed_over(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(""), b"no name")
+        for number, image in enumerate(COLOR):
+            save(tmp_path / "one.png", image)
+            archive.write(tmp_path / "one.png", f"{number}.png")
+    train, test = (load_folder(str(path), split, RULES) for split in ("train", "test"))
+    assert as_set(everything(train)) | as_set(everything(test)) == as_set(COLOR)
+
+
 def test_a_zip_with_separators_of_windows_has_its_folders(tmp_path):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -109,9 +109,11 @@ F32, BF16 = "float32", "bfloat16"
 
 def check_dtypes(forward, backward, num_embeddings, nonlinearity):
     """Convolutions and linear maps of features are bfloat16, and everything else that counts is float32."""
-    assert set(forward["conv_general_dilated"]) == set(backward["conv_general_dilated"]) == {(BF16, BF16, BF16)}
+    # On a CPU only FIR filters and the like are convolutions.
+    assert set(forward["conv_general_dilated"]) == set(backward["conv_general_dilated"]) <= {(BF16, BF16, BF16)}
     assert forward["dot_general"][F32, F32, F32] == num_embeddings
-    # On a CPU, convolutions are products of bfloat16 that are summed in float32.
+    # On a CPU, the others are products of bfloat16 that are summed in float32.
+    assert (BF16, BF16, F32) in forward["dot_general"]
     assert set(backward["dot_general"]) <= {(BF16, BF16, BF16), (BF16, BF16, F32), (F32, F32, F32)}
     # Sums over pixels, channels and examples: of normalizations, and the gradients of biases, scales and embeddings.
     assert set(backward["reduce_sum"]) == {(F32, F32)}
@@ -162,15 +164,18 @@ def test_bfloat16_is_float32_up_to_its_rounding(name):
     That bounds it, since what is rounded in a branch does not pass through all others; and it is not far from it, or
     something would not be bfloat16.
     """
-    _, params, arrays = network_of(name)
+    config, params, arrays = network_of(name)
     narrow, wide = (build(name, dtype=dtype) for dtype in ("bfloat16", "float32"))
     counts = dtypes_by_primitive(narrow, params, arrays["x"])
     num_roundings = sum(n for kinds in counts.values() for dtypes, n in kinds.items() if dtypes[-1] == BF16)
     bound = ROUNDING * np.sqrt(num_roundings)
     y, gradient = differentiate(narrow, params, arrays["x"])
     expected_y, expected_gradient = differentiate(wide, params, arrays["x"])
+    # Without 1 / sqrt(2) in every residual sum the features grow, and the roundings of each branch weigh less: 5.9
+    # instead of 3.6 for one of the networks.
+    least = bound / 5 if config.model.skip_rescale else bound / 8
     for image, expected in zip(y, expected_y, strict=True):
-        assert bound / 5 < relative_error(image, expected) < bound
+        assert least < relative_error(image, expected) < bound
     if name not in HAS_MAXIMA:
         assert relative_error(gradient, expected_gradient) < 1.5 * bound  # there and back
 
@@ -240,11 +245,14 @@ def test_a_gradient_keeps_what_is_dear_and_with_remat_only_what_goes_into_blocks
 
 
 @pytest.mark.exhaustive
-def test_remat_saves_memory_and_changes_nothing():
-    """Of loss and gradients in training, dropout and all.
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_remat_saves_memory_and_changes_nothing(monkeypatch, is_cpu):
+    """Of loss and gradients in training, dropout and all; the memory is that of the program for an accelerator.
 
-    Not bit for bit: XLA fuses other operations with one another where a block is computed again.
+    Not bit for bit: XLA fuses other operations with one another where a block is computed again. On a CPU what is cheap
+    is computed again anyway, and the workspaces of convolutions count.
     """
+    monkeypatch.setattr(cpu, "is_target", lambda: is_cpu)
     x, labels = jax.random.normal(jax.random.key(1), (8, 16, 16, 1)), jnp.linspace(1.0, 900.0, 8)
     results, temporary_bytes = [], []
     params = _jit(create_model(config_of(MODERATE)).init)(jax.random.key(0), x, labels)["params"]
@@ -262,7 +270,7 @@ def test_remat_saves_memory_and_changes_nothing():
     (loss_plain, gradient_plain), (loss_again, gradient_again) = results
     np.testing.assert_allclose(loss_again, loss_plain, rtol=1e-6)
     assert relative_error(gradient_again, gradient_plain) < 2e-6
-    assert MERGES or temporary_bytes[0] > LEAST_SAVING * temporary_bytes[1]
+    assert MERGES or is_cpu or temporary_bytes[0] > LEAST_SAVING * temporary_bytes[1]
 
 
 BLOCKS = (blocks.DDPMBlock, blocks.BigGANBlock, layers.Attention, refinenet.ResidualBlock, refinenet.ResidualUnits)
