@@ -114,11 +114,7 @@ def main() -> None:
         float(np.mean([each.nfe for each in single])),
         np.concatenate([each.nats for each in single]),
     )
-    rows = {
-        "device": device,
-        f"host, by image (from {num_host})": by_image,
-        "host, by batch": on_host(x, probes),
-    }
+    rows = {"device": device, f"host, by image (from {num_host})": by_image, "host, by batch": on_host(x, probes)}
     print(f"{len(x)} test images, rtol {settings.rtol:g}, atol {settings.atol:g}, {jax.devices()[0].device_kind}")
     print(f"{'':<28} {'seconds':>9} {'times the device':>17} {'evaluations':>12} {'|difference|':>13} nats/dim")
     for name, row in rows.items():

@@ -359,9 +359,7 @@ class SamplingProgram:
         return distributed.gather(levels), int(distributed.gather(nfe).max())
 
 
-def build_bpd_program(
-    experiment: Experiment,
-) -> Callable[[Any, np.ndarray, np.ndarray, int], dict[str, np.ndarray]]:
+def build_bpd_program(experiment: Experiment) -> Callable[[Any, np.ndarray, np.ndarray, int], dict[str, np.ndarray]]:
     """Compile bits/dim: (replicated params, levels, example indices, draw) -> arrays float[B].
 
     Each draw dequantizes the levels again. The arrays are "nats", log p(x), and "bpd" by the ODE, its "stderr" over the

@@ -157,13 +157,8 @@ def list_zip(path: Path) -> ZipPictures:
             entries = {
                 name: entry for name, entry in entries.items() if name and not _is_hidden(name) and name[-1] != "/"
             }
-            names = tuple(
-                sorted(
-                    name
-                    for name in entries
-                    if _is_picture(name, functools.partial(_start_of_entry, archive, entries[name]))
-                )
-            )
+            starts = {name: functools.partial(_start_of_entry, archive, entry) for name, entry in entries.items()}
+            names = tuple(sorted(name for name, start in starts.items() if _is_picture(name, start)))
     except UserError as error:
         raise UserError(f"data.path={str(path)!r} {_kind_of(path)}: {error}") from error
     fingerprint = _digest([f"{name} {entries[name].file_size} {entries[name].CRC:08x}" for name in names])

@@ -315,15 +315,13 @@ def test_global_norm_is_that_of_all_values(sizes):
     assert float(losses.global_norm(arrays)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_clipping_is_that_of_optax():
-    """Before Adam, over steps with and without it, up to rounding."""
+def test_update_is_that_of_optax():
+    """Of Adam and of clipping, over steps with and without it, up to rounding."""
     rng = np.random.RandomState(0)
     gradients = [{"a": rng.randn(5, 3) * scale, "b": rng.randn(7) * scale} for scale in (1e-3, 3.0, 0.02, 50.0)]
     gradients = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gradients)
-    ours, theirs = (
-        optax.chain(clip(1.0), optax.scale_by_adam())
-        for clip in (losses.clip_by_global_norm, optax.clip_by_global_norm)
-    )
+    ours = optax.chain(losses.clip_by_global_norm(1.0), losses.scale_by_adam(0.9, 0.999, 1e-8))
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.999, 1e-8))
     states = [each.init(gradients[0]) for each in (ours, theirs)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
     for gradient in gradients:

@@ -118,9 +118,7 @@ def convolve(
 
 
 def kernel_gradient(
-    x: Float[Array, "B H W C"],
-    cotangent: Float[Array, "B P Q O"],
-    padding: tuple[Pair, Pair],
+    x: Float[Array, "B H W C"], cotangent: Float[Array, "B P Q O"], padding: tuple[Pair, Pair]
 ) -> Float[Array, "3 3 C O"]:
     """Return the gradient of the kernel of `convolve`, of x with this padding."""
     # The first factor of a fast product has its channels before its tiles: the smaller one is transposed.

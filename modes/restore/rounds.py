@@ -114,9 +114,7 @@ def build_draws(
             return {"x": x[:wanted], "nfe": nfe, "seconds": seconds, "compile_seconds": program.compile_seconds}
 
         return results.cached(
-            folder / f"restorations_from_{first}.npz",
-            draw,
-            is_enough=lambda stored: len(stored["x"]) == wanted,
+            folder / f"restorations_from_{first}.npz", draw, is_enough=lambda stored: len(stored["x"]) == wanted
         )
 
     def draws_of(image: int) -> dict[str, Any]:
