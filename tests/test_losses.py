@@ -296,6 +296,26 @@ def test_scanned_steps_equal_a_loop():
     assert len({float(loss) for loss in loop_losses}) == 4  # every step draws its own noise
 
 
+def test_data_and_loss_have_keys_of_their_own_at_each_step():
+    """Otherwise the noise that dequantizes would be that of the loss, or that of every step the same."""
+    seen = []
+
+    def loss_fn(key, params, x, train):
+        seen.append(np.asarray(jax.random.key_data(key)))
+        return params["w"] * x.mean(axis=(1, 2, 3))
+
+    def prepare(key, x):
+        seen.append(np.asarray(jax.random.key_data(key)))
+        return x
+
+    optimizer = losses.make_optimizer(lr=1e-2, beta1=0.9, eps=1e-8, weight_decay=0.0, warmup=0, grad_clip=1.0)
+    step = losses.make_train_step(loss_fn, optimizer, ema_rate=0.9, prepare=prepare)
+    state = losses.init_state({"w": jnp.ones(())}, optimizer)
+    for _ in range(3):
+        state, _ = step(jax.random.key(0), state, jnp.ones((2, 2, 2, 1)))
+    assert len(seen) == len({key.tobytes() for key in seen}) == 6
+
+
 def test_loss_of_an_image_does_not_depend_on_its_batch():
     """With one key for each image, a batch of four equals four batches of one."""
     loss_fn = losses.make_continuous_loss(VESDE(), TinyModel(), reduce_mean=False, likelihood_weighting=False)

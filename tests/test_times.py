@@ -35,6 +35,12 @@ def draw_at(monkeypatch, draw_times, u):
     return [np.asarray(array, np.float64) for array in draw_times(jax.random.key(0), len(u))]
 
 
+def test_uniform_times_begin_at_eps():
+    t, weight = losses.make_uniform_times(SDES["vpsde"], eps=0.4)(jax.random.key(0), 10_000)
+    assert scipy.stats.kstest(np.asarray(t), "uniform", (0.4, 0.6)).statistic < 1.63 / 100
+    np.testing.assert_array_equal(weight, 1)
+
+
 @pytest.mark.parametrize("name", SDES)
 def test_importance_sampled_times_follow_the_closed_form_law(name):
     """p(t) ∝ g² / std²; for VP the distribution function is log(exp(∫beta) - 1), scaled; for VE t is uniform."""
